@@ -1,0 +1,33 @@
+"""Updates of a network's layers that take their consequences into account.
+
+`value_and_grad` differentiates a loss and captures each linear layer's input and the gradient with
+respect to its output; Optax transformations choose ΔW by what it does to Z = XW.
+"""
+
+from importlib.metadata import version
+
+from cqjax.aliases import cadam as cadam
+from cqjax.aliases import cmomentum as cmomentum
+from cqjax.aliases import cnesterov as cnesterov
+from cqjax.aliases import crmsprop as crmsprop
+from cqjax.aliases import csgd as csgd
+from cqjax.aliases import nlms as nlms
+from cqjax.capture.block import Block as Block
+from cqjax.capture.captures import Capture as Capture
+from cqjax.capture.captures import Captures as Captures
+from cqjax.capture.plan import Parameter as Parameter
+from cqjax.capture.plan import Plan as Plan
+from cqjax.capture.statistics import Counts as Counts
+from cqjax.capture.statistics import Gram as Gram
+from cqjax.capture.statistics import Rows as Rows
+from cqjax.capture.value_and_grad import plan as plan
+from cqjax.capture.value_and_grad import value_and_grad as value_and_grad
+from cqjax.transforms.consequentialism import (
+    ScaleByConsequentialismState as ScaleByConsequentialismState,
+)
+from cqjax.transforms.consequentialism import (
+    scale_by_consequentialism as scale_by_consequentialism,
+)
+from cqjax.transforms.nlms import scale_by_nlms as scale_by_nlms
+
+__version__ = version("cqjax")

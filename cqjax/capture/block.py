@@ -1,0 +1,162 @@
+"""A block: the sites that share one weight, and the bias added to their outputs. One solve."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from cqjax.capture.matrix_form import Layout, Lookup
+from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
+from cqjax.capture.views import View
+from cqjax.capture.walk import Bias, Site
+from cqjax.linalg import gram
+
+Solver = Literal["dual", "primal", "diagonal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Sites with the same weight W (and bias b), seen as one product [X, h][W; b] = Z.
+
+    The rows of X are those of all sites and trips; h is 1 in the rows of sites that add b. B counts
+    the weights that are solved for side by side: groups, ensemble members, layers scanned over.
+
+    Attributes:
+      sites: the sites, in the order of the program.
+      solver: "dual" (captures rows), "primal" (captures XᵀX) or "diagonal" (a lookup: counts).
+      bias: the view added to the outputs; None if there is none.
+      shapes: shapes of the parameters involved.
+      exact: whether the loss uses these parameters in these sites only, so that their gradient
+        is XᵀZ̄.
+    """
+
+    sites: tuple[Site, ...]
+    solver: Solver
+    bias: Bias | None
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    exact: bool
+
+    @property
+    def view(self) -> View:
+        """The weight."""
+        return self.sites[0].view
+
+    @property
+    def name(self) -> str:
+        """The weight's path; several, joined by +, where parameters are concatenated."""
+        return " + ".join(self.view.paths)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all parameters that the block's update covers."""
+        return tuple(path for path, _ in self.shapes)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return math.prod(length for _, length in self.view.loops) * self._packed[0]
+
+    @property
+    def rows(self) -> int:
+        """n, over all sites and trips."""
+        return sum(site.shared_trips * site.form.output.shape[1] for site in self.sites)
+
+    @property
+    def features(self) -> int:
+        """d, without the homogeneous coordinate."""
+        return self._packed[1]
+
+    @property
+    def outputs(self) -> int:
+        """o."""
+        return self._packed[2]
+
+    @property
+    def _packed(self) -> tuple[int, ...]:
+        return self.sites[0].form.weight.shape
+
+    def flops(self, solver: Solver) -> float:
+        """Floating-point operations that a solver adds to the layer's own.
+
+        Dual: XXᵀ, its factorisation, and a solve of Z̄; the product with Xᵀ is the weight
+        gradient's. Primal: XᵀX, its factorisation, and a solve of the gradient.
+        """
+        n, d, o = self.rows, self.features + (self.bias is not None), self.outputs
+        if solver == "diagonal":
+            return self.batch * (n + d * o)
+        if solver == "dual":
+            return self.batch * (2 * n * n * d + n**3 / 3 + 2 * n * n * o)
+        return self.batch * (2 * n * d * d + d**3 / 3 + 2 * d * d * o)
+
+    def relative_flops(self) -> float:
+        """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
+        own = 6 * self.batch * self.rows * self.features * self.outputs
+        return self.flops(self.solver) / own
+
+    def homogeneous(self, site: Site) -> bool:
+        """Whether the block's bias is added to the outputs of `site`."""
+        return self.bias is not None and site.bias is not None
+
+    def weight_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """W of the parameters' arrays: (B, d, o)."""
+        return self._pack(self.view, self.sites[0].form.weight, arrays)
+
+    def bias_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """b of the parameters' arrays: (B, o)."""
+        assert self.bias is not None
+        return self._pack(self.bias.view, self.bias.layout, arrays)
+
+    def scatter(self, weight: jax.Array, bias: jax.Array | None) -> dict[str, jax.Array]:
+        """Arrays of the parameters' shapes that hold W: (B, d, o) and b: (B, o), else zeros."""
+        shapes = dict(self.shapes)
+        layout = self.sites[0].form.weight
+        arrays = self.view.transpose(_unpack(self.view, layout, weight), shapes)
+        if bias is not None and self.bias is not None:
+            view, layout = self.bias.view, self.bias.layout
+            arrays |= view.transpose(_unpack(view, layout, bias), shapes)
+        return arrays
+
+    @staticmethod
+    def _pack(view: View, layout: Layout, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        operand = view(arrays).reshape(-1, *view.shape)
+        packed = jax.vmap(layout.pack)(operand)
+        return packed.reshape(-1, *layout.shape[1:])
+
+    def statistic(self, site: Site, x: jax.Array, dz: jax.Array) -> Statistic:
+        """What one trip of a site contributes: its rows, or its additive second moment."""
+        form = site.form
+        if isinstance(form, Lookup):
+            return Counts(form.counts(x, gram.accumulator(site.z[1])))
+        rows = form.rows(x)
+        h = jnp.ones(rows.shape[:2], rows.dtype) if self.homogeneous(site) else None
+        if self.solver == "dual":
+            return Rows(rows, form.output.pack(dz), h)
+        return Gram(gram.inner(rows, h))
+
+    def scanned(self, site: Site, level: int) -> bool:
+        """Whether a statistic has an axis for the loop at `level`, rather than a sum over it."""
+        return self.solver == "dual" or level in dict(site.view.loops)
+
+    def fold(self, site: Site, statistic: Statistic) -> Statistic:
+        """A site's statistic with the axes of the loops around it folded into B and n."""
+        stacked = [level for level, _ in site.view.loops]
+        loops = len(site.loops)
+        shared = [level for level in range(loops) if level not in stacked]
+        order = (*stacked, loops, *shared, loops + 1)
+
+        def fold(value: jax.Array) -> jax.Array:
+            if isinstance(statistic, Rows):
+                value = value.transpose(*order, *range(loops + 2, value.ndim))
+                return value.reshape(self.batch, -1, *value.shape[loops + 2 :])
+            return value.reshape(self.batch, *value.shape[len(stacked) + 1 :])
+
+        return jax.tree.map(fold, statistic)
+
+
+def _unpack(view: View, layout: Layout, matrix: jax.Array) -> jax.Array:
+    trips = matrix.reshape(-1, *layout.shape)
+    operand = jax.vmap(lambda m: layout.unpack(m, view.shape))(trips)
+    return operand.reshape(*(length for _, length in view.loops), *view.shape)

@@ -1,0 +1,102 @@
+"""What one evaluation of the loss captured: a pytree that crosses `jit`, `vmap` and `scan`."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from cqjax.capture.block import Block
+from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
+from cqjax.linalg import gram
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["sites", "gradients"], meta_fields=["block"]
+)
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """What was captured for the sites that share one weight.
+
+    Attributes:
+      sites: a `Rows`, `Gram` or `Counts` for each site.
+      gradients: the gradients of the parameters involved, as `value_and_grad` returned them: by
+        them a transformation can tell whether its updates are still the gradient.
+      block: the sites' static description.
+    """
+
+    sites: tuple[Statistic, ...]
+    gradients: dict[str, jax.Array]
+    block: Block
+
+    def rows(self) -> Rows | None:
+        """The rows of all sites, one site after the other; None where rows were not captured."""
+        sites = [site for site in self.sites if isinstance(site, Rows)]
+        if len(sites) < len(self.sites):
+            return None
+        if len(sites) == 1:
+            return sites[0]
+        if self.block.bias is not None:
+            sites = [
+                dataclasses.replace(s, h=jnp.zeros_like(s.x[..., 0])) if s.h is None else s
+                for s in sites
+            ]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *sites)
+
+    def second_moment(self) -> jax.Array | None:
+        """Sum over the sites of XᵀX, (B, d, d), or with the bias [X, h]ᵀ[X, h], (B, d+1, d+1).
+
+        None for a lookup, whose second moment is diagonal: see `counts`.
+        """
+        bias = self.block.bias is not None
+        total = None
+        for site, described in zip(self.sites, self.block.sites, strict=True):
+            if isinstance(site, Counts):
+                return None
+            own = self.block.homogeneous(described)
+            xx = site.xx if isinstance(site, Gram) else gram.inner(site.x, site.h)
+            if bias and not own:
+                xx = jnp.pad(xx, ((0, 0), (0, 1), (0, 1)))
+            total = xx if total is None else total + xx
+        return total
+
+    def counts(self) -> jax.Array | None:
+        """Sum over the sites of a lookup's counts, (B, d); None for a product."""
+        counts = [site.counts for site in self.sites if isinstance(site, Counts)]
+        return sum(counts[1:], counts[0]) if counts else None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["batch_size"]
+)
+@dataclasses.dataclass(frozen=True)
+class Captures(Mapping[str, tuple[Capture, ...]]):
+    """Everything that one evaluation captured, by the parameter's path.
+
+    `captures["params/Dense_0/kernel"]` holds each `Capture` in which the parameter takes part:
+    one, unless slices of it are the weights of several products.
+
+    Attributes:
+      blocks: a `Capture` for each weight.
+      batch_size: N, the number of terms that the loss averages over; None where `value_and_grad`
+        could not infer it.
+    """
+
+    blocks: tuple[Capture, ...]
+    batch_size: int | None
+
+    def __getitem__(self, path: str) -> tuple[Capture, ...]:
+        """The captures in which the parameter at `path` takes part."""
+        found = tuple(capture for capture in self.blocks if path in capture.block.paths)
+        if not found:
+            raise KeyError(path)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """The paths of all covered parameters."""
+        return iter(dict.fromkeys(p for capture in self.blocks for p in capture.block.paths))
+
+    def __len__(self) -> int:
+        """The number of covered parameters."""
+        return len(list(iter(self)))

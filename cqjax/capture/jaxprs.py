@@ -1,0 +1,66 @@
+"""The one place that knows how JAX represents a traced program.
+
+JAX changes jaxprs between releases (0.11 merged `ClosedJaxpr` into `Jaxpr` and dropped scan's
+`num_carry`), so everything here is read off public `jax.extend.core` types and abstract values.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+
+class Scan(NamedTuple):
+    """How a scan equation splits its operands and results."""
+
+    consts: int
+    carry: int
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """`(jaxpr, constants)` of an open or closed jaxpr."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def scan_arity(eqn: core.JaxprEqn) -> Scan:
+    """Number of constants and carries of a scan equation.
+
+    A scanned operand or result has one axis more outside the body than inside; nothing else has.
+    """
+    body, _ = opened(eqn.params["jaxpr"])
+    carry = _same_rank(eqn.outvars, body.outvars)
+    return Scan(_same_rank(eqn.invars, body.invars) - carry, carry)
+
+
+def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
+
+
+def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on `inputs`, whatever its primitive.
+
+    Going through `jaxpr_as_fun` keeps the equation's name stack and context, and leaves the
+    unpacking of custom derivative rules to JAX.
+    """
+    operands = {v: x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)}
+    kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+    jaxpr = core.Jaxpr([], list(operands), kept, [eqn], eqn.effects)
+    results = iter(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*operands.values()))
+    return [None if isinstance(v, core.DropVar) else next(results) for v in eqn.outvars]
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's operand is a constant written into the equation."""
+    return isinstance(atom, core.Literal)
+
+
+def live_equations(jaxpr: Any, outputs: Sequence[Any]) -> list[bool]:
+    """For each equation, whether one of `outputs` depends on it."""
+    needed = {v for v in outputs if not is_literal(v)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        used = bool(eqn.effects) or any(v in needed for v in eqn.outvars)
+        if used:
+            needed.update(v for v in eqn.invars if not is_literal(v))
+        live.append(used)
+    return live[::-1]

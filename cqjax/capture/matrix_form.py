@@ -1,0 +1,264 @@
+"""Every site as Z = XW, with X: (B, n, d), W: (B, d, o), Z: (B, n, o).
+
+n counts rows (examples x positions), d contracted features, o outputs, and B independent products:
+groups of a convolution, members of an ensemble. A convolution's X is its im2col matrix; a lookup's
+X is one-hot.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+from jax.extend.core import primitives
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an array's axes become those of a matrix form.
+
+    Attributes:
+      sizes: the array is reshaped to these first.
+      groups: for each axis of the matrix form, which of the `sizes` it is the product of.
+    """
+
+    sizes: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix form's shape."""
+        return tuple(math.prod(self.sizes[i] for i in group) for group in self.groups)
+
+    def pack(self, array: jax.Array) -> jax.Array:
+        """The matrix form of an array."""
+        return array.reshape(self.sizes).transpose(self._order).reshape(self.shape)
+
+    def unpack(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The array of `shape` that `pack` turns into `matrix`."""
+        inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
+        permuted = matrix.reshape([self.sizes[i] for i in self._order])
+        return permuted.transpose(inverse).reshape(shape)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return tuple(itertools.chain(*self.groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A `dot_general` whose weight is one of its operands.
+
+    Attributes:
+      weight: layout of the weight operand, (B, d, o).
+      output: layout of the result, (B, n, o).
+      inputs: layout of the other operand, (B, n, d).
+      axes: for each axis of the result, which of `output.sizes` it is made of.
+    """
+
+    weight: Layout
+    output: Layout
+    axes: tuple[tuple[int, ...], ...]
+    inputs: Layout
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """X: (B, n, d)."""
+        return self.inputs.pack(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A `conv_general_dilated` whose kernel is a weight.
+
+    Attributes:
+      window: kernel's spatial shape.
+      options: strides, padding and dilations, per spatial axis.
+      lhs: the input's layout as (batch, feature, *spatial) axes.
+    """
+
+    weight: Layout
+    output: Layout
+    axes: tuple[tuple[int, ...], ...]
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    lhs: tuple[int, ...]
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """The im2col matrix: (B, n, d), d running over the window, then over the channels."""
+        batch, feature, *spatial = self.lhs
+        x = x.transpose(batch, *spatial, feature)
+        edges = zip(self.padding, self.lhs_dilation, strict=True)
+        padded = lax.pad(
+            x,
+            jnp.zeros((), x.dtype),
+            [(0, 0, 0), *((lo, hi, step - 1) for (lo, hi), step in edges), (0, 0, 0)],
+        )
+        positions = self._positions(padded.shape[1:-1])
+        patches = jnp.stack([self._shifted(padded, at, positions) for at in self._offsets()], -2)
+        groups = self.output.shape[0]
+        split = patches.reshape(*patches.shape[:-1], groups, -1)
+        return jnp.moveaxis(split, -2, 0).reshape(groups, self.output.shape[1], -1)
+
+    def _offsets(self) -> list[tuple[int, ...]]:
+        offsets = itertools.product(*map(range, self.window))
+        return [
+            tuple(k * step for k, step in zip(offset, self.rhs_dilation, strict=True))
+            for offset in offsets
+        ]
+
+    def _positions(self, padded: tuple[int, ...]) -> tuple[int, ...]:
+        extents = [(k - 1) * r + 1 for k, r in zip(self.window, self.rhs_dilation, strict=True)]
+        return tuple(
+            (p - e) // s + 1 for p, e, s in zip(padded, extents, self.strides, strict=True)
+        )
+
+    def _shifted(
+        self, padded: jax.Array, at: tuple[int, ...], positions: tuple[int, ...]
+    ) -> jax.Array:
+        stop = [
+            a + (p - 1) * s + 1 for a, p, s in zip(at, positions, self.strides, strict=True)
+        ]
+        return lax.slice(
+            padded,
+            (0, *at, 0),
+            (padded.shape[0], *stop, padded.shape[-1]),
+            (1, *self.strides, 1),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A `gather` of whole rows of a table: X is one-hot, XᵀX the diagonal of counts."""
+
+    weight: Layout
+    output: Layout
+    axes: tuple[tuple[int, ...], ...]
+    dimension_numbers: lax.GatherDimensionNumbers
+    mode: lax.GatherScatterMode
+
+    def counts(self, indices: jax.Array, dtype: Any) -> jax.Array:
+        """How often each row of the table is read: (1, d)."""
+        table = [1] * len(self.weight.sizes)
+        axis = self.dimension_numbers.start_index_map[0]
+        table[axis] = self.weight.sizes[axis]
+
+        def look_up(rows: jax.Array) -> jax.Array:
+            return lax.gather(
+                rows, indices, self.dimension_numbers, (1,) * len(table), mode=self.mode
+            )
+
+        struct = jax.ShapeDtypeStruct(tuple(table), dtype)
+        (counts,) = jax.linear_transpose(look_up, struct)(
+            jnp.ones(jax.eval_shape(look_up, struct).shape, dtype)
+        )
+        return counts.reshape(1, -1)
+
+
+Form = Product | Convolution | Lookup
+
+
+def matrix_form(eqn: core.JaxprEqn, weight: int) -> Form | str:
+    """The matrix form of an equation in which operand number `weight` is a parameter's view.
+
+    Returns:
+      The form, or why the equation is not a product with that operand in the weight's place.
+    """
+    if eqn.primitive is primitives.dot_general_p:
+        return _product(eqn, weight)
+    if eqn.primitive is primitives.conv_general_dilated_p:
+        return _convolution(eqn, weight)
+    if eqn.primitive is primitives.gather_p and weight == 0:
+        return _lookup(eqn)
+    return f"enters `{eqn.primitive.name}`, which is no matrix product"
+
+
+def _product(eqn: core.JaxprEqn, weight: int) -> Form | str:
+    contracting, batching = eqn.params["dimension_numbers"]
+    other = 1 - weight
+    w, x = eqn.invars[weight].aval.shape, eqn.invars[other].aval.shape
+    batch_w, batch_x = tuple(batching[weight]), tuple(batching[other])
+    features_w, features_x = tuple(contracting[weight]), tuple(contracting[other])
+    outputs = _rest(w, batch_w, features_w)
+    rows = _rest(x, batch_x, features_x)
+    z = eqn.outvars[0].aval.shape
+    batch_z = tuple(range(len(batch_w)))
+    first, second = (rows, outputs) if weight == 1 else (outputs, rows)
+    middle = tuple(range(len(batch_z), len(batch_z) + len(first)))
+    last = tuple(range(len(batch_z) + len(first), len(z)))
+    rows_z, outputs_z = (middle, last) if weight == 1 else (last, middle)
+    return Product(
+        weight=Layout(w, (batch_w, features_w, outputs)),
+        output=Layout(z, (batch_z, rows_z, outputs_z)),
+        axes=tuple((i,) for i in range(len(z))),
+        inputs=Layout(x, (batch_x, rows, features_x)),
+    )
+
+
+def _rest(shape: tuple[int, ...], *taken: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(i for i in range(len(shape)) if i not in itertools.chain(*taken))
+
+
+def _convolution(eqn: core.JaxprEqn, weight: int) -> Form | str:
+    if weight != 1:
+        return "is the input of a convolution, not its kernel"
+    if eqn.params["batch_group_count"] != 1:
+        return "is the kernel of a convolution with `batch_group_count`"
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    kernel, z = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    w_sizes, w_axes = _split(kernel, numbers.rhs_spec[0], groups)
+    (group, outputs), features = w_axes[numbers.rhs_spec[0]], w_axes[numbers.rhs_spec[1]]
+    window = [w_axes[i] for i in numbers.rhs_spec[2:]]
+    z_sizes, z_axes = _split(z, numbers.out_spec[1], groups)
+    group_z, outputs_z = z_axes[numbers.out_spec[1]]
+    rows_z = [z_axes[i] for i in (numbers.out_spec[0], *numbers.out_spec[2:])]
+    return Convolution(
+        weight=Layout(w_sizes, ((group,), (*itertools.chain(*window), *features), (outputs,))),
+        output=Layout(z_sizes, ((group_z,), tuple(itertools.chain(*rows_z)), (outputs_z,))),
+        axes=z_axes,
+        window=tuple(kernel[i] for i in numbers.rhs_spec[2:]),
+        strides=tuple(eqn.params["window_strides"]),
+        padding=tuple(tuple(p) for p in eqn.params["padding"]),
+        lhs_dilation=tuple(eqn.params["lhs_dilation"]),
+        rhs_dilation=tuple(eqn.params["rhs_dilation"]),
+        lhs=tuple(numbers.lhs_spec),
+    )
+
+
+def _split(
+    shape: tuple[int, ...], axis: int, groups: int
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Shape with `axis` split into (groups, rest), and the new axes of each old one."""
+    sizes = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+    axes = tuple(
+        (i,) if i < axis else (i, i + 1) if i == axis else (i + 1,) for i in range(len(shape))
+    )
+    return sizes, axes
+
+
+def _lookup(eqn: core.JaxprEqn) -> Form | str:
+    numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    axis = numbers.start_index_map[0] if numbers.start_index_map else 0
+    slices = tuple(1 if i == axis else size for i, size in enumerate(table))
+    if (
+        tuple(numbers.start_index_map) != (axis,)
+        or tuple(numbers.collapsed_slice_dims) != (axis,)
+        or numbers.operand_batching_dims
+        or tuple(eqn.params["slice_sizes"]) != slices
+    ):
+        return "enters a `gather` that does not read whole rows along one axis"
+    z = eqn.outvars[0].aval.shape
+    outputs = tuple(numbers.offset_dims)
+    return Lookup(
+        weight=Layout(table, ((), (axis,), _rest(table, (axis,)))),
+        output=Layout(z, ((), _rest(z, outputs), outputs)),
+        axes=tuple((i,) for i in range(len(z))),
+        dimension_numbers=numbers,
+        mode=eqn.params["mode"],
+    )

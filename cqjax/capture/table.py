@@ -1,0 +1,60 @@
+"""A plan as a table in plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cqjax.capture.block import Block
+    from cqjax.capture.plan import Parameter, Plan
+
+_HEADER = ("parameter", "layer", "sites", "B", "n", "d", "o", "solver", "added FLOPs", "notes")
+_NUMERIC = {"sites", "B", "n", "d", "o", "added FLOPs"}
+
+
+def table(plan: Plan) -> str:
+    """One line for each parameter: its layer, its product's sizes, its solver and cost.
+
+    The sizes are those of Z = XW with X: (B, n, d) and W: (B, d, o). Added FLOPs are relative to
+    the layer's own, forwards and backwards.
+    """
+    rows = [_row(parameter, plan.blocks) for parameter in plan.parameters]
+    widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
+    lines = [_line(row, widths) for row in (_HEADER, tuple("-" * w for w in widths), *rows)]
+    covered = sum(p.status in ("covered", "partly covered") for p in plan.parameters)
+    size = plan.batch_size if plan.batch_size is not None else "not inferred"
+    total = f"{covered} of {len(rows)} parameters covered; batch size {size}"
+    return "\n".join((*lines, total))
+
+
+def _row(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
+    notes = "; ".join(parameter.notes)
+    if parameter.status == "partly covered":
+        notes = f"also {notes}"
+    elif parameter.status != "covered":
+        notes = f"{parameter.status}: {notes}" if notes else parameter.status
+    head, gap = (parameter.path, parameter.layer or "-"), ("",) * (len(_HEADER) - 3)
+    weights = [b for b in blocks if parameter.path in b.view.paths]
+    if not weights:
+        for block in blocks:
+            if parameter.path in block.paths:
+                return (*head, *gap, "; ".join(filter(None, (f"bias of {block.name}", notes))))
+        return (*head, *gap, notes)
+    if len(weights) > 1:
+        return (*head, str(len(weights)), *gap[1:], f"{notes} in slices".strip())
+    (block,) = weights
+    if len(block.view.paths) > 1:
+        others = ", ".join(p for p in block.view.paths if p != parameter.path)
+        notes = "; ".join(filter(None, (f"joined with {others}", notes)))
+    sizes = (block.batch, block.rows, block.features, block.outputs)
+    cost = f"{block.relative_flops():.1%}"
+    return (*head, str(len(block.sites)), *map(str, sizes), block.solver, cost, notes)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    aligned = [
+        cell.rjust(width) if name in _NUMERIC else cell.ljust(width)
+        for name, cell, width in zip(_HEADER, cells, widths, strict=True)
+    ]
+    return "  ".join(aligned).rstrip()

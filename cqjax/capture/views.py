@@ -1,0 +1,140 @@
+"""A parameter as an equation sees it: through transposes, reshapes, slices, concatenations.
+
+A view is linear and copies entries, so an array of the operand's layout is mapped back to the
+parameters by the transpose of the view: a permutation's inverse, or a slice written into zeros.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives
+
+# Operations that move entries and change none of them. Conversions of dtype are identities here:
+# an update travels through a view in its own precision.
+_MOVES = frozenset(
+    {
+        primitives.transpose_p,
+        primitives.reshape_p,
+        primitives.squeeze_p,
+        primitives.rev_p,
+        primitives.slice_p,
+        primitives.concatenate_p,
+    }
+)
+_MOVES_BY_NAME = frozenset({"split", "unstack"})
+_IDENTITIES = frozenset(
+    {
+        primitives.convert_element_type_p,
+        primitives.reduce_precision_p,
+        primitives.copy_p,
+        primitives.name_p,
+        primitives.device_put_p,
+        primitives.sharding_constraint_p,
+    }
+)
+_IDENTITIES_BY_NAME = frozenset({"pvary", "pcast", "mesh_cast", "reshard"})
+_PARTIAL = frozenset({"slice", "split", "unstack"})
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Parameters, moved into an operand's layout.
+
+    Attributes:
+      path: the parameter, where nothing has been moved yet; else None.
+      primitive: the last operation, with its `options` and its operands `args`.
+      output: which of the operation's results this is.
+      shape: shape of one trip's operand: without the axes scanned over.
+      loops: lengths of the scans that slice the parameter, keyed by nesting level. Outside the
+        loops the view has these axes in front.
+    """
+
+    path: str | None
+    shape: tuple[int, ...]
+    primitive: core.Primitive | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    args: tuple["View", ...] = ()
+    output: int = 0
+    loops: tuple[tuple[int, int], ...] = ()
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters' paths, in order of appearance."""
+        if self.path is not None:
+            return (self.path,)
+        return tuple(dict.fromkeys(p for arg in self.args for p in arg.paths))
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """Whether every entry of every parameter is in the view, exactly once."""
+        name = self.primitive.name if self.primitive else ""
+        repeated = len(self.paths) < len(self.args)
+        return name not in _PARTIAL and not repeated and all(arg.whole for arg in self.args)
+
+    def __call__(self, parameters: Mapping[str, jax.Array]) -> jax.Array:
+        """The operand's array, `(*loop lengths, *shape)`, made from arrays of the parameters."""
+        if self.path is not None:
+            return parameters[self.path]
+        if self.primitive is None:  # sliced by one more loop: the array is the same
+            return self.args[0](parameters)
+        move = functools.partial(self.primitive.bind, **dict(self.options))
+        for _ in self.loops:
+            move = jax.vmap(move)
+        result = move(*(arg(parameters) for arg in self.args))
+        return result[self.output] if self.primitive.multiple_results else result
+
+    def transpose(
+        self, operand: jax.Array, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, jax.Array]:
+        """Arrays of the parameters' `shapes` with the operand's entries in place, zeros elsewhere."""
+        structs = {p: jax.ShapeDtypeStruct(shapes[p], operand.dtype) for p in self.paths}
+        (parameters,) = jax.linear_transpose(self, structs)(operand)
+        return parameters
+
+
+def parameter(path: str, shape: tuple[int, ...]) -> View:
+    """The parameter itself."""
+    return View(path, shape)
+
+
+def moved(eqn: core.JaxprEqn, args: list[View | None]) -> list[View] | None:
+    """Views of an equation's results, or None where it does more than move entries.
+
+    Args:
+      eqn: the equation.
+      args: views of its operands; None for an operand that is not one.
+    """
+    if any(arg is None for arg in args) or not args:
+        return None
+    views = [arg for arg in args if arg is not None]
+    if len({v.loops for v in views}) > 1:
+        return None
+    name = eqn.primitive.name
+    if keeps_entries(eqn):
+        return views if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) else None
+    size = sum(v.aval.size for v in eqn.invars)
+    spreads = eqn.primitive is primitives.broadcast_in_dim_p and eqn.outvars[0].aval.size == size
+    if not (eqn.primitive in _MOVES or name in _MOVES_BY_NAME or spreads):
+        return None
+    options = tuple(sorted(eqn.params.items()))
+    loops = views[0].loops
+    return [
+        View(None, out.aval.shape, eqn.primitive, options, tuple(views), i, loops)
+        for i, out in enumerate(eqn.outvars)
+    ]
+
+
+def sliced(view: View, level: int) -> View:
+    """The view that the body of a scan has of an operand scanned over, at nesting `level`."""
+    length, *shape = view.shape
+    return View(None, tuple(shape), None, (), (view,), 0, (*view.loops, (level, length)))
+
+
+def keeps_entries(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation with one operand is an identity, up to dtype and placement."""
+    return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITIES_BY_NAME

@@ -1,0 +1,205 @@
+"""What a transformation is handed, matched with what was captured.
+
+The updates that reach a transformation are the gradient, unless an earlier member of the chain
+changed it. Where a method computes from rows, and not from the updates, this module says what has
+become of the gradient, so that it is not lost.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cqjax.capture.block import Block
+from cqjax.capture.captures import Capture, Captures
+from cqjax.linalg.gram import accumulator
+
+
+class Matrices(NamedTuple):
+    """A block's part of an update.
+
+    Attributes:
+      weight: (B, d, o).
+      bias: (B, o), or None.
+    """
+
+    weight: jax.Array
+    bias: jax.Array | None
+
+
+class Incoming:
+    """Updates by path, checked against the captures."""
+
+    def __init__(self, updates: optax.Updates, captures: Any, method: str):
+        """Matches `updates` with `captures`.
+
+        Args:
+          updates: what the transformation was handed; `optax.MaskedNode`s are left alone.
+          captures: what it was passed as `captures`.
+          method: its name, for errors.
+
+        Raises:
+          ValueError: no captures were passed, or they belong to other parameters.
+          TypeError: they are none.
+        """
+        if captures is None:
+            raise ValueError(
+                f"{method}: no captures were passed. Take the gradient with "
+                "cqjax.value_and_grad, which returns them last, and call "
+                "update(grads, state, params, captures=captures)"
+            )
+        if not isinstance(captures, Captures):
+            raise TypeError(
+                f"{method}: captures is a {type(captures).__name__}; expected the last result of "
+                "cqjax.value_and_grad"
+            )
+        keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_masked)
+        self._paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in keyed]
+        self._leaves = dict(zip(self._paths, (leaf for _, leaf in keyed), strict=True))
+        self.captures = [c for c in captures.blocks if self._concerns(c.block, method)]
+        if captures.batch_size is None and self.captures:
+            raise ValueError(
+                f"{method}: the batch size could not be inferred, since the loss's arguments do "
+                "not share one leading dimension. Pass batch_size= to cqjax.value_and_grad: the "
+                'number of terms that the loss averages over (or loss_reduction="sum")'
+            )
+        self.batch_size = captures.batch_size or 1
+
+    def _concerns(self, block: Block, method: str) -> bool:
+        """Whether the block's weight is among the updates that are not masked."""
+        for path, shape in block.shapes:
+            if path not in self._leaves:
+                raise ValueError(
+                    f"{method}: the captures have a parameter {path}, which is not among the "
+                    f"updates ({', '.join(self._paths)}): they were captured for other parameters"
+                )
+            leaf = self._leaves[path]
+            if not _masked(leaf) and leaf.shape != shape:
+                raise ValueError(
+                    f"{method}: {path} has shape {leaf.shape} in the updates and {shape} in the "
+                    "captures; take both from the same call of cqjax.value_and_grad (and the "
+                    "same jax.vmap)"
+                )
+        masked = {path for path in block.view.paths if _masked(self._leaves[path])}
+        if masked and len(masked) < len(block.view.paths):
+            raise ValueError(
+                f"{method}: of the parameters {', '.join(block.view.paths)}, which form one "
+                f"weight, {', '.join(sorted(masked))} are masked; mask all or none"
+            )
+        return not masked
+
+    def has_bias(self, block: Block) -> bool:
+        """Whether the block's bias is updated together with its weight."""
+        bias = block.bias
+        return bias is not None and not any(_masked(self._leaves[p]) for p in bias.view.paths)
+
+    def is_gradient(self, capture: Capture) -> bool:
+        """Whether the updates are the gradient, as far as tracing can tell: the same arrays."""
+        paths = self._updated(capture.block)
+        return all(self._leaves[path] is capture.gradients[path] for path in paths)
+
+    def changed(self, captures: Sequence[Capture]) -> jax.Array:
+        """Whether any entry of the updates differs from the gradient, () bool."""
+        differ = [
+            jnp.any(self._leaves[path] != capture.gradients[path])
+            for capture in captures
+            for path in self._updated(capture.block)
+        ]
+        return jnp.stack(differ).any()
+
+    def _updated(self, block: Block) -> list[str]:
+        return [path for path in block.paths if not _masked(self._leaves[path])]
+
+    def rounding(self, block: Block) -> float:
+        """The relative rounding error of the block's updates."""
+        return max(float(jnp.finfo(self._leaves[p].dtype).eps) for p in self._updated(block))
+
+    def matrices(self, block: Block) -> Matrices:
+        """The block's part of the updates, in at least float32."""
+        return _matrices(block, self._leaves, self.has_bias(block))
+
+    def gradient(self, capture: Capture) -> Matrices:
+        """The part of the gradient that comes from the block's sites: XᵀZ̄."""
+        block, bias = capture.block, self.has_bias(capture.block)
+        if block.exact:
+            return _matrices(block, capture.gradients, bias)
+        rows = capture.rows()
+        assert rows is not None
+        return product(rows.x, rows.dz, rows.h if bias else None)
+
+    def replaced(self, results: Mapping[int, Matrices]) -> optax.Updates:
+        """The updates, with the results of `self.captures[i]` in the place of its parameters'.
+
+        Entries of a parameter that no block covers keep their update.
+        """
+        leaves = dict(self._leaves)
+        for i, result in results.items():
+            block = self.captures[i].block
+            if not block.view.whole:
+                old = self.matrices(block)
+                result = Matrices(result.weight - old.weight, result.bias)
+            for path, new in block.scatter(result.weight, result.bias).items():
+                kept = path in block.view.paths and not block.view.whole
+                dtype = leaves[path].dtype
+                leaves[path] = (leaves[path] + new if kept else new).astype(dtype)
+        return jax.tree.unflatten(self._tree, [leaves[path] for path in self._paths])
+
+
+def check_number(value: Any, name: str) -> None:
+    """Refuses a Python number that is no damping; values that may be traced are not looked at.
+
+    Raises:
+      ValueError: it is negative, infinite or NaN.
+    """
+    if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value}: expected a finite number, zero or more")
+
+
+def product(x: jax.Array, z: jax.Array, h: jax.Array | None) -> Matrices:
+    """[X, h]ᵀZ of rows x: (B, n, d), z: (B, n, o) and h: (B, n), or XᵀZ where h is None."""
+    x = jnp.where(jnp.isfinite(x), x, 0).astype(z.dtype)
+    weight = jnp.einsum("bnd,bno->bdo", x, z, precision="highest")
+    return Matrices(weight, None if h is None else jnp.einsum("bn,bno->bo", h.astype(z.dtype), z))
+
+
+def decomposed(incoming: Matrices, gradient: Matrices, eps: float) -> tuple[Any, Matrices]:
+    """Splits what came in into a multiple of the gradient and the rest: H = c G + R.
+
+    c: (B,) makes R orthogonal to G, so that a gradient that was only scaled (clipped by its norm)
+    leaves no rest. Entries of R at the level of rounding are zero.
+    """
+    scalar = _inner(incoming, gradient) / jnp.maximum(
+        _inner(gradient, gradient), jnp.finfo(gradient.weight.dtype).tiny
+    )
+
+    def rest(h: jax.Array, g: jax.Array) -> jax.Array:
+        scaled = scalar.reshape(-1, *(1,) * (g.ndim - 1)) * g
+        return jnp.where(abs(h - scaled) > 64 * eps * (abs(h) + abs(scaled)), h - scaled, 0)
+
+    return scalar, Matrices(*(
+        None if h is None or g is None else rest(h, g)
+        for h, g in zip(incoming, gradient, strict=True)
+    ))
+
+
+def _inner(a: Matrices, b: Matrices) -> jax.Array:
+    total = jnp.einsum("bdo,bdo->b", a.weight, b.weight)
+    if a.bias is None or b.bias is None:
+        return total
+    return total + jnp.einsum("bo,bo->b", a.bias, b.bias)
+
+
+def _matrices(block: Block, arrays: Mapping[str, jax.Array], bias: bool) -> Matrices:
+    def exact(array: jax.Array) -> jax.Array:
+        return array.astype(accumulator(array.dtype))
+
+    return Matrices(
+        exact(block.weight_matrix(arrays)), exact(block.bias_matrix(arrays)) if bias else None
+    )
+
+
+def _masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)

@@ -1,0 +1,107 @@
+"""The first extension of NLMS to mini-batches: each row normalised on its own (seed 000, 4.2)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cqjax.capture.captures import Capture, Captures
+from cqjax.linalg.gram import accumulator
+from cqjax.transforms.incoming import Incoming, Matrices, check_number, decomposed, product
+
+
+def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
+    r"""Divides each row's part in the gradient by the row's squared norm.
+
+    With the rows :math:`x_i` of a layer's input (a bias counts as a further, constant feature),
+    the gradient :math:`\bar z_i` with respect to their outputs and :math:`N` the number of terms
+    that the loss averages,
+
+    .. math:: U = N \sum_i \frac{x_i \bar z_i^T}{\lVert x_i \rVert^2 + \epsilon}.
+
+    With one row it equals `scale_by_consequentialism` with :math:`\lambda = \epsilon`. With more,
+    rows that are not orthogonal disturb each other: the paper shows this method in order to show
+    that it is unstable in mini-batches, and it is here for that comparison.
+
+    It needs rows, so take the gradient with `cqjax.value_and_grad(loss_fn, solver="dual")`. What
+    an earlier member of a chain did to the gradient is kept: a scaling scales the update, anything
+    else is added to it unnormalised.
+
+    Args:
+      eps: ε ≥ 0, in units of the squared length of an input row.
+
+    Returns:
+      A transformation whose `update` takes the keyword argument `captures`. Its state is empty.
+
+    Raises:
+      ValueError: `eps` is negative or NaN; in `update`, there are no captures, they hold no rows,
+        belong to other parameters, or the batch size is unknown.
+      TypeError: in `update`, `captures` is something else.
+
+    Examples:
+      >>> import cqjax, jax.numpy as jnp
+      >>> def loss_fn(params, x, y):
+      ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
+      >>> params = {"w": jnp.zeros((2, 1))}
+      >>> x, y = jnp.array([[3.0, 4.0]]), jnp.array([[2.0]])
+      >>> _, grads, captures = cqjax.value_and_grad(loss_fn, solver="dual")(params, x, y)
+      >>> tx = cqjax.scale_by_nlms(eps=0.0)
+      >>> updates, _ = tx.update(grads, tx.init(params), captures=captures)
+      >>> print(x @ (params["w"] - updates["w"]))
+      [[2.]]
+
+    References:
+      Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
+      weight updates over mini-batches (seed 000), Eqs. 49 and 50.
+    """
+    check_number(eps, "eps")
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        *,
+        captures: Captures | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params, extra_args
+        incoming = Incoming(updates, captures, "scale_by_nlms")
+        results = {
+            i: _normalised(incoming, capture, eps) for i, capture in enumerate(incoming.captures)
+        }
+        return incoming.replaced(results), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _normalised(incoming: Incoming, capture: Capture, eps: float) -> Matrices:
+    """The block's update."""
+    block, n = capture.block, incoming.batch_size
+    if block.solver == "diagonal":  # one-hot rows have norm 1
+        return Matrices(n * incoming.matrices(block).weight / (1 + eps), None)
+    rows = capture.rows()
+    if rows is None:
+        raise ValueError(
+            f"scale_by_nlms: the rows of {block.name} were not captured, only their second "
+            'moment; pass solver="dual" to cqjax.value_and_grad'
+        )
+    dtype = accumulator(rows.x.dtype)
+    h = rows.h if incoming.has_bias(block) else None
+    norms = jnp.sum(jnp.square(rows.x.astype(dtype)), -1)
+    if h is not None:
+        norms += jnp.square(h.astype(dtype))
+    scaled = product(rows.x, n * rows.dz.astype(dtype) / (norms + eps)[..., None], h)
+    if block.exact and incoming.is_gradient(capture):
+        return scaled
+    handed = incoming.matrices(block)
+    c, rest = decomposed(handed, incoming.gradient(capture), incoming.rounding(block))
+
+    def total(u: jax.Array, r: jax.Array) -> jax.Array:
+        return c.reshape(-1, *(1,) * (u.ndim - 1)) * u + r
+
+    return jax.tree.map(total, scaled, rest)
