@@ -44,7 +44,10 @@ def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """
     operands = {v: x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)}
     kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
-    jaxpr = core.Jaxpr([], list(operands), kept, [eqn], eqn.effects)
+    names = core.DebugInfo(
+        "cqjax", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept)
+    )
+    jaxpr = core.Jaxpr([], list(operands), kept, [eqn], eqn.effects, names)
     results = iter(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*operands.values()))
     return [None if isinstance(v, core.DropVar) else next(results) for v in eqn.outvars]
 
