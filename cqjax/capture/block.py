@@ -71,7 +71,7 @@ class Block:
 
     @property
     def outputs(self) -> int:
-        """o."""
+        """O."""
         return self._packed[2]
 
     @property
@@ -105,7 +105,7 @@ class Block:
         return self._pack(self.view, self.sites[0].form.weight, arrays)
 
     def bias_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """b of the parameters' arrays: (B, o)."""
+        """B of the parameters' arrays: (B, o)."""
         assert self.bias is not None
         return self._pack(self.bias.view, self.bias.layout, arrays)
 

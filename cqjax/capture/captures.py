@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cqjax.capture.block import Block
 from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
+from cqjax.capture.walk import Site
 from cqjax.linalg import gram
 
 
@@ -30,11 +31,19 @@ class Capture:
     gradients: dict[str, jax.Array]
     block: Block
 
-    def rows(self) -> Rows | None:
-        """The rows of all sites, one site after the other; None where rows were not captured."""
+    def rows(self) -> Rows:
+        """The rows of all sites, one site after the other.
+
+        Raises:
+          ValueError: only their second moment was captured.
+        """
         sites = [site for site in self.sites if isinstance(site, Rows)]
         if len(sites) < len(self.sites):
-            return None
+            raise ValueError(
+                f"the rows of {self.block.name} were not captured, only their second moment; "
+                'pass solver="dual" to cqjax.value_and_grad'
+                + (" (a lookup's rows never are)" if self.block.solver == "diagonal" else "")
+            )
         if len(sites) == 1:
             return sites[0]
         if self.block.bias is not None:
@@ -44,27 +53,21 @@ class Capture:
             ]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *sites)
 
-    def second_moment(self) -> jax.Array | None:
+    def second_moment(self) -> jax.Array:
         """Sum over the sites of XᵀX, (B, d, d), or with the bias [X, h]ᵀ[X, h], (B, d+1, d+1).
 
-        None for a lookup, whose second moment is diagonal: see `counts`.
+        A lookup's is diagonal: its diagonal, (B, d), is returned.
         """
-        bias = self.block.bias is not None
-        total = None
-        for site, described in zip(self.sites, self.block.sites, strict=True):
-            if isinstance(site, Counts):
-                return None
-            own = self.block.homogeneous(described)
-            xx = site.xx if isinstance(site, Gram) else gram.inner(site.x, site.h)
-            if bias and not own:
-                xx = jnp.pad(xx, ((0, 0), (0, 1), (0, 1)))
-            total = xx if total is None else total + xx
-        return total
+        moments = map(self._second_moment, self.sites, self.block.sites)
+        return functools.reduce(jnp.add, moments)
 
-    def counts(self) -> jax.Array | None:
-        """Sum over the sites of a lookup's counts, (B, d); None for a product."""
-        counts = [site.counts for site in self.sites if isinstance(site, Counts)]
-        return sum(counts[1:], counts[0]) if counts else None
+    def _second_moment(self, site: Statistic, described: Site) -> jax.Array:
+        if isinstance(site, Counts):
+            return site.counts
+        xx = site.xx if isinstance(site, Gram) else gram.inner(site.x, site.h)
+        if self.block.bias is not None and not self.block.homogeneous(described):
+            return jnp.pad(xx, ((0, 0), (0, 1), (0, 1)))
+        return xx
 
 
 @functools.partial(
@@ -87,7 +90,11 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
     batch_size: int | None
 
     def __getitem__(self, path: str) -> tuple[Capture, ...]:
-        """The captures in which the parameter at `path` takes part."""
+        """The captures in which the parameter at `path` takes part.
+
+        Raises:
+          KeyError: there are none.
+        """
         found = tuple(capture for capture in self.blocks if path in capture.block.paths)
         if not found:
             raise KeyError(path)

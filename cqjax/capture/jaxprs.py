@@ -33,7 +33,7 @@ def scan_arity(eqn: core.JaxprEqn) -> Scan:
 
 
 def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
+    return sum(len(aval(a).shape) == len(aval(b).shape) for a, b in zip(outer, inner, strict=True))
 
 
 def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -44,12 +44,15 @@ def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """
     operands = {v: x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)}
     kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
-    names = core.DebugInfo(
-        "cqjax", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept)
-    )
+    names = core.DebugInfo("cqjax", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept))
     jaxpr = core.Jaxpr([], list(operands), kept, [eqn], eqn.effects, names)
     results = iter(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*operands.values()))
     return [None if isinstance(v, core.DropVar) else next(results) for v in eqn.outvars]
+
+
+def aval(atom: Any) -> Any:
+    """Shape and dtype of an equation's operand or result."""
+    return atom.aval
 
 
 def is_literal(atom: Any) -> bool:

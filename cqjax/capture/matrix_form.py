@@ -16,6 +16,8 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
+from cqjax.capture.jaxprs import aval
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -122,9 +124,7 @@ class Convolution:
     def _shifted(
         self, padded: jax.Array, at: tuple[int, ...], positions: tuple[int, ...]
     ) -> jax.Array:
-        stop = [
-            a + (p - 1) * s + 1 for a, p, s in zip(at, positions, self.strides, strict=True)
-        ]
+        stop = [a + (p - 1) * s + 1 for a, p, s in zip(at, positions, self.strides, strict=True)]
         return lax.slice(
             padded,
             (0, *at, 0),
@@ -182,12 +182,12 @@ def matrix_form(eqn: core.JaxprEqn, weight: int) -> Form | str:
 def _product(eqn: core.JaxprEqn, weight: int) -> Form | str:
     contracting, batching = eqn.params["dimension_numbers"]
     other = 1 - weight
-    w, x = eqn.invars[weight].aval.shape, eqn.invars[other].aval.shape
+    w, x = aval(eqn.invars[weight]).shape, aval(eqn.invars[other]).shape
     batch_w, batch_x = tuple(batching[weight]), tuple(batching[other])
     features_w, features_x = tuple(contracting[weight]), tuple(contracting[other])
     outputs = _rest(w, batch_w, features_w)
     rows = _rest(x, batch_x, features_x)
-    z = eqn.outvars[0].aval.shape
+    z = aval(eqn.outvars[0]).shape
     batch_z = tuple(range(len(batch_w)))
     first, second = (rows, outputs) if weight == 1 else (outputs, rows)
     middle = tuple(range(len(batch_z), len(batch_z) + len(first)))
@@ -211,7 +211,7 @@ def _convolution(eqn: core.JaxprEqn, weight: int) -> Form | str:
     if eqn.params["batch_group_count"] != 1:
         return "is the kernel of a convolution with `batch_group_count`"
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    kernel, z = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    kernel, z = aval(eqn.invars[1]).shape, aval(eqn.outvars[0]).shape
     w_sizes, w_axes = _split(kernel, numbers.rhs_spec[0], groups)
     (group, outputs), features = w_axes[numbers.rhs_spec[0]], w_axes[numbers.rhs_spec[1]]
     window = [w_axes[i] for i in numbers.rhs_spec[2:]]
@@ -243,7 +243,7 @@ def _split(
 
 
 def _lookup(eqn: core.JaxprEqn) -> Form | str:
-    numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    numbers, table = eqn.params["dimension_numbers"], aval(eqn.invars[0]).shape
     axis = numbers.start_index_map[0] if numbers.start_index_map else 0
     slices = tuple(1 if i == axis else size for i, size in enumerate(table))
     if (
@@ -253,7 +253,7 @@ def _lookup(eqn: core.JaxprEqn) -> Form | str:
         or tuple(eqn.params["slice_sizes"]) != slices
     ):
         return "enters a `gather` that does not read whole rows along one axis"
-    z = eqn.outvars[0].aval.shape
+    z = aval(eqn.outvars[0]).shape
     outputs = tuple(numbers.offset_dims)
     return Lookup(
         weight=Layout(table, ((), (axis,), _rest(table, (axis,)))),

@@ -41,9 +41,7 @@ def zero_probes(blocks: Sequence[Block]) -> Probes:
                 jax.ShapeDtypeStruct(*site.x),
                 jax.ShapeDtypeStruct(*site.z),
             )
-            loops = [
-                length for i, length in enumerate(site.loops) if block.scanned(site, i)
-            ]
+            loops = [length for i, length in enumerate(site.loops) if block.scanned(site, i)]
             probes[site.position] = jax.tree.map(
                 lambda s, loops=loops: jnp.zeros((*loops, *s.shape), s.dtype), one
             )
@@ -120,9 +118,7 @@ class Evaluation:
             return lax.switch(args[0], branches, args[1:], probes)
         body = self._function(params.get("jaxpr", params.get("call_jaxpr")), at, level)
         if eqn.primitive is primitives.remat_p:
-            body = jax.checkpoint(
-                body, prevent_cse=params["prevent_cse"], policy=params["policy"]
-            )
+            body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
         elif eqn.primitive is primitives.jit_p:
             body = _jit(body, params)
         return body(args, probes)
@@ -142,7 +138,9 @@ class Evaluation:
             args[split.consts : split.consts + split.carry],
             args[split.consts + split.carry :],
         )
-        stacked = {p: probes[p] for p in probes if self._taps[p][0].scanned(self._taps[p][1], level)}
+        stacked = {
+            p: probes[p] for p in probes if self._taps[p][0].scanned(self._taps[p][1], level)
+        }
         summed = {p: probe for p, probe in probes.items() if p not in stacked}
 
         def body(carry: list[Any], trip: tuple[list[Any], Probes]) -> tuple[list, list]:
@@ -175,9 +173,7 @@ def _tap(
     def identity(z: jax.Array, x: jax.Array, probe: Statistic) -> jax.Array:
         return z
 
-    identity.defvjp(
-        lambda z, x, probe: (z, x), lambda x, dz: (dz, None, statistic(x, dz))
-    )
+    identity.defvjp(lambda z, x, probe: (z, x), lambda x, dz: (dz, None, statistic(x, dz)))
     return identity(z, x, probe)
 
 

@@ -22,13 +22,13 @@ class _Traced(NamedTuple):
 
     Attributes:
       jaxpr: its closed jaxpr; the inputs are the parameters' leaves, the first output the loss.
-      outputs: tree of its outputs.
+      outputs: its results, as `jax.ShapeDtypeStruct`s.
       paths: paths of the parameters' leaves.
       plan: what is captured of it.
     """
 
     jaxpr: Any
-    outputs: Any
+    outputs: PyTree
     paths: list[str]
     plan: Plan
 
@@ -75,6 +75,8 @@ def value_and_grad(
     Raises:
       ValueError: an argument is not one of those listed; `only` or `skip` selects nothing; two
         parameters have the same path; a parameter is uncovered and `on_uncovered="error"`.
+      TypeError: a parameter is not real floating-point; the loss is not a real scalar, or comes
+        with auxiliary data where `has_aux` says otherwise.
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp
@@ -100,13 +102,14 @@ def value_and_grad(
     @functools.wraps(loss_fn)
     def evaluate(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Captures]:
         traced = trace(params, args, kwargs)
+        _check_loss(traced.outputs, has_aux)
         _report(traced.plan, on_uncovered)
         blocks = traced.plan.blocks
         evaluation = tap.Evaluation(tap.taps(blocks))
 
         def tapped(params: PyTree, probes: tap.Probes) -> Any:
             results = evaluation(traced.jaxpr, jax.tree.leaves(params), probes)
-            return jax.tree.unflatten(traced.outputs, results)
+            return jax.tree.unflatten(jax.tree.structure(traced.outputs), results)
 
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=has_aux)
         value, (grads, statistics) = differentiate(params, tap.zero_probes(blocks))
@@ -151,6 +154,7 @@ def plan(
 
     Raises:
       ValueError: as for `value_and_grad`.
+      TypeError: as for `value_and_grad`.
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp
@@ -180,7 +184,11 @@ def _tracer(
     batch_size: int | None,
     loss_reduction: Literal["mean", "sum"],
 ) -> Callable[[PyTree, tuple, dict], _Traced]:
-    """The part that `value_and_grad` and `plan` have in common: trace, walk, plan."""
+    """The part that `value_and_grad` and `plan` have in common: trace, walk, plan.
+
+    Raises:
+      ValueError: an option is not one of those listed.
+    """
     _check(solver, ("auto", "primal", "dual"), "solver")
     _check(loss_reduction, ("mean", "sum"), "loss_reduction")
     if isinstance(batch_size, int) and batch_size < 1:
@@ -190,7 +198,7 @@ def _tracer(
         keyed, _ = jax.tree_util.tree_flatten_with_path(params)
         keys = [key for key, _ in keyed]
         paths = [path_of(key) for key in keys]
-        _refuse_repeated(paths)
+        _check_parameters(paths, [leaf for _, leaf in keyed])
         jaxpr, outputs, layers = _trace(loss_fn, params, args, kwargs)
         owners = [tuple(path_of((k,)) for k in key[:-1]) for key in keys]
         classes = {
@@ -200,7 +208,7 @@ def _tracer(
         inferred = _leading_dimension((args, kwargs)) if batch_size is None else batch_size
         made = make_plan(
             Walk(jaxpr.jaxpr, paths),
-            {path: leaf.shape for path, (_, leaf) in zip(paths, keyed, strict=True)},
+            {path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)},
             classes,
             only=None if only is None else _sequence(only),
             skip=_sequence(skip),
@@ -228,7 +236,7 @@ def _trace(
 
     with linen.recorded() as layers:
         jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(params, abstract)
-    return jaxpr, jax.tree.structure(shapes), layers
+    return jaxpr, shapes, layers
 
 
 def path_of(key: Sequence[Any]) -> str:
@@ -267,12 +275,34 @@ def _report(plan: Plan, on_uncovered: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _refuse_repeated(paths: Sequence[str]) -> None:
+def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    for path, leaf in zip(paths, leaves, strict=True):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"the parameter {path} has dtype {dtype}; expected a real floating-point one. "
+                "Pass what is not trained as another argument of the loss"
+            )
     repeated = {path for path in paths if paths.count(path) > 1}
     if repeated:
         raise ValueError(
             f"two parameters have the path {min(repeated)!r}: rename one of the keys that lead "
             "to them, so that they differ when joined by '/'"
+        )
+
+
+def _check_loss(outputs: PyTree, has_aux: bool) -> None:
+    if has_aux and not (isinstance(outputs, tuple) and len(outputs) == 2):
+        raise TypeError("has_aux=True: expected the loss to return a pair (loss, aux)")
+    loss = outputs[0] if has_aux else outputs
+    if not isinstance(loss, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"the loss is a {type(loss).__name__}; expected a scalar, or a pair (loss, aux) with "
+            "has_aux=True"
+        )
+    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            f"the loss has shape {loss.shape} and dtype {loss.dtype}; expected a real scalar"
         )
 
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
+from cqjax.capture.jaxprs import aval
+
 # Operations that move entries and change none of them. Conversions of dtype are identities here:
 # an update travels through a view in its own precision.
 _MOVES = frozenset(
@@ -91,7 +93,7 @@ class View:
     def transpose(
         self, operand: jax.Array, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, jax.Array]:
-        """Arrays of the parameters' `shapes` with the operand's entries in place, zeros elsewhere."""
+        """Arrays of the parameters' `shapes` that hold the operand's entries, else zeros."""
         structs = {p: jax.ShapeDtypeStruct(shapes[p], operand.dtype) for p in self.paths}
         (parameters,) = jax.linear_transpose(self, structs)(operand)
         return parameters
@@ -116,15 +118,15 @@ def moved(eqn: core.JaxprEqn, args: list[View | None]) -> list[View] | None:
         return None
     name = eqn.primitive.name
     if keeps_entries(eqn):
-        return views if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) else None
-    size = sum(v.aval.size for v in eqn.invars)
-    spreads = eqn.primitive is primitives.broadcast_in_dim_p and eqn.outvars[0].aval.size == size
+        return views if jnp.issubdtype(aval(eqn.outvars[0]).dtype, jnp.floating) else None
+    size = sum(aval(v).size for v in eqn.invars)
+    spreads = eqn.primitive is primitives.broadcast_in_dim_p and aval(eqn.outvars[0]).size == size
     if not (eqn.primitive in _MOVES or name in _MOVES_BY_NAME or spreads):
         return None
     options = tuple(sorted(eqn.params.items()))
     loops = views[0].loops
     return [
-        View(None, out.aval.shape, eqn.primitive, options, tuple(views), i, loops)
+        View(None, aval(out).shape, eqn.primitive, options, tuple(views), i, loops)
         for i, out in enumerate(eqn.outvars)
     ]
 

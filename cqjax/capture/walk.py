@@ -1,4 +1,4 @@
-"""One abstract walk over a loss's jaxpr: where parameters meet activations, and what else uses them.
+"""One abstract walk over a loss's jaxpr: where parameters meet activations, or anything else.
 
 Every variable gets a tag: a `View` of parameters, a `Spread` (a view broadcast to more axes: a bias
 on its way), an `Output` (a site's result, possibly transposed or reshaped), or nothing. The walk
@@ -14,6 +14,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from cqjax.capture import jaxprs, matrix_form, views
+from cqjax.capture.jaxprs import aval
 from cqjax.capture.matrix_form import Form, Layout
 from cqjax.capture.views import View
 
@@ -90,18 +91,17 @@ class Walk:
     """
 
     def __init__(self, jaxpr: Any, paths: Sequence[str]):
-        """Walks `jaxpr`, whose inputs are the parameters at `paths` and whose first output counts.
+        """Walks `jaxpr`, whose first inputs are parameters and whose first output is the loss.
 
         Args:
           jaxpr: an open jaxpr.
-          paths: a path for each of its inputs.
+          paths: the parameters' paths.
         """
         self.sites: list[Site] = []
         self.uses: dict[str, list[str]] = {path: [] for path in paths}
-        tags = [
-            views.parameter(path, var.aval.shape)
-            for path, var in zip(paths, jaxpr.invars, strict=True)
-        ]
+        tags: list[_Tag] = [None] * len(jaxpr.invars)
+        for i, path in enumerate(paths):
+            tags[i] = views.parameter(path, aval(jaxpr.invars[i]).shape)
         live = jaxprs.live_equations(jaxpr, jaxpr.outvars[:1])
         self._walk(jaxpr, tags, (), (), live)
 
@@ -147,16 +147,15 @@ class Walk:
             return nothing
         if eqn.primitive is primitives.add_p and self._bias(args):
             return nothing
-        entering = [i for i, tag in enumerate(args) if isinstance(tag, View | _Spread)]
+        entering = [(i, tag) for i, tag in enumerate(args) if isinstance(tag, View | _Spread)]
         reason = "is combined with another parameter"
         if len(entering) == 1:
-            (weight,) = entering
+            ((weight, tag),) = entering
             form = matrix_form.matrix_form(eqn, weight)
-            if isinstance(args[weight], View) and not isinstance(form, str):
-                return [self._site(eqn, args[weight], weight, form, position, loops)]
+            if isinstance(tag, View) and not isinstance(form, str):
+                return [self._site(eqn, tag, weight, form, position, loops)]
             reason = form if isinstance(form, str) else "is broadcast before a product"
-        for i in entering:
-            tag = args[i]
+        for _, tag in entering:
             self._use(tag.view if isinstance(tag, _Spread) else tag, reason)
         return nothing
 
@@ -168,14 +167,13 @@ class Walk:
     def _site(
         self,
         eqn: core.JaxprEqn,
-        view: _Tag,
+        view: View,
         weight: int,
         form: Form,
         position: Position,
         loops: tuple[int, ...],
     ) -> _Output:
-        assert isinstance(view, View)
-        x, z = eqn.invars[1 - weight].aval, eqn.outvars[0].aval
+        x, z = aval(eqn.invars[1 - weight]), aval(eqn.outvars[0])
         varying = frozenset(getattr(z, "vma", ()))
         site = Site(
             position=position,
@@ -259,7 +257,7 @@ def _spread(eqn: core.JaxprEqn, tag: View | _Spread) -> _Spread | None:
         return _Spread(view, before)
     if eqn.primitive is not primitives.broadcast_in_dim_p:
         return None
-    sizes = [1] * len(eqn.outvars[0].aval.shape)
+    sizes = [1] * len(aval(eqn.outvars[0]).shape)
     for axis, size in zip(eqn.params["broadcast_dimensions"], before, strict=True):
         sizes[axis] = size
     return _Spread(view, tuple(sizes))
@@ -267,7 +265,7 @@ def _spread(eqn: core.JaxprEqn, tag: View | _Spread) -> _Spread | None:
 
 def _follow(eqn: core.JaxprEqn, tag: _Output, form: Form) -> _Tag:
     """The tag of a site's output after an operation that only moves its entries."""
-    axes, shape = tag.axes, eqn.outvars[0].aval.shape
+    axes, shape = tag.axes, aval(eqn.outvars[0]).shape
     if eqn.primitive is primitives.transpose_p:
         axes = tuple(axes[i] for i in eqn.params["permutation"])
     elif eqn.primitive in (primitives.reshape_p, primitives.squeeze_p):

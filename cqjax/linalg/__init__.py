@@ -1,0 +1,1 @@
+"""Linear algebra on arrays; knows no pytrees and no models."""

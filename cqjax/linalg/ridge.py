@@ -111,5 +111,3 @@ def _attempt(systems: Sequence[System]) -> list[jax.Array]:
 def _damped(system: System) -> jax.Array:
     identity = jnp.eye(system.matrix.shape[-1], dtype=system.matrix.dtype)
     return system.matrix + system.damping[:, None, None] * identity
-
-

@@ -1,0 +1,1 @@
+"""Optax transformations that choose updates by captures; none imports Flax or another."""

@@ -26,7 +26,7 @@ class ScaleByConsequentialismState(NamedTuple):
         and if that failed too, the layer kept its plain update.
     """
 
-    count: jax.Array
+    count: chex.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     fallbacks: jax.Array
 
 
@@ -100,12 +100,12 @@ def scale_by_consequentialism(
 
     def update(
         updates: optax.Updates,
-        state: ScaleByConsequentialismState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         captures: Captures | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByConsequentialismState]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         incoming = Incoming(updates, captures, "scale_by_consequentialism")
         dampings = (_at(damping, state.count), _at(relative_damping, state.count))
@@ -203,9 +203,7 @@ def _dual(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> 
     return _Problem(_system(capture.block, xx, dz, bias, damping, relative), update)
 
 
-def _dual_of_changed(
-    incoming: Incoming, capture: Capture, damping: Any, relative: Any
-) -> _Problem:
+def _dual_of_changed(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
     """U = N (XᵀX + λI)⁻¹ H for H = c G + R: the dual for G, Woodbury's identity for the rest R.
 
     (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ.
@@ -218,7 +216,7 @@ def _dual_of_changed(
     h = rows.h if bias else None
     dz = rows.dz.astype(gram.accumulator(rows.dz.dtype))
     moved = jnp.einsum("bnd,bdo->bno", rows.x.astype(dz.dtype), rest.weight, precision="highest")
-    if rest.bias is not None:
+    if h is not None and rest.bias is not None:
         moved += h[..., None] * rest.bias[:, None]
 
     def update(solution: ridge.Solution) -> Matrices:
@@ -242,7 +240,7 @@ def _diagonal(incoming: Incoming, capture: Capture, damping: Any, relative: Any)
     """U = N H / (counts + λ), row by row: a lookup's XᵀX is the diagonal of counts."""
     block = capture.block
     weight = incoming.matrices(block).weight
-    counts = capture.counts()
+    counts = capture.second_moment()
     damping += relative * ridge.mean_eigenvalue(counts.sum(-1), block.rows, block.features)
     divisor = (counts + jnp.asarray(damping, counts.dtype).reshape(-1, 1))[..., None]
     return Matrices(jnp.where(divisor > 0, incoming.batch_size * weight / divisor, weight), None)

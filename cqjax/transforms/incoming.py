@@ -69,7 +69,11 @@ class Incoming:
         self.batch_size = captures.batch_size or 1
 
     def _concerns(self, block: Block, method: str) -> bool:
-        """Whether the block's weight is among the updates that are not masked."""
+        """Whether the block's weight is among the updates that are not masked.
+
+        Raises:
+          ValueError: the updates are of other parameters, or have a part of the weight only.
+        """
         for path, shape in block.shapes:
             if path not in self._leaves:
                 raise ValueError(
@@ -127,7 +131,6 @@ class Incoming:
         if block.exact:
             return _matrices(block, capture.gradients, bias)
         rows = capture.rows()
-        assert rows is not None
         return product(rows.x, rows.dz, rows.h if bias else None)
 
     def replaced(self, results: Mapping[int, Matrices]) -> optax.Updates:
@@ -179,10 +182,7 @@ def decomposed(incoming: Matrices, gradient: Matrices, eps: float) -> tuple[Any,
         scaled = scalar.reshape(-1, *(1,) * (g.ndim - 1)) * g
         return jnp.where(abs(h - scaled) > 64 * eps * (abs(h) + abs(scaled)), h - scaled, 0)
 
-    return scalar, Matrices(*(
-        None if h is None or g is None else rest(h, g)
-        for h, g in zip(incoming, gradient, strict=True)
-    ))
+    return scalar, jax.tree.map(rest, incoming, gradient)
 
 
 def _inner(a: Matrices, b: Matrices) -> jax.Array:

@@ -63,12 +63,12 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
 
     def update(
         updates: optax.Updates,
-        state: optax.EmptyState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         captures: Captures | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         incoming = Incoming(updates, captures, "scale_by_nlms")
         results = {
@@ -85,11 +85,6 @@ def _normalised(incoming: Incoming, capture: Capture, eps: float) -> Matrices:
     if block.solver == "diagonal":  # one-hot rows have norm 1
         return Matrices(n * incoming.matrices(block).weight / (1 + eps), None)
     rows = capture.rows()
-    if rows is None:
-        raise ValueError(
-            f"scale_by_nlms: the rows of {block.name} were not captured, only their second "
-            'moment; pass solver="dual" to cqjax.value_and_grad'
-        )
     dtype = accumulator(rows.x.dtype)
     h = rows.h if incoming.has_bias(block) else None
     norms = jnp.sum(jnp.square(rows.x.astype(dtype)), -1)

@@ -1,0 +1,42 @@
+# `make demo` and `make test` set everything up themselves: Python >= 3.11, pip and make suffice.
+# Another interpreter: `make test PYTHON=python3.12` (its environment is kept apart).
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+VENV ?= .venv/$(VERSION)
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+LOCK := $(wildcard requirements/$(VERSION).txt)
+
+.PHONY: demo test lint types tests lock clean
+
+demo: $(READY)  ## train by SGD, Adam and C-SGD on real data: a table and a picture
+	$(BIN)/python -m experiments quickstart $(ARGS)
+
+test: lint types tests  ## everything that CI runs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lock:  ## renew requirements/pythonX.Y.txt from the ranges in pyproject.toml
+	rm -rf $(VENV) requirements/$(VERSION).txt
+	$(MAKE) $(READY) LOCK=
+	$(BIN)/pip freeze --exclude-editable > requirements/$(VERSION).txt
+
+clean:
+	rm -rf .venv results
+
+$(READY): pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cqjax needs Python 3.11 or newer; $(PYTHON) is $(VERSION)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet \
+	  $(if $(LOCK),--constraint $(LOCK)) --editable '.[dev]'
+	touch $@

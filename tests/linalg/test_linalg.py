@@ -1,0 +1,82 @@
+"""Gram matrices and damped solves against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cqjax.linalg import gram, ridge
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_gram(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 7)), dtype)
+    h = jnp.asarray([[1, 1, 0, 1, 0]] * 2, dtype)
+    full = np.concatenate([np.asarray(x, np.float64), np.asarray(h, np.float64)[..., None]], -1)
+    for rows, coordinate in ((full[..., :-1], None), (full, h)):
+        for got, want in (
+            (gram.outer(x, coordinate), rows @ rows.transpose(0, 2, 1)),
+            (gram.inner(x, coordinate), rows.transpose(0, 2, 1) @ rows),
+        ):
+            assert got.dtype == jnp.float32
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def system(seed, size, outputs, batch=1, rank=None, damping=0.1):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(batch, size, rank or 2 * size))
+    matrix = x @ x.transpose(0, 2, 1)
+    trace = np.trace(matrix, axis1=1, axis2=2)
+    right = rng.normal(size=(batch, size, outputs))
+    arrays = (matrix, np.full(batch, damping), trace / size, right)
+    return ridge.System(*(jnp.asarray(a, jnp.float32) for a in arrays))
+
+
+def exact(system, damping):
+    matrix = np.asarray(system.matrix, np.float64)
+    eye = np.asarray(damping)[:, None, None] * np.eye(matrix.shape[-1])
+    return np.linalg.solve(matrix + eye, np.asarray(system.right, np.float64))
+
+
+def test_systems_of_all_shapes_are_solved_in_place():
+    shapes = [(4, 1), (3, 2), (4, 3), (1, 1)]
+    systems = [system(i, size, i + 1, batch) for i, (size, batch) in enumerate(shapes)]
+    solutions, fallbacks = ridge.solve(systems)
+    assert fallbacks == 0
+    for s, solution in zip(systems, solutions, strict=True):
+        np.testing.assert_allclose(solution.value, exact(s, s.damping), rtol=1e-4, atol=1e-5)
+        assert not solution.failed
+
+
+def test_equal_shapes_are_factorised_together():
+    systems = [system(i, 4, 2) for i in range(5)] + [system(9, 3, 2)]
+    text = jax.jit(lambda s: ridge.solve(s)[0][0].value).lower(systems).as_text()
+    assert text.count("lapack_spotrf_ffi") + text.count("stablehlo.cholesky") <= 4
+
+
+def test_a_failed_system_is_repaired_alone():
+    good, singular = system(0, 4, 2), system(1, 4, 2, rank=1, damping=-1e-3)
+    (first, second), fallbacks = ridge.solve([good, singular])
+    np.testing.assert_allclose(first.value, exact(good, good.damping), rtol=1e-4, atol=1e-5)
+    raised = np.asarray(singular.damping) + ridge.REPAIR_DAMPING * np.asarray(singular.scale)
+    np.testing.assert_allclose(second.damping, raised, rtol=1e-6)
+    np.testing.assert_allclose(second.value, exact(singular, raised), rtol=1e-3, atol=1e-4)
+    assert fallbacks == 1 and not second.failed
+
+
+def test_a_hopeless_system_gives_its_right_hand_side():
+    hopeless = system(0, 3, 2)
+    hopeless = hopeless._replace(
+        matrix=hopeless.matrix.at[0, 0, 0].set(jnp.nan),
+        right=hopeless.right.at[0, 1, 1].set(jnp.inf),
+    )
+    (solution,), fallbacks = jax.jit(ridge.solve)([hopeless])
+    want = np.asarray(hopeless.right).copy()
+    want[0, 1, 1] = 0
+    np.testing.assert_array_equal(solution.value, want)
+    assert solution.failed and fallbacks == 1
+
+
+def test_no_systems():
+    assert ridge.solve([])[0] == []

@@ -1,0 +1,66 @@
+"""The import rules of the package, and its public names."""
+
+import ast
+import pathlib
+
+import pytest
+
+import cqjax
+
+ROOT = pathlib.Path(cqjax.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+LAYERS = ("linalg", "capture", "transforms", "aliases")
+"""A module may import from its own layer and from those before it."""
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_go_one_way(path):
+    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if layer == "__init__":
+        return
+    for module in imports(path):
+        if module.startswith("cqjax."):
+            assert LAYERS.index(module.split(".")[1]) <= LAYERS.index(layer), module
+        if module.startswith("cqjax.transforms.") and layer == "transforms":
+            assert module.startswith("cqjax.transforms.incoming"), "transforms import one another"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_flax_is_for_its_interceptor_alone(path):
+    if name(path) != "capture/linen.py":
+        assert not any(module.split(".")[0] == "flax" for module in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_only_public_jax(path):
+    for module in imports(path):
+        assert not module.startswith("jax._src") and "._src" not in module
+        assert not module.startswith("jax.interpreters") and module != "jax.core"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_are_one_thing(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_public_names_are_documented():
+    public = {n: v for n, v in vars(cqjax).items() if not n.startswith("_")}
+    objects = [v for v in public.values() if getattr(v, "__module__", "").startswith("cqjax")]
+    assert len(objects) >= 18
+    for thing in objects:
+        doc = thing.__doc__ or ""
+        assert len(doc.splitlines()) > 3, thing

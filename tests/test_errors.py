@@ -1,0 +1,160 @@
+"""Bad input: each error's type, and that it says what was got, expected, and to be done."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cqjax
+
+
+def loss_fn(params, x):
+    return jnp.mean((x @ params["w"]) ** 2)
+
+
+@pytest.fixture
+def args():
+    return {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+
+
+def captured(args, loss=loss_fn, **kwargs):
+    _, grads, captures = cqjax.value_and_grad(loss, **kwargs)(*args)
+    return grads, captures
+
+
+TRANSFORMATIONS = {
+    "scale_by_consequentialism": cqjax.scale_by_consequentialism(),
+    "scale_by_nlms": cqjax.scale_by_nlms(),
+}
+
+
+@pytest.fixture(params=TRANSFORMATIONS)
+def method(request):
+    return request.param, TRANSFORMATIONS[request.param]
+
+
+def test_no_captures(args, method):
+    name, tx = method
+    grads, _ = captured(args)
+    with pytest.raises(ValueError, match=f"{name}: no captures.*captures=captures"):
+        tx.update(grads, tx.init(args[0]), args[0])
+
+
+def test_captures_of_another_kind(args, method):
+    name, tx = method
+    grads, _ = captured(args)
+    with pytest.raises(TypeError, match=f"{name}: captures is a dict; expected"):
+        tx.update(grads, tx.init(args[0]), captures={})
+
+
+def test_captures_of_other_parameters(args, method):
+    name, tx = method
+    _, captures = captured(args, solver="dual")
+    grads = {"kernel": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match=f"{name}: the captures have a parameter w, .*kernel"):
+        tx.update(grads, tx.init(grads), captures=captures)
+
+
+def test_captures_of_other_shapes(args, method):
+    name, tx = method
+    _, captures = captured(args, solver="dual")
+    grads = {"w": jnp.ones((5, 2))}
+    with pytest.raises(ValueError, match=rf"{name}: w has shape \(5, 2\).*\(3, 2\) in the capt"):
+        tx.update(grads, tx.init(grads), captures=captures)
+
+
+def test_captures_of_a_vmapped_call(args, method):
+    name, tx = method
+    fn = cqjax.value_and_grad(loss_fn, solver="dual")
+    _, grads, captures = jax.vmap(fn, in_axes=(None, 0))(args[0], jnp.ones((6, 4, 3)))
+    with pytest.raises(ValueError, match=rf"{name}: w has shape \(6, 3, 2\).*jax.vmap"):
+        tx.update(grads, tx.init(args[0]), captures=captures)
+
+
+def test_a_batch_size_that_cannot_be_inferred(method):
+    name, tx = method
+    args = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)), jnp.ones(7)
+    grads, captures = captured(args, lambda p, x, _: loss_fn(p, x), solver="dual")
+    with pytest.raises(ValueError, match=f"{name}: the batch size could not.*batch_size="):
+        tx.update(grads, tx.init(args[0]), captures=captures)
+
+
+def test_half_a_joined_weight_masked(method):
+    name, tx = method
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+
+    def loss(params, x):
+        return jnp.mean((x @ jnp.concatenate([params["a"], params["b"]], 1)) ** 2)
+
+    grads, captures = captured((params, jnp.ones((4, 3))), loss, solver="dual")
+    masked = optax.masked(tx, {"a": True, "b": False})
+    with pytest.raises(ValueError, match=f"{name}: of the parameters a, b.*b are masked"):
+        masked.update(grads, masked.init(params), captures=captures)
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("argument", ["damping", "relative_damping"])
+def test_bad_damping(argument, damping):
+    with pytest.raises(ValueError, match=rf"^{argument}=.*expected a finite number, zero or more"):
+        cqjax.scale_by_consequentialism(**{argument: damping})
+    for alias in (cqjax.csgd, cqjax.cmomentum, cqjax.cnesterov, cqjax.crmsprop, cqjax.cadam):
+        with pytest.raises(ValueError, match=argument):
+            alias(0.1, **{argument: damping})
+
+
+def test_bad_eps():
+    with pytest.raises(ValueError, match="eps=-1.0"):
+        cqjax.nlms(0.1, eps=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"solver": "fast"}, "solver='fast': expected one of 'auto', 'primal', 'dual'"),
+        ({"loss_reduction": "max"}, "loss_reduction='max': expected one of 'mean', 'sum'"),
+        ({"on_uncovered": "no"}, "on_uncovered='no': expected one of 'fallback', 'warn', 'error'"),
+        ({"batch_size": 0}, "batch_size=0: expected a positive number"),
+    ],
+)
+def test_bad_options(option, message):
+    with pytest.raises(ValueError, match=message):
+        cqjax.value_and_grad(loss_fn, **option)
+
+
+def test_two_parameters_with_one_path():
+    params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((3, 2))}}
+    with pytest.raises(ValueError, match="two parameters have the path 'a/b': rename"):
+        cqjax.plan(lambda p, x: jnp.mean(x @ p["a/b"] @ p["a"]["b"].T))(params, jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_parameters_that_are_not_real(dtype):
+    """As `jax.value_and_grad` does, at trace time and by name."""
+    params = {"layer": {"w": jnp.ones((3, 2), dtype)}}
+
+    def loss(params, x):
+        return jnp.mean(jnp.abs(x @ params["layer"]["w"]) ** 2.0)
+
+    with pytest.raises(TypeError, match=f"layer/w has dtype {jnp.dtype(dtype)}.*floating"):
+        cqjax.value_and_grad(loss)(params, jnp.ones((4, 3)))
+
+
+def test_a_loss_that_is_no_scalar(args):
+    with pytest.raises(TypeError, match=r"shape \(4, 2\).*expected a real scalar"):
+        cqjax.value_and_grad(lambda p, x: x @ p["w"])(*args)
+
+
+def test_auxiliary_results_must_be_announced(args):
+    with pytest.raises(TypeError, match="has_aux=True"):
+        cqjax.value_and_grad(lambda p, x: (loss_fn(p, x), x))(*args)
+    with pytest.raises(TypeError, match="has_aux=True.*pair"):
+        cqjax.value_and_grad(loss_fn, has_aux=True)(*args)
+
+
+def test_numpy_is_as_good_as_jax(args):
+    params, x = jax.tree.map(np.asarray, args)
+    loss, grads, _ = cqjax.value_and_grad(loss_fn)(params, x)
+    want = jax.value_and_grad(loss_fn)(*args)
+    np.testing.assert_allclose(loss, want[0])
+    np.testing.assert_allclose(grads["w"], want[1]["w"])

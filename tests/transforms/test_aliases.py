@@ -1,0 +1,155 @@
+"""The aliases are the chains that they say they are, and compose with Optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cqjax
+
+ALIASES = {
+    "csgd": (cqjax.csgd(0.1, 0.02), optax.sgd(0.1)),
+    "cmomentum": (cqjax.cmomentum(0.1, 0.8, 0.02), optax.sgd(0.1, 0.8)),
+    "cnesterov": (cqjax.cnesterov(0.1, 0.8, 0.02), optax.sgd(0.1, 0.8, nesterov=True)),
+    "crmsprop": (cqjax.crmsprop(0.1, 0.8, 1e-6, 0.02), optax.rmsprop(0.1, 0.8, 1e-6)),
+    "cadam": (cqjax.cadam(0.1, 0.8, 0.9, 1e-6, 0.02), optax.adam(0.1, 0.8, 0.9, 1e-6)),
+}
+
+
+def loss_fn(params, x, y):
+    return jnp.mean(jnp.sum((jnp.tanh(x @ params["a"]) @ params["c"] - y) ** 2, -1))
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(5, 4)), "c": rng.normal(size=(4, 2)), "b": rng.normal(size=3)}
+    x, y = rng.normal(size=(3, 5)), rng.normal(size=(3, 2))
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x, y))
+
+
+def run(tx, data, steps=3):
+    params, x, y = data
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, captures=captures)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+def assert_close(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def by_hand(rule, data, steps=3):
+    """Preconditions with NumPy in float64, then applies Optax's own rule."""
+    params, x, y = data
+    state = rule.init(params)
+    for _ in range(steps):
+        grads = jax.grad(loss_fn)(params, x, y)
+        inputs = {"a": x, "c": jnp.tanh(x @ params["a"])}
+        for key, rows in inputs.items():
+            a = np.asarray(rows, np.float64)
+            xx = a.T @ a + 0.02 * np.eye(a.shape[1])
+            grads[key] = jnp.asarray(3 * np.linalg.solve(xx, grads[key]), jnp.float32)
+        updates, state = rule.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_alias(name, data):
+    ours, rule = ALIASES[name]
+    assert_close(run(ours, data)[0], by_hand(rule, data))
+
+
+def test_nlms(data):
+    params, x, y = data
+    fn = cqjax.value_and_grad(loss_fn, solver="dual")
+    _, grads, captures = fn(params, x, y)
+    tx, scale = cqjax.nlms(0.1, 0.01), cqjax.scale_by_nlms(0.01)
+    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    direction, _ = scale.update(grads, scale.init(params), captures=captures)
+    assert_close(updates, jax.tree.map(lambda u: -0.1 * u, direction))
+
+
+def test_learning_rates_can_be_schedules(data):
+    tx = cqjax.csgd(optax.linear_schedule(0.0, 0.1, 1))
+    params, _ = run(tx, data, steps=1)
+    assert_close(params, data[0])
+
+
+def test_masked_parameters_are_left_alone(data):
+    mask = {"a": True, "b": False, "c": False}
+    tx = optax.masked(cqjax.scale_by_consequentialism(0.02), mask)
+    params, x, y = data
+    _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
+    updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
+    full = cqjax.scale_by_consequentialism(0.02)
+    whole, _ = full.update(grads, full.init(params), params, captures=captures)
+    np.testing.assert_allclose(updates["a"], whole["a"], rtol=1e-5)
+    np.testing.assert_array_equal(updates["c"], grads["c"])
+
+
+def test_a_masked_bias_is_no_coordinate():
+    """A bias that another transformation updates is not solved for with its weight."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 2))), "b": jnp.zeros(2)}
+    x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+
+    def loss(params, x):
+        return jnp.mean(jnp.sum((x @ params["w"] + params["b"]) ** 2, -1))
+
+    tx = optax.partition(
+        {"ours": cqjax.scale_by_consequentialism(0.1), "plain": optax.identity()},
+        {"w": "ours", "b": "plain"},
+    )
+    for solver in ("dual", "primal"):
+        _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x)
+        updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
+        want = 3 * np.linalg.solve(x.T @ x + 0.1 * np.eye(4), grads["w"])
+        np.testing.assert_allclose(updates["w"], want, rtol=1e-4)
+        np.testing.assert_array_equal(updates["b"], grads["b"])
+
+
+def test_inject_hyperparams(data):
+    tx = optax.inject_hyperparams(cqjax.csgd)(0.1, damping=0.02)
+    params, state = run(tx, data)
+    assert_close(params, run(cqjax.csgd(0.1, 0.02), data)[0])
+    assert state.hyperparams["damping"] == np.float32(0.02)
+
+
+def test_apply_if_finite_and_gradient_clipping(data):
+    plain = run(cqjax.csgd(0.1, 0.02), data)[0]
+    guarded = optax.apply_if_finite(cqjax.csgd(0.1, 0.02), 3)
+    assert_close(run(guarded, data)[0], plain)
+    unclipped = optax.chain(optax.clip_by_global_norm(1e9), cqjax.csgd(0.1, 0.02))
+    assert_close(run(unclipped, data)[0], plain)
+    after = optax.chain(cqjax.scale_by_consequentialism(0.02), optax.clip(0.01), optax.sgd(1.0))
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), run(after, data, 1)[0], data[0])
+    assert max(jax.tree.leaves(moved)) <= 0.0101
+
+
+def test_unknown_extra_arguments_are_ignored(data):
+    params, x, y = data
+    _, grads, captures = cqjax.value_and_grad(loss_fn, solver="dual")(params, x, y)
+    for tx in (cqjax.scale_by_consequentialism(), cqjax.scale_by_nlms()):
+        tx.update(grads, tx.init(params), params, captures=captures, value=1.0)
+
+
+def test_state_does_not_change_its_structure(data):
+    params, x, y = data
+    tx = cqjax.cadam(0.1)
+    state = tx.init(params)
+    _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
+    _, after = jax.jit(lambda: tx.update(grads, state, params, captures=captures))()
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
