@@ -115,6 +115,8 @@ def test_bad_eps():
         ({"loss_reduction": "max"}, "loss_reduction='max': expected one of 'mean', 'sum'"),
         ({"on_uncovered": "no"}, "on_uncovered='no': expected one of 'fallback', 'warn', 'error'"),
         ({"batch_size": 0}, "batch_size=0: expected a positive number"),
+        ({"batch_size": np.int64(0)}, "batch_size=0: expected a positive number"),
+        ({"batch_size": 4, "loss_reduction": "sum"}, "leaves no use for batch_size="),
     ],
 )
 def test_bad_options(option, message):
@@ -158,3 +160,24 @@ def test_numpy_is_as_good_as_jax(args):
     want = jax.value_and_grad(loss_fn)(*args)
     np.testing.assert_allclose(loss, want[0])
     np.testing.assert_allclose(grads["w"], want[1]["w"])
+
+
+def test_within_shard_map(args):
+    """Its statistics would be one device's: refused, with the way to do it."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+
+    def gradient(params, x):
+        return cqjax.value_and_grad(loss_fn)(params, x)[1]
+
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    with pytest.raises(ValueError, match="within jax.shard_map over data.*NamedSharding"):
+        jax.jit(mapped)(*args)
+
+
+def test_activations_with_sharded_types(args):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(args[1], jax.sharding.PartitionSpec("data"))
+        with pytest.raises(ValueError, match="^w meets an activation whose type is sharded.*Auto"):
+            jax.jit(cqjax.value_and_grad(loss_fn))(args[0], x)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from cqjax.capture.matrix_form import Layout, Lookup
+from cqjax.capture.sites import Bias, Site
 from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
 from cqjax.capture.views import View
-from cqjax.capture.walk import Bias, Site
 from cqjax.linalg import gram
 
 Solver = Literal["dual", "primal", "diagonal"]
@@ -56,7 +56,7 @@ class Block:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """The number B of weights solved for side by side."""
         return math.prod(length for _, length in self.view.loops) * self._packed[0]
 
     @property
@@ -71,7 +71,7 @@ class Block:
 
     @property
     def outputs(self) -> int:
-        """O."""
+        """The number o of outputs."""
         return self._packed[2]
 
     @property
@@ -96,16 +96,12 @@ class Block:
         own = 6 * self.batch * self.rows * self.features * self.outputs
         return self.flops(self.solver) / own
 
-    def homogeneous(self, site: Site) -> bool:
-        """Whether the block's bias is added to the outputs of `site`."""
-        return self.bias is not None and site.bias is not None
-
     def weight_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """W of the parameters' arrays: (B, d, o)."""
+        """The weight, of the parameters' arrays: (B, d, o)."""
         return self._pack(self.view, self.sites[0].form.weight, arrays)
 
     def bias_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """B of the parameters' arrays: (B, o)."""
+        """The bias, of the parameters' arrays: (B, o)."""
         assert self.bias is not None
         return self._pack(self.bias.view, self.bias.layout, arrays)
 
@@ -131,7 +127,9 @@ class Block:
         if isinstance(form, Lookup):
             return Counts(form.counts(x, gram.accumulator(site.z[1])))
         rows = form.rows(x)
-        h = jnp.ones(rows.shape[:2], rows.dtype) if self.homogeneous(site) else None
+        h = None
+        if self.bias is not None:
+            h = jnp.full(rows.shape[:2], site.bias is not None, rows.dtype)
         if self.solver == "dual":
             return Rows(rows, form.output.pack(dz), h)
         return Gram(gram.inner(rows, h))

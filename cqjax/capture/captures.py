@@ -2,15 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cqjax.capture.block import Block
 from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
-from cqjax.capture.walk import Site
 from cqjax.linalg import gram
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """A parameter's path: the keys that lead to it in its tree, joined by "/"."""
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
 @functools.partial(
@@ -46,11 +51,6 @@ class Capture:
             )
         if len(sites) == 1:
             return sites[0]
-        if self.block.bias is not None:
-            sites = [
-                dataclasses.replace(s, h=jnp.zeros_like(s.x[..., 0])) if s.h is None else s
-                for s in sites
-            ]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *sites)
 
     def second_moment(self) -> jax.Array:
@@ -58,21 +58,16 @@ class Capture:
 
         A lookup's is diagonal: its diagonal, (B, d), is returned.
         """
-        moments = map(self._second_moment, self.sites, self.block.sites)
-        return functools.reduce(jnp.add, moments)
-
-    def _second_moment(self, site: Statistic, described: Site) -> jax.Array:
-        if isinstance(site, Counts):
-            return site.counts
-        xx = site.xx if isinstance(site, Gram) else gram.inner(site.x, site.h)
-        if self.block.bias is not None and not self.block.homogeneous(described):
-            return jnp.pad(xx, ((0, 0), (0, 1), (0, 1)))
-        return xx
+        return functools.reduce(jnp.add, map(_second_moment, self.sites))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["batch_size"]
-)
+def _second_moment(site: Statistic) -> jax.Array:
+    if isinstance(site, Counts):
+        return site.counts
+    return site.xx if isinstance(site, Gram) else gram.inner(site.x, site.h)
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Captures(Mapping[str, tuple[Capture, ...]]):
     """Everything that one evaluation captured, by the parameter's path.
@@ -87,7 +82,7 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
     """
 
     blocks: tuple[Capture, ...]
-    batch_size: int | None
+    batch_size: int | jax.Array | None
 
     def __getitem__(self, path: str) -> tuple[Capture, ...]:
         """The captures in which the parameter at `path` takes part.
@@ -106,4 +101,4 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
 
     def __len__(self) -> int:
         """The number of covered parameters."""
-        return len(list(iter(self)))
+        return len(set(self))

@@ -60,13 +60,14 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, core.Literal)
 
 
-def live_equations(jaxpr: Any, outputs: Sequence[Any]) -> list[bool]:
-    """For each equation, whether one of `outputs` depends on it."""
-    needed = {v for v in outputs if not is_literal(v)}
-    live = []
+def needed_results(jaxpr: Any, needed: Sequence[bool]) -> list[list[bool]]:
+    """For each equation, on which of its results the `needed` results of the jaxpr depend."""
+    wanted = {
+        v for v, need in zip(jaxpr.outvars, needed, strict=True) if need and not is_literal(v)
+    }
+    results = []
     for eqn in reversed(jaxpr.eqns):
-        used = bool(eqn.effects) or any(v in needed for v in eqn.outvars)
-        if used:
-            needed.update(v for v in eqn.invars if not is_literal(v))
-        live.append(used)
-    return live[::-1]
+        results.append([v in wanted for v in eqn.outvars])
+        if any(results[-1]):
+            wanted.update(v for v in eqn.invars if not is_literal(v))
+    return results[::-1]

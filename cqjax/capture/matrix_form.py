@@ -77,9 +77,15 @@ class Convolution:
     """A `conv_general_dilated` whose kernel is a weight.
 
     Attributes:
-      window: kernel's spatial shape.
-      options: strides, padding and dilations, per spatial axis.
-      lhs: the input's layout as (batch, feature, *spatial) axes.
+      weight: layout of the kernel, (B, d, o).
+      output: layout of the result, (B, n, o).
+      axes: for each axis of the result, which of `output.sizes` it is made of.
+      window: the kernel's spatial shape.
+      strides: of the window, along each spatial axis.
+      padding: before and after each spatial axis of the input.
+      lhs_dilation: of the input, along each spatial axis.
+      rhs_dilation: of the kernel, along each spatial axis.
+      lhs: which axes of the input are (batch, feature, *spatial).
     """
 
     weight: Layout
@@ -135,7 +141,15 @@ class Convolution:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """A `gather` of whole rows of a table: X is one-hot, XᵀX the diagonal of counts."""
+    """A `gather` of whole rows of a table: X is one-hot, XᵀX the diagonal of counts.
+
+    Attributes:
+      weight: layout of the table, (B, d, o).
+      output: layout of the result, (B, n, o).
+      axes: for each axis of the result, which of `output.sizes` it is made of.
+      dimension_numbers: the equation's.
+      mode: what the equation does with indices out of bounds.
+    """
 
     weight: Layout
     output: Layout
@@ -189,9 +203,8 @@ def _product(eqn: core.JaxprEqn, weight: int) -> Form | str:
     rows = _rest(x, batch_x, features_x)
     z = aval(eqn.outvars[0]).shape
     batch_z = tuple(range(len(batch_w)))
-    first, second = (rows, outputs) if weight == 1 else (outputs, rows)
-    middle = tuple(range(len(batch_z), len(batch_z) + len(first)))
-    last = tuple(range(len(batch_z) + len(first), len(z)))
+    split = len(batch_z) + len(rows if weight == 1 else outputs)
+    middle, last = tuple(range(len(batch_z), split)), tuple(range(split, len(z)))
     rows_z, outputs_z = (middle, last) if weight == 1 else (last, middle)
     return Product(
         weight=Layout(w, (batch_w, features_w, outputs)),

@@ -19,8 +19,8 @@ from jax.sharding import Sharding
 
 from cqjax.capture import jaxprs
 from cqjax.capture.block import Block
+from cqjax.capture.sites import Position, Site
 from cqjax.capture.statistics import Statistic
-from cqjax.capture.walk import Position, Site
 
 Probes = dict[Position, Statistic]
 Taps = Mapping[Position, tuple[Block, Site]]
@@ -54,6 +54,7 @@ class Evaluation:
     def __init__(self, taps: Taps):
         """Prepares the evaluation of a program with sites at the positions in `taps`."""
         self._taps = taps
+        self._bodies = {at[:i] for at in taps for i in range(1, len(at))}
 
     def __call__(
         self,
@@ -86,7 +87,8 @@ class Evaluation:
             args = [read(atom) for atom in eqn.invars]
             if at in self._taps:
                 results = self._site(eqn, args, *self._taps[at], probes[at])
-            elif inner := {p: probe for p, probe in probes.items() if p[: len(at)] == at}:
+            elif at in self._bodies:
+                inner = {p: probe for p, probe in probes.items() if p[: len(at)] == at}
                 results = self._inside(eqn, args, inner, at, level)
             else:
                 results = jaxprs.evaluate(eqn, args)
@@ -98,9 +100,6 @@ class Evaluation:
     ) -> list[Any]:
         (z,) = jaxprs.evaluate(eqn, args)
         x = args[site.operand]
-        if site.varying:
-            axes = tuple(site.varying)
-            probe = jax.tree.map(lambda p: lax.pcast(p, axes, to="varying"), probe)
         return [_tap(lambda x, dz: block.statistic(site, x, dz), z, x, probe)]
 
     def _inside(
@@ -185,7 +184,7 @@ def _jit(body: Callable[..., Any], params: Mapping[str, Any]) -> Callable[..., A
         return kept if any(kept) else None
 
     body.__name__ = params["name"]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"compiler_options": dict(params["compiler_options_kvs"]) or None}
     if inputs := placed(params["in_shardings"]):
         options["in_shardings"] = (inputs, None)
     if outputs := placed(params["out_shardings"]):

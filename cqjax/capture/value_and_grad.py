@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cqjax.capture import linen, tap
-from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.captures import Capture, Captures, path_of
 from cqjax.capture.plan import Plan, Selector, make_plan
 from cqjax.capture.walk import Walk
 
@@ -41,13 +41,15 @@ def value_and_grad(
     skip: Selector | Sequence[Selector] = (),
     on_uncovered: Literal["fallback", "warn", "error"] = "fallback",
     solver: Literal["auto", "primal", "dual"] = "auto",
-    batch_size: int | None = None,
+    batch_size: int | jax.Array | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
 ) -> Callable[..., tuple[Any, PyTree, Captures]]:
     """`jax.value_and_grad` with respect to the first argument, and what it met on the way.
 
     The function returned calls `loss_fn` as it is, once, and differentiates it in one backward
-    pass. At every product Z = XW of an activation and a parameter it also captures what a solve
+    pass. Call it under `jax.jit`, with the update: each call traces the loss anew, and a
+    transformation that meets the very arrays of the gradient need not compute them. At every
+    product Z = XW of an activation and a parameter it also captures what a solve
     for the effect of ΔW on Z needs: the rows of X and Z̄ = ∂L/∂Z, or XᵀX.
 
     Args:
@@ -63,9 +65,9 @@ def value_and_grad(
         ("warn"), or refuse ("error").
       solver: "dual" captures rows, "primal" XᵀX; "auto" what costs less, for each weight. A
         lookup's XᵀX is diagonal in any case.
-      batch_size: N, the number of terms that the loss averages over. By default the leading
-        dimension that all arrays in `args` and `kwargs` have in common (random keys and scalars
-        aside).
+      batch_size: N, the number of terms that the loss averages over; an integer, or a scalar
+        array (the number of examples that a mask leaves, say). By default the leading dimension
+        that all arrays in `args` and `kwargs` have in common (random keys and scalars aside).
       loss_reduction: "sum" if the loss adds its terms up: N is 1 then.
 
     Returns:
@@ -85,8 +87,8 @@ def value_and_grad(
       >>> params = {"w": jnp.zeros((3, 1))}
       >>> x, y = jnp.eye(2, 3), jnp.array([[1.0], [2.0]])
       >>> loss, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
-      >>> print(loss, grads["w"].ravel())
-      1.25 [-0.5 -1.   0. ]
+      >>> print(loss, grads["w"][:2].ravel())
+      1.25 [-0.5 -1. ]
       >>> (capture,) = captures["w"]
       >>> rows = capture.rows()
       >>> print(jnp.allclose(rows.x[0].T @ rows.dz[0], grads["w"]))
@@ -109,7 +111,8 @@ def value_and_grad(
 
         def tapped(params: PyTree, probes: tap.Probes) -> Any:
             results = evaluation(traced.jaxpr, jax.tree.leaves(params), probes)
-            return jax.tree.unflatten(jax.tree.structure(traced.outputs), results)
+            structure = jax.tree.structure(traced.outputs)
+            return jax.tree.unflatten(structure, map(jnp.asarray, results))
 
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=has_aux)
         value, (grads, statistics) = differentiate(params, tap.zero_probes(blocks))
@@ -133,7 +136,7 @@ def plan(
     only: Selector | Sequence[Selector] | None = None,
     skip: Selector | Sequence[Selector] = (),
     solver: Literal["auto", "primal", "dual"] = "auto",
-    batch_size: int | None = None,
+    batch_size: int | jax.Array | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
 ) -> Callable[..., Plan]:
     """What `value_and_grad` with the same arguments captures, and what it costs.
@@ -181,7 +184,7 @@ def _tracer(
     only: Selector | Sequence[Selector] | None,
     skip: Selector | Sequence[Selector],
     solver: Literal["auto", "primal", "dual"],
-    batch_size: int | None,
+    batch_size: int | jax.Array | None,
     loss_reduction: Literal["mean", "sum"],
 ) -> Callable[[PyTree, tuple, dict], _Traced]:
     """The part that `value_and_grad` and `plan` have in common: trace, walk, plan.
@@ -191,10 +194,13 @@ def _tracer(
     """
     _check(solver, ("auto", "primal", "dual"), "solver")
     _check(loss_reduction, ("mean", "sum"), "loss_reduction")
-    if isinstance(batch_size, int) and batch_size < 1:
+    if isinstance(batch_size, int | np.integer) and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected a positive number of examples")
+    if batch_size is not None and loss_reduction == "sum":
+        raise ValueError('loss_reduction="sum" leaves no use for batch_size=; pass one of the two')
 
     def trace(params: PyTree, args: tuple, kwargs: dict) -> _Traced:
+        _refuse_manual_axes()
         keyed, _ = jax.tree_util.tree_flatten_with_path(params)
         keys = [key for key, _ in keyed]
         paths = [path_of(key) for key in keys]
@@ -239,11 +245,6 @@ def _trace(
     return jaxpr, shapes, layers
 
 
-def path_of(key: Sequence[Any]) -> str:
-    """A parameter's path: the keys that lead to it, joined by "/"."""
-    return jax.tree_util.keystr(tuple(key), simple=True, separator="/")
-
-
 def _sequence(selectors: Selector | Sequence[Selector]) -> Sequence[Selector]:
     return [selectors] if isinstance(selectors, str | type) else selectors
 
@@ -256,7 +257,7 @@ def _leading_dimension(arguments: PyTree) -> int | None:
         if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
         and leaf.shape
         and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        and not (leaf.dtype == jnp.uint32 and leaf.shape == (2,))
+        and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
     }
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -273,6 +274,16 @@ def _report(plan: Plan, on_uncovered: str) -> None:
     if on_uncovered == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
+
+
+def _refuse_manual_axes() -> None:
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if axes:
+        raise ValueError(
+            f"called within jax.shard_map over {', '.join(map(str, axes))}: it would capture the "
+            "rows of one device only. Call it under jax.jit on arrays with a NamedSharding "
+            "instead; the loss itself may use jax.shard_map"
+        )
 
 
 def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:

@@ -73,10 +73,17 @@ class View:
 
     @functools.cached_property
     def whole(self) -> bool:
-        """Whether every entry of every parameter is in the view, exactly once."""
-        name = self.primitive.name if self.primitive else ""
-        repeated = len(self.paths) < len(self.args)
-        return name not in _PARTIAL and not repeated and all(arg.whole for arg in self.args)
+        """Whether it is plain that every entry of every parameter occurs exactly once."""
+        return not self._partial and self._leaves == len(self.paths)
+
+    @functools.cached_property
+    def _partial(self) -> bool:
+        cuts = self.primitive is not None and self.primitive.name in _PARTIAL
+        return cuts or any(arg._partial for arg in self.args)
+
+    @functools.cached_property
+    def _leaves(self) -> int:
+        return 1 if self.path is not None else sum(arg._leaves for arg in self.args)
 
     def __call__(self, parameters: Mapping[str, jax.Array]) -> jax.Array:
         """The operand's array, `(*loop lengths, *shape)`, made from arrays of the parameters."""
@@ -118,7 +125,7 @@ def moved(eqn: core.JaxprEqn, args: list[View | None]) -> list[View] | None:
         return None
     name = eqn.primitive.name
     if keeps_entries(eqn):
-        return views if jnp.issubdtype(aval(eqn.outvars[0]).dtype, jnp.floating) else None
+        return views
     size = sum(aval(v).size for v in eqn.invars)
     spreads = eqn.primitive is primitives.broadcast_in_dim_p and aval(eqn.outvars[0]).size == size
     if not (eqn.primitive in _MOVES or name in _MOVES_BY_NAME or spreads):
@@ -138,5 +145,6 @@ def sliced(view: View, level: int) -> View:
 
 
 def keeps_entries(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation with one operand is an identity, up to dtype and placement."""
-    return eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITIES_BY_NAME
+    """Whether an equation with one operand is an identity, up to precision and placement."""
+    known = eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITIES_BY_NAME
+    return known and jnp.issubdtype(aval(eqn.outvars[0]).dtype, jnp.floating)

@@ -20,12 +20,14 @@ class System(NamedTuple):
       damping: λ, (B,).
       scale: A's mean eigenvalue, (B,): what a failed solve measures its second damping by.
       right: R, (B, m, o).
+      solvable: () bool, whether a solution with this λ is of use; else λ is raised at once.
     """
 
     matrix: jax.Array
     damping: jax.Array
     scale: jax.Array
     right: jax.Array
+    solvable: jax.Array | bool = True
 
 
 class Solution(NamedTuple):
@@ -64,7 +66,9 @@ def solve(systems: Sequence[System]) -> tuple[list[Solution], jax.Array]:
     if not systems:
         return [], jnp.zeros((), jnp.int32)
     first = _attempt(systems)
-    good = jnp.stack([_finite(s, system) for s, system in zip(first, systems, strict=True)])
+    good = jnp.stack(
+        [_finite(s, system) & system.solvable for s, system in zip(first, systems, strict=True)]
+    )
 
     def accept() -> list[Solution]:
         return [
@@ -87,7 +91,8 @@ def solve(systems: Sequence[System]) -> tuple[list[Solution], jax.Array]:
 
 
 def _finite(solution: jax.Array, system: System) -> jax.Array:
-    return jnp.isfinite(solution).all() & jnp.isfinite(system.matrix).all()
+    arrays = (solution, system.matrix, system.right)
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
 
 
 def _attempt(systems: Sequence[System]) -> list[jax.Array]:
@@ -110,4 +115,4 @@ def _attempt(systems: Sequence[System]) -> list[jax.Array]:
 
 def _damped(system: System) -> jax.Array:
     identity = jnp.eye(system.matrix.shape[-1], dtype=system.matrix.dtype)
-    return system.matrix + system.damping[:, None, None] * identity
+    return system.matrix + system.damping[:, None, None] * identity[None]

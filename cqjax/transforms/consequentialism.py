@@ -12,7 +12,15 @@ from jax import lax
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.linalg import gram, ridge
-from cqjax.transforms.incoming import Incoming, Matrices, check_number, decomposed, product
+from cqjax.transforms.incoming import (
+    Incoming,
+    Matrices,
+    along,
+    check_number,
+    decomposed,
+    finite,
+    product,
+)
 
 Schedule = float | jax.Array | Callable[[chex.Numeric], chex.Numeric]
 
@@ -148,20 +156,22 @@ def _solve(
     """As `_precondition`, told whether the updates may differ from the gradient."""
     results: dict[int, Matrices] = {}
     problems: dict[int, _Problem] = {}
+    fallbacks = jnp.zeros((), jnp.int32)
     for i, capture in enumerate(incoming.captures):
         block = capture.block
         if block.solver == "diagonal":
-            results[i] = _diagonal(incoming, capture, damping, relative)
+            results[i], failed = _diagonal(incoming, capture, damping, relative)
+            fallbacks += failed
         elif block.solver == "primal":
             problems[i] = _primal(incoming, capture, damping, relative)
         elif block.exact and not changed:
             problems[i] = _dual(incoming, capture, damping, relative)
         else:
             problems[i] = _dual_of_changed(incoming, capture, damping, relative)
-    solutions, fallbacks = ridge.solve([problem.system for problem in problems.values()])
+    solutions, repaired = ridge.solve([problem.system for problem in problems.values()])
     for (i, problem), solution in zip(problems.items(), solutions, strict=True):
         results[i] = problem.update(solution)
-    return incoming.replaced(results), fallbacks
+    return incoming.replaced(results), fallbacks + repaired
 
 
 def _system(
@@ -210,37 +220,46 @@ def _dual_of_changed(incoming: Incoming, capture: Capture, damping: Any, relativ
     """
     block, bias = capture.block, incoming.has_bias(capture.block)
     handed, n = incoming.matrices(block), incoming.batch_size
-    eps = incoming.rounding(block)
-    c, rest = decomposed(handed, incoming.gradient(capture), eps)
+    scale, rest, present = decomposed(handed, incoming.gradient(capture))
     rows = capture.rows()
     h = rows.h if bias else None
     dz = rows.dz.astype(gram.accumulator(rows.dz.dtype))
     moved = jnp.einsum("bnd,bdo->bno", rows.x.astype(dz.dtype), rest.weight, precision="highest")
     if h is not None and rest.bias is not None:
-        moved += h[..., None] * rest.bias[:, None]
+        moved += h[..., None].astype(dz.dtype) * rest.bias[:, None]
 
     def update(solution: ridge.Solution) -> Matrices:
         of_gradient, of_rest = jnp.split(solution.value, 2, -1)
-        scaled = product(rows.x, c[:, None, None] * n * of_gradient, h)
+        scaled = product(rows.x, along(scale, of_gradient) * n * of_gradient, h)
         spanned = product(rows.x, of_rest, h)
 
         def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
-            shape = (-1, *(1,) * (r.ndim - 1))
-            outside = jnp.where((r == 0).all(), 0, n * (r - s) / solution.damping.reshape(shape))
-            return jnp.where(solution.failed, plain, u + outside)
+            outside = n * (r - s) / along(solution.damping, r)
+            u = u + jnp.where(along(present, r), outside, 0)
+            return jnp.where(solution.failed, plain, u)
 
-        return jax.tree.map(total, scaled, rest, spanned, handed)
+        return jax.tree.map(total, scaled, rest, spanned, finite(handed))
 
     right = jnp.concatenate([dz, moved], -1)
     system = _system(block, gram.outer(rows.x, h), right, bias, damping, relative)
-    return _Problem(system, update)
+    solvable = jnp.all((system.damping > 0) | ~present)
+    return _Problem(system._replace(solvable=solvable), update)
 
 
-def _diagonal(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> Matrices:
-    """U = N H / (counts + λ), row by row: a lookup's XᵀX is the diagonal of counts."""
+def _diagonal(
+    incoming: Incoming, capture: Capture, damping: Any, relative: Any
+) -> tuple[Matrices, jax.Array]:
+    """U = N H / (counts + λ), row by row: a lookup's XᵀX is the diagonal of counts.
+
+    Returns:
+      U, or what is finite of H where U is not; and whether that happened.
+    """
     block = capture.block
-    weight = incoming.matrices(block).weight
-    counts = capture.second_moment()
+    (weight, _), counts = incoming.matrices(block), capture.second_moment()
     damping += relative * ridge.mean_eigenvalue(counts.sum(-1), block.rows, block.features)
-    divisor = (counts + jnp.asarray(damping, counts.dtype).reshape(-1, 1))[..., None]
-    return Matrices(jnp.where(divisor > 0, incoming.batch_size * weight / divisor, weight), None)
+    divisor = counts + along(jnp.broadcast_to(damping, counts.shape[:1]), counts)
+    u = jnp.where(weight == 0, 0, incoming.batch_size * weight / divisor[..., None])
+    failed = ~jnp.isfinite(u).all()
+    return jax.tree.map(
+        lambda u, h: jnp.where(failed, h, u), Matrices(u, None), finite(Matrices(weight, None))
+    ), failed

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from cqjax.capture.block import Block
-from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.captures import Capture, Captures, path_of
 from cqjax.linalg.gram import accumulator
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Matrices(NamedTuple):
@@ -57,7 +59,7 @@ class Incoming:
                 "cqjax.value_and_grad"
             )
         keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_masked)
-        self._paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in keyed]
+        self._paths = [path_of(keys) for keys, _ in keyed]
         self._leaves = dict(zip(self._paths, (leaf for _, leaf in keyed), strict=True))
         self.captures = [c for c in captures.blocks if self._concerns(c.block, method)]
         if captures.batch_size is None and self.captures:
@@ -66,7 +68,7 @@ class Incoming:
                 "not share one leading dimension. Pass batch_size= to cqjax.value_and_grad: the "
                 'number of terms that the loss averages over (or loss_reduction="sum")'
             )
-        self.batch_size = captures.batch_size or 1
+        self.batch_size = 1 if captures.batch_size is None else captures.batch_size
 
     def _concerns(self, block: Block, method: str) -> bool:
         """Whether the block's weight is among the updates that are not masked.
@@ -117,10 +119,6 @@ class Incoming:
     def _updated(self, block: Block) -> list[str]:
         return [path for path in block.paths if not _masked(self._leaves[path])]
 
-    def rounding(self, block: Block) -> float:
-        """The relative rounding error of the block's updates."""
-        return max(float(jnp.finfo(self._leaves[p].dtype).eps) for p in self._updated(block))
-
     def matrices(self, block: Block) -> Matrices:
         """The block's part of the updates, in at least float32."""
         return _matrices(block, self._leaves, self.has_bias(block))
@@ -139,15 +137,14 @@ class Incoming:
         Entries of a parameter that no block covers keep their update.
         """
         leaves = dict(self._leaves)
-        for i, result in results.items():
+        for i, (weight, bias) in results.items():
             block = self.captures[i].block
             if not block.view.whole:
-                old = self.matrices(block)
-                result = Matrices(result.weight - old.weight, result.bias)
-            for path, new in block.scatter(result.weight, result.bias).items():
-                kept = path in block.view.paths and not block.view.whole
-                dtype = leaves[path].dtype
-                leaves[path] = (leaves[path] + new if kept else new).astype(dtype)
+                weight = weight - self.matrices(block).weight
+            for path, new in block.scatter(weight, bias).items():
+                if path in block.view.paths and not block.view.whole:
+                    new += leaves[path].astype(new.dtype)
+                leaves[path] = new.astype(leaves[path].dtype)
         return jax.tree.unflatten(self._tree, [leaves[path] for path in self._paths])
 
 
@@ -162,34 +159,61 @@ def check_number(value: Any, name: str) -> None:
 
 
 def product(x: jax.Array, z: jax.Array, h: jax.Array | None) -> Matrices:
-    """[X, h]ᵀZ of rows x: (B, n, d), z: (B, n, o) and h: (B, n), or XᵀZ where h is None."""
-    x = jnp.where(jnp.isfinite(x), x, 0).astype(z.dtype)
-    weight = jnp.einsum("bnd,bno->bdo", x, z, precision="highest")
-    return Matrices(weight, None if h is None else jnp.einsum("bn,bno->bo", h.astype(z.dtype), z))
+    """[X, h]ᵀZ of rows x: (B, n, d), z: (B, n, o) and h: (B, n), or XᵀZ where h is None.
 
-
-def decomposed(incoming: Matrices, gradient: Matrices, eps: float) -> tuple[Any, Matrices]:
-    """Splits what came in into a multiple of the gradient and the rest: H = c G + R.
-
-    c: (B,) makes R orthogonal to G, so that a gradient that was only scaled (clipped by its norm)
-    leaves no rest. Entries of R at the level of rounding are zero.
+    What is not finite in x counts as zero.
     """
-    scalar = _inner(incoming, gradient) / jnp.maximum(
-        _inner(gradient, gradient), jnp.finfo(gradient.weight.dtype).tiny
-    )
+    x = jnp.where(jnp.isfinite(x), x, 0).astype(z.dtype)
+    weight = jnp.einsum("bnd,bno->bdo", x, z, precision=_HIGHEST)
+    if h is None:
+        return Matrices(weight, None)
+    return Matrices(weight, jnp.einsum("bn,bno->bo", h.astype(z.dtype), z, precision=_HIGHEST))
 
-    def rest(h: jax.Array, g: jax.Array) -> jax.Array:
-        scaled = scalar.reshape(-1, *(1,) * (g.ndim - 1)) * g
-        return jnp.where(abs(h - scaled) > 64 * eps * (abs(h) + abs(scaled)), h - scaled, 0)
 
-    return scalar, jax.tree.map(rest, incoming, gradient)
+class Decomposed(NamedTuple):
+    """H = c G + R, with R orthogonal to the gradient G.
+
+    Attributes:
+      scale: c, (B,).
+      rest: R; zero where there is none.
+      present: (B,) bool, whether there is a rest.
+    """
+
+    scale: jax.Array
+    rest: Matrices
+    present: jax.Array
+
+
+def decomposed(incoming: Matrices, gradient: Matrices) -> Decomposed:
+    """Splits what came in into a multiple of the gradient and the rest.
+
+    A gradient that was only scaled (clipped by its norm, say) leaves a rest at the level of
+    rounding, which counts as none.
+    """
+    squared = _inner(gradient, gradient)
+    scale = jnp.where(squared > 0, _inner(incoming, gradient) / squared, 0)
+    rest = jax.tree.map(lambda h, g: h - along(scale, g) * g, incoming, gradient)
+    rounding = 4 * jnp.finfo(squared.dtype).eps
+    present = ~(_inner(rest, rest) <= rounding**2 * _inner(incoming, incoming))
+    rest = jax.tree.map(lambda r: jnp.where(along(present, r), r, 0), rest)
+    return Decomposed(scale, rest, present)
+
+
+def along(batch: jax.Array, array: jax.Array) -> jax.Array:
+    """Numbers (B,), shaped to go with an array (B, ...)."""
+    return batch.reshape(-1, *(1,) * (array.ndim - 1))
+
+
+def finite(matrices: Matrices) -> Matrices:
+    """The matrices with zeros for entries that are not finite."""
+    return jax.tree.map(lambda a: jnp.where(jnp.isfinite(a), a, 0), matrices)
 
 
 def _inner(a: Matrices, b: Matrices) -> jax.Array:
-    total = jnp.einsum("bdo,bdo->b", a.weight, b.weight)
+    total = jnp.einsum("bdo,bdo->b", a.weight, b.weight, precision=_HIGHEST)
     if a.bias is None or b.bias is None:
         return total
-    return total + jnp.einsum("bo,bo->b", a.bias, b.bias)
+    return total + jnp.einsum("bo,bo->b", a.bias, b.bias, precision=_HIGHEST)
 
 
 def _matrices(block: Block, arrays: Mapping[str, jax.Array], bias: bool) -> Matrices:

@@ -8,7 +8,14 @@ import optax
 
 from cqjax.capture.captures import Capture, Captures
 from cqjax.linalg.gram import accumulator
-from cqjax.transforms.incoming import Incoming, Matrices, check_number, decomposed, product
+from cqjax.transforms.incoming import (
+    Incoming,
+    Matrices,
+    along,
+    check_number,
+    decomposed,
+    product,
+)
 
 
 def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
@@ -90,13 +97,9 @@ def _normalised(incoming: Incoming, capture: Capture, eps: float) -> Matrices:
     norms = jnp.sum(jnp.square(rows.x.astype(dtype)), -1)
     if h is not None:
         norms += jnp.square(h.astype(dtype))
-    scaled = product(rows.x, n * rows.dz.astype(dtype) / (norms + eps)[..., None], h)
+    coefficients = jnp.where(norms + eps > 0, n / (norms + eps), 0)
+    scaled = product(rows.x, coefficients[..., None] * rows.dz.astype(dtype), h)
     if block.exact and incoming.is_gradient(capture):
         return scaled
-    handed = incoming.matrices(block)
-    c, rest = decomposed(handed, incoming.gradient(capture), incoming.rounding(block))
-
-    def total(u: jax.Array, r: jax.Array) -> jax.Array:
-        return c.reshape(-1, *(1,) * (u.ndim - 1)) * u + r
-
-    return jax.tree.map(total, scaled, rest)
+    scale, rest, _ = decomposed(incoming.matrices(block), incoming.gradient(capture))
+    return jax.tree.map(lambda u, r: along(scale, u) * u + r, scaled, rest)

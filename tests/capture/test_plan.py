@@ -223,6 +223,24 @@ NOT_COVERED = {
         {"w": w84, "b": b4},
         {},
     ),
+    "bias of a lookup": (
+        lambda p, x: jnp.mean((p["w"][jnp.arange(3)] + p["b"]) ** 2),
+        {"w": w84, "b": b4},
+        {"b": "enters `add`"},
+    ),
+    "without entries": (
+        lambda p, x: jnp.mean(x @ p["w"]) + jnp.sum(x[:, :0] @ p["z"]),
+        {"w": w84, "z": jnp.ones((0, 4))},
+        {"z": "without entries"},
+    ),
+    "one bias in two layouts": (
+        lambda p, x: (
+            jnp.mean(jnp.tensordot(x, p["w"], 1) + p["b"])
+            + jnp.mean(jnp.tensordot(x, p["w"], 1).transpose(0, 2, 1) + p["b"])
+        ),
+        {"w": jnp.ones((8, 2, 2)), "b": jnp.ones((2, 2))},
+        {"b": "one of several biases"},
+    ),
     "only in the auxiliary output": (
         lambda p, x: jnp.mean(x @ p["w"]) + 0 * jax.lax.stop_gradient(p["b"]).sum(),
         {"w": w84, "b": b4},

@@ -222,7 +222,7 @@ def test_updates(name, solver):
         block = capture.block
         if not block.exact or not block.view.whole:
             continue  # their updates have parts that are no site's: see test_consequentialism
-        size = result.captures.batch_size
+        size = int(result.captures.batch_size)
         for path, update in expected_updates(case, params_np, captures_np, block, size).items():
             np.testing.assert_allclose(updates[path], update, rtol=2e-5, atol=2e-6, err_msg=path)
 

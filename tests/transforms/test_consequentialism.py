@@ -470,3 +470,217 @@ def test_a_lookup_divides_each_row_by_its_count():
     want = 3 * np.asarray(grads["table"]) / (counts[:, None] + 0.5)
     np.testing.assert_allclose(updates["table"], want, rtol=1e-12)
     assert not np.asarray(updates["table"])[3:5].any()
+
+
+# Programs in which the dual would be wrong if the walk took a use for what it is not. With the
+# random update in the gradient's place, the primal and the dual must still be NumPy's.
+
+
+def sq(z):
+    return jnp.mean(jnp.sin(z) ** 2)
+
+
+def _rnn(p, x):
+    def cell(h, row):
+        return jnp.tanh(row @ p["w"] + h), None
+
+    return sq(jax.lax.scan(cell, jnp.broadcast_to(p["b"], (5, 3)), jnp.stack([x, jnp.cos(x)]))[0])
+
+
+def _both_branches(p, x):
+    w = jax.lax.cond(x[0, 0] > 0, lambda a, b: a, lambda a, b: b, p["w"], p["v"])
+    return sq(x @ p["w"]) + sq(x @ p["v"]) + sq(w)
+
+
+TRICKY = {
+    "z is used without its bias": lambda p, x: (lambda z: sq(jnp.tanh(z + p["b"]) + z))(x @ p["w"]),
+    "a penalty on z": lambda p, x: (lambda z: sq(z + p["b"]) + 0.1 * sq(z))(x @ p["w"]),
+    "a learned initial state": _rnn,
+    "a carry that is a parameter": lambda p, x: (
+        sq(x @ p["w"])
+        + sq(jax.lax.scan(lambda c, _: (p["w"], None), jnp.zeros((4, 3)), None, length=2)[0])
+    ),
+    "branches that return parameters": _both_branches,
+    "a bias in parts": lambda p, x: sq((x @ p["w"] + p["c"][:3]) * p["c"][3:]),
+    "a bias that is joined with itself": lambda p, x: sq(
+        jnp.concatenate([x, x], 0)[:5] @ p["u"] + jnp.concatenate([p["b"], p["b"]])
+    ),
+    "rounded": lambda p, x: sq(x @ p["w"] + p["b"].astype(int).astype(x.dtype)),
+    "a scalar added": lambda p, x: sq(x @ p["w"] + p["s"]),
+    "a homogeneous parameter": lambda p, x: sq(x[:, :3] @ p["w"][:3] + p["w"][3]),
+    "a positional parameter": lambda p, x: sq(x @ p["w"] + p["t"]),
+    "kept in float32": lambda p, x: sq(x.astype(jnp.float32) @ p["w"].astype(jnp.float32)),
+    "a dead product": lambda p, x: jax.jit(lambda p, x: (sq(x @ p["w"]), sq(x.T @ x @ p["w"])))(
+        p, x
+    )[0],
+}
+
+
+@pytest.mark.parametrize("solver", ["dual", "primal"])
+@pytest.mark.parametrize("name", TRICKY)
+def test_tricky_programs(name, solver):
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 3), "v": (4, 3), "u": (4, 6), "b": 3, "c": 6, "s": (), "t": (5, 3)}
+    params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in shapes.items()}
+    x, loss = jnp.asarray(rng.normal(size=(5, 4))), TRICKY[name]
+    _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x)
+    want = jax.grad(loss)(params, x)
+    assert_close(grads, jax.tree.map(np.asarray, want), 1e-6)
+    handed = {k: jnp.asarray(rng.normal(size=shape)) for k, shape in shapes.items()}
+    tx = cqjax.scale_by_consequentialism(0.1)
+    for incoming in (grads, handed):
+        updates, _ = tx.update(incoming, tx.init(params), captures=captures)
+        expected = dict(incoming)
+        for capture in captures.blocks:
+            expected |= solved(capture, incoming, solver)
+        assert_close(updates, jax.tree.map(np.asarray, expected))
+
+
+def solved(capture, incoming, solver):
+    """N (X̃ᵀX̃ + λI)⁻¹ H of what was captured, where it was captured whole."""
+    block = capture.block
+    (weight,), bias = block.view.paths, block.bias.view.paths[0] if block.bias else None
+    xx = np.asarray(capture.second_moment()[0])
+    rows = block.view({weight: np.arange(12).reshape(4, 3)})  # which rows of w these are
+    h = np.asarray(incoming[weight])[: len(rows)]
+    if bias:
+        h = np.concatenate([h, np.asarray(incoming[bias])[None]])
+    u = 5 * np.linalg.solve(xx + 0.1 * np.eye(len(xx)), h)
+    result = np.asarray(incoming[weight]).copy()
+    result[: len(rows)] = u[: len(rows)]
+    return {weight: result} | ({bias: u[-1]} if bias else {})
+
+
+@pytest.mark.parametrize(
+    ("view", "shape"),
+    [
+        (lambda w: jnp.concatenate([w, w]), (2, 3)),
+        (lambda w: jnp.concatenate([w[:2], w[1:]]), (3, 3)),
+        (lambda w: jnp.concatenate([jnp.flip(w[:3]), w[:1]]), (5, 3)),
+    ],
+)
+def test_a_weight_with_repeated_entries_keeps_its_gradient(view, shape):
+    x, params = jnp.ones((5, 4)), {"w": jnp.ones(shape)}
+
+    def loss(params, x):
+        return sq(x @ view(params["w"]))
+
+    assert "occurs more than once" in cqjax.plan(loss)(params, x).uncovered()["w"][0]
+    _, grads, captures = cqjax.value_and_grad(loss)(params, x)
+    assert not captures.blocks
+    assert_close(grads, jax.tree.map(np.asarray, jax.grad(loss)(params, x)))
+
+
+def test_a_lookup_and_a_product_of_one_table_conflict():
+    params, x = {"w": jnp.ones((4, 3))}, jnp.ones((5, 4))
+    plan = cqjax.plan(lambda p, x: sq(x @ p["w"]) + sq(p["w"][jnp.array([0, 2])]))(params, x)
+    assert "contract it in different ways" in plan.uncovered()["w"][0]
+
+
+def test_a_skipped_partner_makes_a_weight_inexact():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 3))), "v": jnp.asarray(rng.normal(size=(4, 2)))}
+    x = jnp.asarray(rng.normal(size=(5, 4)))
+
+    def loss(p, x):
+        return sq(x @ p["w"]) + sq(jnp.tanh(x) @ jnp.concatenate([p["w"], p["v"]], 1))
+
+    _, grads, captures = cqjax.value_and_grad(loss, skip="v", solver="dual")(params, x)
+    tx = cqjax.scale_by_consequentialism(0.1)
+    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    a = np.asarray(x)
+    want = 5 * np.linalg.solve(a.T @ a + 0.1 * np.eye(4), np.asarray(grads["w"]))
+    np.testing.assert_allclose(updates["w"], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["dual", "primal"])
+def test_no_damping_and_a_changed_update(solver):
+    """Outside the span of the rows there is no solution: a counted repair, not infinity."""
+    params, x, y = problem(3, 5, 2)
+    updates, state = direction(params, x, y, 0.0, "dual", CHANGES["decayed"])
+    assert state.fallbacks == 1
+    scale = float((np.linalg.svd(np.asarray(x), compute_uv=False) ** 2).mean())
+    incoming = jax.tree.map(np.asarray, CHANGES["decayed"](jax.grad(squared_error)(params, x, y)))
+    assert_close(updates, expected(params, x, y, 1e-2 * scale, incoming))
+
+
+@pytest.mark.parametrize("solver", ["dual", "primal"])
+def test_an_update_that_is_not_finite(solver):
+    params, x, y = problem(3, 5, 2, bias=True)
+    updates, state = direction(
+        params, x, y, 0.1, solver, lambda g: g | {"w": g["w"].at[0, 0].set(jnp.nan)}
+    )
+    assert state.fallbacks == 1
+    grads = jax.grad(squared_error)(params, x, y)
+    np.testing.assert_allclose(updates["b"], grads["b"], rtol=1e-9)
+    np.testing.assert_allclose(updates["w"], grads["w"].at[0, 0].set(0), rtol=1e-9)
+
+
+def test_a_rest_in_the_weight_alone_reaches_the_bias():
+    """What was added to W's gradient only changes b too: they are solved for together."""
+    args = problem(4, 7, 2, bias=True)
+
+    def change(grads):
+        added = jnp.cos(jnp.arange(14.0)).reshape(7, 2)
+        added -= jnp.vdot(added, grads["w"]) / jnp.vdot(grads["w"], grads["w"]) * grads["w"]
+        return grads | {"w": grads["w"] + added}
+
+    incoming = jax.tree.map(np.asarray, change(jax.grad(squared_error)(*args)))
+    updates, _ = direction(*args, 1e-2, "dual", change)
+    assert_close(updates, expected(*args, 1e-2, incoming))
+
+
+def test_nlms_of_a_zero_row_without_eps():
+    params, x, y = problem(3, 5, 2)
+    fn = cqjax.value_and_grad(squared_error, solver="dual")
+    _, grads, captures = fn(params, x.at[1].set(0), y)
+    tx = cqjax.scale_by_nlms(0.0)
+    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    assert np.isfinite(updates["w"]).all() and np.any(updates["w"])
+
+
+def test_a_masked_batch_has_a_traced_size():
+    params, x, y = problem(6, 9, 2)
+    mask = jnp.array([1, 1, 0, 1, 0, 0.0])
+
+    @jax.jit
+    def masked(params, x, y, mask):
+        def loss(params, x, y, mask):
+            errors = jnp.sum((x @ params["w"] - y) ** 2, -1)
+            return 0.5 * jnp.sum(mask * errors) / jnp.sum(mask)
+
+        fn = cqjax.value_and_grad(loss, batch_size=jnp.sum(mask))
+        _, grads, captures = fn(params, x * mask[:, None], y, mask)
+        tx = cqjax.scale_by_consequentialism(1e-2)
+        return tx.update(grads, tx.init(params), captures=captures)[0]
+
+    kept = mask > 0
+    want = expected(params, x[kept], y[kept], 1e-2)
+    assert_close(masked(params, x, y, mask), want)
+
+
+@pytest.mark.parametrize("change", [None, "decayed"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_under_strict_promotion(dtype, change):
+    """No array is broadcast or promoted unless the code says so."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        for solver in ("dual", "primal"):
+            for n, d in ((3, 5), (5, 3)):
+                x, w = jnp.ones((n, d), dtype) / 2, jnp.ones((d, 2), dtype)
+
+                def loss(params, x):
+                    z = x @ params["w"] + params["b"][None]
+                    return jnp.mean(z * z) + jnp.sum(params["e"][jnp.arange(2)])
+
+                params = {"w": w, "b": jnp.ones(2, dtype), "e": jnp.ones((3, 1), dtype)}
+                fn = cqjax.value_and_grad(loss, solver=solver)
+                _, grads, captures = fn(params, x)
+                if change:
+                    grads = jax.tree.map(lambda g: g + jnp.asarray(0.1, dtype), grads)
+                tx = cqjax.csgd(0.1, 0.1, relative_damping=0.01)
+                updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, captures=captures)
+                assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))

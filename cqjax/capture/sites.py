@@ -1,0 +1,54 @@
+"""A site: an equation Z = XW of a loss whose W is a view of parameters."""
+
+import dataclasses
+import math
+from typing import Any
+
+from cqjax.capture.matrix_form import Form, Layout
+from cqjax.capture.views import View
+
+Position = tuple[int, ...]
+"""Where an equation is: its index, after those of the equations (and branches) around it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """A view of a parameter that is added to every row of a site's output.
+
+    Attributes:
+      view: the parameter's entries, as they are added.
+      layout: from the view's array to (B, o).
+    """
+
+    view: View
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """An equation Z = XW whose W is a view of parameters.
+
+    Attributes:
+      position: where the equation is.
+      view: the weight.
+      form: the equation's matrix form, of one trip of the loops around it.
+      loops: lengths of the scans around the equation, outermost first.
+      operand: which of the equation's operands is the activation.
+      x: shape and dtype of the activation.
+      z: shape and dtype of the result.
+      bias: what is added to every row of Z; None if nothing is.
+    """
+
+    position: Position
+    view: View
+    form: Form
+    loops: tuple[int, ...]
+    operand: int
+    x: tuple[tuple[int, ...], Any]
+    z: tuple[tuple[int, ...], Any]
+    bias: Bias | None = None
+
+    @property
+    def shared_trips(self) -> int:
+        """How often the site runs with the same weight."""
+        return math.prod(self.loops) // math.prod(length for _, length in self.view.loops)

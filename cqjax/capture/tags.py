@@ -1,0 +1,112 @@
+"""What the walk knows of a variable: a view, a view on its way to become a bias, a site's output."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jax.extend import core
+from jax.extend.core import primitives
+
+from cqjax.capture import views
+from cqjax.capture.jaxprs import aval
+from cqjax.capture.matrix_form import Form, Layout
+from cqjax.capture.sites import Site
+from cqjax.capture.views import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A view that has been broadcast.
+
+    Attributes:
+      view: what it was.
+      sizes: along each axis of the variable, the view's size, or 1 where it is repeated.
+    """
+
+    view: View
+    sizes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A site's result, possibly with its entries moved.
+
+    Attributes:
+      site: the site's number.
+      axes: for each axis of the variable, which of the sizes in the site's `form.output` it is
+        made of.
+    """
+
+    site: int
+    axes: tuple[tuple[int, ...], ...]
+
+
+Tag = View | Spread | Output | None
+
+
+def follow(eqn: core.JaxprEqn, tag: Tag, sites: Sequence[Site]) -> Tag:
+    """The tag of a result that only moves or repeats its operand's entries; else None."""
+    if isinstance(tag, Output):
+        return _follow_output(eqn, tag, sites[tag.site].form)
+    view, before = (tag, tag.shape) if isinstance(tag, View) else (tag.view, tag.sizes)
+    if views.keeps_entries(eqn):
+        return Spread(view, before)
+    if eqn.primitive is not primitives.broadcast_in_dim_p:
+        return None
+    sizes = [1] * len(aval(eqn.outvars[0]).shape)
+    for axis, size in zip(eqn.params["broadcast_dimensions"], before, strict=True):
+        sizes[axis] = size
+    return Spread(view, tuple(sizes))
+
+
+def _follow_output(eqn: core.JaxprEqn, tag: Output, form: Form) -> Output | None:
+    """The tag of a site's output after an operation that only moves its entries; else None."""
+    axes, shape = tag.axes, aval(eqn.outvars[0]).shape
+    if eqn.primitive is primitives.transpose_p:
+        axes = tuple(axes[i] for i in eqn.params["permutation"])
+    elif eqn.primitive in (primitives.reshape_p, primitives.squeeze_p):
+        if eqn.params.get("dimensions") and eqn.primitive is primitives.reshape_p:
+            axes = tuple(axes[i] for i in eqn.params["dimensions"])
+        regrouped = _regroup([i for axis in axes for i in axis], form.output.sizes, shape)
+        if regrouped is None:
+            return None
+        axes = regrouped
+    elif not views.keeps_entries(eqn):
+        return None
+    return Output(tag.site, axes)
+
+
+def _regroup(
+    factors: list[int], sizes: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Which factors each axis of a reshaped output is made of, or None if it cuts one in two."""
+    remaining = [i for i in factors if sizes[i] != 1]
+    axes = []
+    for size in shape:
+        axis, product = [], 1
+        while product < size and remaining:
+            axis.append(remaining.pop(0))
+            product *= sizes[axis[-1]]
+        if product != size:
+            return None
+        axes.append(tuple(axis))
+    return tuple(axes) if not remaining else None
+
+
+def bias_layout(
+    form: Form, axes: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]
+) -> Layout | None:
+    """Layout (B, o) of a view that is added along output axes only; None if it is no bias."""
+    lengths, (batch, rows, outputs) = form.output.sizes, form.output.groups
+    kept: list[int] = []
+    for axis, size in zip(axes, sizes, strict=True):
+        factors = [i for i in axis if lengths[i] != 1]
+        if all(i in rows for i in factors) and size == 1:
+            continue
+        if any(i in rows for i in factors) or size != math.prod(lengths[i] for i in factors):
+            return None
+        kept += factors
+    groups = [[kept.index(i) for i in group if i in kept] for group in (batch, outputs)]
+    if len(kept) != sum(lengths[i] != 1 for i in (*batch, *outputs)):
+        return None
+    return Layout(tuple(lengths[i] for i in kept), (tuple(groups[0]), tuple(groups[1])))
