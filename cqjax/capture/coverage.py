@@ -34,7 +34,7 @@ def make_blocks(
     uses = {path: list(reasons) for path, reasons in walk.uses.items()}
     taken_sites = []
     for site in walk.sites:
-        if taken.issuperset(site.view.paths):
+        if taken >= set(site.view.paths):
             taken_sites.append(site)
         else:
             _drop(site, "is joined with a parameter that is skipped", uses)

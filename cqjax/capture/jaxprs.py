@@ -42,7 +42,9 @@ def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     Going through `jaxpr_as_fun` keeps the equation's name stack and context, and leaves the
     unpacking of custom derivative rules to JAX.
     """
-    operands = {v: x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)}
+    operands: dict[Any, Any] = {
+        v: x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)
+    }
     kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
     names = core.DebugInfo("cqjax", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept))
     jaxpr = core.Jaxpr([], list(operands), kept, [eqn], eqn.effects, names)

@@ -1,4 +1,4 @@
-"""What the walk knows of a variable: a view, a view on its way to become a bias, a site's output."""
+"""What the walk knows of a variable: a view, a view that may become a bias, a site's output."""
 
 import dataclasses
 import math
@@ -44,7 +44,7 @@ class Output:
 Tag = View | Spread | Output | None
 
 
-def follow(eqn: core.JaxprEqn, tag: Tag, sites: Sequence[Site]) -> Tag:
+def follow(eqn: core.JaxprEqn, tag: View | Spread | Output, sites: Sequence[Site]) -> Tag:
     """The tag of a result that only moves or repeats its operand's entries; else None."""
     if isinstance(tag, Output):
         return _follow_output(eqn, tag, sites[tag.site].form)

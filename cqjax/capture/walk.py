@@ -80,7 +80,7 @@ class Walk:
         moved = views.moved(eqn, [tag if isinstance(tag, View) else None for tag in args])
         if moved is not None:
             return moved
-        if len(args) == 1:
+        if len(args) == 1 and args[0] is not None:
             followed = follow(eqn, args[0], self.sites)
             if followed is not None:
                 return [followed]

@@ -118,9 +118,8 @@ def scale_by_consequentialism(
         incoming = Incoming(updates, captures, "scale_by_consequentialism")
         dampings = (_at(damping, state.count), _at(relative_damping, state.count))
         updates, fallbacks = _precondition(incoming, *dampings)
-        return updates, ScaleByConsequentialismState(
-            optax.safe_increment(state.count), state.fallbacks + fallbacks
-        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, ScaleByConsequentialismState(count, state.fallbacks + fallbacks)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -161,7 +160,7 @@ def _solve(
         block = capture.block
         if block.solver == "diagonal":
             results[i], failed = _diagonal(incoming, capture, damping, relative)
-            fallbacks += failed
+            fallbacks += failed.astype(jnp.int32)
         elif block.solver == "primal":
             problems[i] = _primal(incoming, capture, damping, relative)
         elif block.exact and not changed:

@@ -37,12 +37,16 @@ def problem(n, d, o, *, bias=False, seed=0):
 
 def direction(params, x, y, damping, solver="auto", change=None, **kwargs):
     """U of one layer, and the state; `change` is what happens to the gradient before."""
-    fn = cqjax.value_and_grad(squared_error, solver=solver)
     tx = cqjax.scale_by_consequentialism(damping, **kwargs)
-    _, grads, captures = fn(params, x, y)
-    if change is not None:
-        grads = change(grads)
-    return tx.update(grads, tx.init(params), params, captures=captures)
+
+    @jax.jit
+    def run(params, x, y):
+        _, grads, captures = cqjax.value_and_grad(squared_error, solver=solver)(params, x, y)
+        if change is not None:
+            grads = change(grads)
+        return tx.update(grads, tx.init(params), params, captures=captures)
+
+    return run(params, x, y)
 
 
 def expected(params, x, y, damping, incoming=None):
@@ -91,7 +95,7 @@ def test_equation_63(shape, solver, bias):
     dtype=st.sampled_from([jnp.float64, jnp.float32, jnp.bfloat16]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape_dtype_and_damping(n, d, o, bias, damping, solver, dtype, seed):
     params, x, y = jax.tree.map(lambda a: a.astype(dtype), problem(n, d, o, bias=bias, seed=seed))
     updates, _ = direction(params, x, y, damping, solver)
@@ -509,7 +513,6 @@ TRICKY = {
     "a scalar added": lambda p, x: sq(x @ p["w"] + p["s"]),
     "a homogeneous parameter": lambda p, x: sq(x[:, :3] @ p["w"][:3] + p["w"][3]),
     "a positional parameter": lambda p, x: sq(x @ p["w"] + p["t"]),
-    "kept in float32": lambda p, x: sq(x.astype(jnp.float32) @ p["w"].astype(jnp.float32)),
     "a dead product": lambda p, x: jax.jit(lambda p, x: (sq(x @ p["w"]), sq(x.T @ x @ p["w"])))(
         p, x
     )[0],
