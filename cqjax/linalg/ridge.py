@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import cho_solve
+
+from cqjax.linalg.triangular import inverse_lower
 
 REPAIR_DAMPING = 1e-2
 """Damping of the second attempt, relative to the mean eigenvalue."""
@@ -104,13 +105,18 @@ def _attempt(systems: Sequence[System]) -> list[jax.Array]:
     for members in groups.values():
         damped = [_damped(systems[i]) for i in members]
         factors = jnp.linalg.cholesky(jnp.concatenate(damped), symmetrize_input=True)
-        at = 0
+        inverses, at = inverse_lower(factors), 0
         for i in members:
             size = systems[i].matrix.shape[0]
-            back = jax.vmap(lambda factor, right: cho_solve((factor, True), right))
-            solutions[i] = back(factors[at : at + size], systems[i].right)
+            solutions[i] = _substitute(inverses[at : at + size], systems[i].right)
             at += size
     return [solutions[i] for i in range(len(systems))]
+
+
+def _substitute(inverse: jax.Array, right: jax.Array) -> jax.Array:
+    """(LLᵀ)⁻¹ R, given L⁻¹."""
+    forward = jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("bji,bjo->bio", inverse, forward, precision=lax.Precision.HIGHEST)
 
 
 def _damped(system: System) -> jax.Array:

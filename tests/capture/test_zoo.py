@@ -13,9 +13,8 @@ import cqjax
 
 DAMPING = 1e-2
 SIZE = 7
-# One worker runs all tests of a case, and so evaluates it once.
-NAMES = [pytest.param(c.name, marks=pytest.mark.xdist_group(c.name)) for c in zoo.CASES]
-EXACT = [name for name, c in zip(NAMES, zoo.CASES, strict=True) if not c.low_precision]
+NAMES = [case.name for case in zoo.CASES]
+EXACT = [case.name for case in zoo.CASES if not case.low_precision]
 # One table is read by row and contracted by column: no single solve covers both.
 CONFLICTS = {"params/embed/embedding"}
 

@@ -1,0 +1,37 @@
+"""The command line: one subcommand for each experiment."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from experiments.data import DataError
+from experiments.quickstart import Quickstart
+
+EXPERIMENTS = {"quickstart": Quickstart}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the experiment that the command line names; without a name, print the help.
+
+    Args:
+      args: The command line's arguments; `sys.argv`'s by default.
+
+    Raises:
+      SystemExit: With status 2 and one clear message, if an option or a data file is wrong.
+    """
+    experiment = tyro.extras.subcommand_cli_from_dict(
+        EXPERIMENTS,
+        prog="python -m experiments",
+        description="Experiments with cqjax: each has its own options, see NAME --help.",
+        args=(sys.argv[1:] if args is None else list(args)) or ["--help"],
+    )
+    try:
+        experiment.run()
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

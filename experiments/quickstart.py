@@ -1,0 +1,240 @@
+"""SGD, Adam and C-SGD train the paper's fully-connected network (seed 000, section 5.3)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.progress import TaskID
+
+import cqjax
+from experiments import data, report
+from experiments.models import MLP
+from experiments.training import (
+    History,
+    State,
+    capturing_step,
+    gradient_step,
+    shuffled_batches,
+    train,
+)
+
+LABELS = {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD"}
+DEFAULTS = {  # one epoch; five. The rates are, for each optimizer, the best of those tried
+    "Fashion-MNIST": {
+        "steps": 1875,
+        "sgd_learning_rate": 0.03,
+        "adam_learning_rate": 1e-4,
+        "csgd_learning_rate": 0.05,
+    },
+    "digits": {
+        "steps": 225,
+        "sgd_learning_rate": 0.05,
+        "adam_learning_rate": 2e-4,
+        "csgd_learning_rate": 0.2,
+    },
+}
+MEASURED = 20_000  # the training loss is that of the first so many training images
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train the paper's fully-connected network by SGD, Adam and C-SGD, and compare them.
+
+    All start from the same weights and see the same batches. The data are Fashion-MNIST where its
+    files are found (in --data-dir; else in the folder that the variable CQJAX_DATA_DIR names,
+    where Debian's dataset-fashion-mnist puts them, in the download cache), otherwise the digits
+    that come with scikit-learn. The results are a table, a figure in losses.png, and every number
+    in results.json.
+    """
+
+    optimizers: tuple[Literal["sgd", "adam", "csgd"], ...] = ("sgd", "adam", "csgd")
+    """The optimizers to run, in this order."""
+    steps: int | None = None
+    """Training steps; 1,875 on Fashion-MNIST (one epoch) and 225 on digits (five) if not given."""
+    batch_size: int = 32
+    """Images of a batch."""
+    width: int = 800
+    """Neurons of a hidden layer."""
+    depth: int = 8
+    """Number of hidden layers."""
+    sgd_learning_rate: float | None = None
+    """SGD's learning rate; 0.03 on Fashion-MNIST and 0.05 on digits if not given."""
+    adam_learning_rate: float | None = None
+    """Adam's learning rate; 1e-4 on Fashion-MNIST and 2e-4 on digits if not given."""
+    csgd_learning_rate: float | None = None
+    """C-SGD's, the fraction of the virtual error that a step removes; 0.05 on Fashion-MNIST
+    and 0.2 on digits if not given."""
+    damping: float = 1e-3
+    """C-SGD's damping, lambda in the paper's Eq. 63."""
+    seed: int = 0
+    """Seed of the initial weights and of the batches."""
+    dataset: data.DatasetName = "auto"
+    """The data; auto is Fashion-MNIST where its files are found, digits otherwise."""
+    data_dir: Path | None = None
+    """Folder of Fashion-MNIST's four official files, gzipped or not."""
+    download: bool = False
+    """Fetch Fashion-MNIST's files (30 MB) if they are not found, into --data-dir or the cache."""
+    output: Path = Path("results/quickstart")
+    """Folder for losses.png and results.json."""
+
+    def __post_init__(self):
+        """Refuse values that cannot be meant.
+
+        Raises:
+          ValueError: If there is one; the message names the option.
+        """
+        for name in ("steps", "batch_size", "width", "depth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{_option(name)} must be at least 1, got {value}")
+        for name in ("sgd_learning_rate", "adam_learning_rate", "csgd_learning_rate", "damping"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{_option(name)} must be positive and finite, got {value}")
+        if not self.optimizers or len(set(self.optimizers)) < len(self.optimizers):
+            raise ValueError("--optimizers must name at least one optimizer, and none twice")
+        if self.dataset == "digits" and (self.data_dir or self.download):
+            raise ValueError("--data-dir and --download are for Fashion-MNIST, not for digits")
+
+    def run(self) -> None:
+        """Train by each optimizer and write the results.
+
+        Raises:
+          DataError: If there is no such data set, or its files are bad.
+        """
+        console = Console()
+        dataset = data.load(self.dataset, self.data_dir, self.download)
+        if self.batch_size > len(dataset.train.labels):
+            raise data.DataError(
+                f"--batch-size {self.batch_size} is more than the {len(dataset.train.labels):,} "
+                f"training images of {dataset.name}"
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
+        if dataset.name == "digits" and self.dataset == "auto":
+            console.print("Fashion-MNIST was not found; --download fetches it")
+
+        defaults = DEFAULTS[dataset.name].items()
+        settings = replace(self, **{k: v for k, v in defaults if getattr(self, k) is None})
+        histories, accuracies = _train_all(settings, dataset, console)
+        target = histories["sgd"].train_loss.loss[-1] if "sgd" in histories else None
+        results = {
+            name: _summary(history, accuracies[name], target) for name, history in histories.items()
+        }
+        rows = [_table_row(LABELS[name], result) for name, result in results.items()]
+        report.print_table(console, f"{dataset.name}, batches of {self.batch_size}", rows)
+        measured = min(MEASURED, len(dataset.train.labels))
+        report.plot_losses(
+            self.output / "losses.png",
+            f"{dataset.name}: {self.depth} hidden layers of {self.width}, "
+            f"batches of {self.batch_size}",
+            f"{measured:,} training images;\nfaint: batches, averaged",
+            {
+                f"{LABELS[name]}, rate {getattr(settings, f'{name}_learning_rate'):g}": history
+                for name, history in histories.items()
+            },
+        )
+        report.write_json(
+            self.output / "results.json",
+            {
+                "experiment": "quickstart",
+                "dataset": dataset.summary() | {"images_for_training_loss": measured},
+                "settings": asdict(settings),
+                "environment": report.environment(),
+                "results": results,
+            },
+        )
+        console.print(f"Written: {self.output}/losses.png and {self.output}/results.json")
+
+
+def _train_all(
+    settings: Quickstart, dataset: data.Dataset, console: Console
+) -> tuple[dict[str, History], dict[str, float]]:
+    """Train by each optimizer; return the histories and the test accuracies."""
+    assert settings.steps and settings.sgd_learning_rate
+    assert settings.adam_learning_rate and settings.csgd_learning_rate
+    model: Any = MLP(settings.width, settings.depth, dataset.classes)
+    images, labels = (jnp.asarray(array) for array in dataset.train)
+    weights = model.init(jax.random.key(settings.seed), images[:1])
+    batches = shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps)
+
+    def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = model.apply(params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return (model.apply(params, images).argmax(axis=-1) == labels).mean()
+
+    measure = partial(jax.jit(loss_fn), images=images[:MEASURED], labels=labels[:MEASURED])
+    methods = {
+        "sgd": (gradient_step, optax.sgd(settings.sgd_learning_rate)),
+        "adam": (gradient_step, optax.adam(settings.adam_learning_rate)),
+        "csgd": (
+            capturing_step,
+            cqjax.csgd(settings.csgd_learning_rate, damping=settings.damping),
+        ),
+    }
+    histories, accuracies = {}, {}
+    with report.training_progress(console) as progress:
+        for name in settings.optimizers:
+            make_step, optimizer = methods[name]
+            task = progress.add_task(LABELS[name], total=settings.steps, loss=math.nan, speed=0.0)
+
+            def on_progress(done: int, seconds: float, loss: float, task: TaskID = task) -> None:
+                progress.update(task, completed=done, loss=loss, speed=done / seconds)
+
+            params = jax.tree.map(jnp.copy, weights)  # training donates its buffers
+            state, histories[name] = train(
+                make_step(loss_fn, optimizer),
+                State(params, optimizer.init(params)),
+                (images, labels),
+                batches,
+                measure,
+                on_progress,
+            )
+            accuracies[name] = float(accuracy(state.params, *dataset.test))
+    return histories, accuracies
+
+
+def _summary(history: History, accuracy: float, sgd_loss: float | None) -> dict[str, Any]:
+    """The numbers of one optimizer, as they go into the JSON file."""
+    summary: dict[str, Any] = {
+        "steps": history.train_loss.step[-1],
+        "seconds": history.train_seconds,
+        "seconds_with_compilation": history.compile_seconds + history.train_seconds,
+        "train_loss": history.train_loss.loss[-1],
+        "test_accuracy": accuracy,
+    }
+    if sgd_loss is not None:
+        reached = history.train_loss.first_at_most(sgd_loss)
+        summary["reaches_sgd_loss"] = reached and {"step": reached[0], "seconds": reached[1]}
+    return summary | {"history": asdict(history)}
+
+
+def _table_row(label: str, result: Mapping[str, Any]) -> dict[str, str]:
+    row = {
+        "optimizer": label,
+        "steps": f"{result['steps']:,}",
+        "seconds": f"{result['seconds']:.1f}",
+        "with\ncompiling": f"{result['seconds_with_compilation']:.1f}",
+        "training\nloss": f"{result['train_loss']:.4f}",
+        "test\naccuracy": f"{result['test_accuracy']:.2%}",
+    }
+    if "reaches_sgd_loss" in result:
+        reached = result["reaches_sgd_loss"]
+        row["SGD's final loss\nreached after"] = (
+            f"{reached['step']:,} steps, {reached['seconds']:.1f} s" if reached else "not reached"
+        )
+    return row
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")

@@ -1,0 +1,231 @@
+"""The quick start from its command line to its files, and its SGD against plain NumPy."""
+
+import gzip
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from experiments import data
+from experiments.__main__ import main
+from experiments.models import MLP
+from experiments.report import STYLES
+from experiments.training import shuffled_batches
+
+STEPS, WIDTH, DEPTH, BATCH, RATE = 80, 16, 2, 8, 0.2  # 75 chunks: some of two steps, some of one
+TINY = f"quickstart --dataset digits --width {WIDTH} --depth {DEPTH} --batch-size {BATCH}".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small quick start: its results, its output folder, what it printed."""
+    output = tmp_path_factory.mktemp("quickstart") / "new" / "folder"
+    with redirect_stdout(io.StringIO()) as printed:
+        main([*TINY, f"--steps={STEPS}", f"--sgd-learning-rate={RATE}",
+              "--adam-learning-rate=0.003", f"--output={output}"])  # fmt: skip
+    return json.loads((output / "results.json").read_text()), output, printed.getvalue()
+
+
+def test_the_json_has_every_number(run):
+    results, _, _ = run
+    assert results["dataset"] == {
+        "name": "digits",
+        "source": "scikit-learn",
+        "training_images": 1437,
+        "test_images": 360,
+        "images_for_training_loss": 1437,
+    }
+    assert results["settings"]["steps"] == STEPS
+    assert results["settings"]["sgd_learning_rate"] == RATE
+    assert results["environment"]["versions"]["jax"] == jax.__version__
+    assert results["environment"]["cpu_count"] >= 1
+    assert list(results["results"]) == ["sgd", "adam", "csgd"]
+    for result in results["results"].values():
+        history = result["history"]
+        for curve in (history["batch_loss"], history["train_loss"]):
+            assert len(curve["step"]) == len(curve["seconds"]) == len(curve["loss"])
+            assert curve["step"][-1] == result["steps"] == STEPS
+            assert curve["seconds"][-1] == result["seconds"] > 0
+            assert np.all(np.diff(curve["step"]) > 0) and np.all(np.diff(curve["seconds"]) > 0)
+        assert history["train_loss"]["loss"][-1] == result["train_loss"]
+        assert history["train_loss"]["loss"][-1] < 0.8 * history["train_loss"]["loss"][0]
+        assert len(history["train_loss"]["step"]) > 10
+        compiling = result["seconds_with_compilation"] - result["seconds"]
+        assert compiling == pytest.approx(history["compile_seconds"]) and compiling > 0
+        assert 0 < result["test_accuracy"] < 1
+
+
+def test_all_start_from_the_same_weights_and_then_differ(run):
+    losses = [r["history"]["train_loss"]["loss"] for r in run[0]["results"].values()]
+    assert losses[0][0] == losses[1][0] == losses[2][0]
+    assert len({loss[-1] for loss in losses}) == 3
+
+
+def test_reaching_sgds_loss_is_the_first_evaluation_at_or_below_it(run):
+    results = run[0]["results"]
+    target = results["sgd"]["train_loss"]
+    for result in results.values():
+        curve = result["history"]["train_loss"]
+        below = [i for i, loss in enumerate(curve["loss"]) if loss <= target]
+        expected = (
+            {"step": curve["step"][below[0]], "seconds": curve["seconds"][below[0]]}
+            if below
+            else None
+        )
+        assert result["reaches_sgd_loss"] == expected
+    assert results["sgd"]["reaches_sgd_loss"] is not None
+
+
+def test_prints_the_data_set_the_progress_and_the_table(run):
+    results, output, printed = run
+    assert "Data: digits (scikit-learn), 1,437 training and 360 test images" in printed
+    assert f"{STEPS}/{STEPS} steps" in printed and "steps/s" in printed
+    assert re.sub(r"\s", "", str(output / "results.json")) in re.sub(r"\s", "", printed)
+    for name, label in {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD"}.items():
+        numbers = results["results"][name]
+        row = next(line for line in printed.splitlines() if line.split()[:2] == [label, str(STEPS)])
+        assert f"{numbers['seconds']:.1f}" in row
+        assert f"{numbers['seconds_with_compilation']:.1f}" in row
+        assert f"{numbers['train_loss']:.4f}" in row
+        assert f"{numbers['test_accuracy']:.2%}" in row
+        reached = numbers["reaches_sgd_loss"]
+        assert (f"{reached['step']} steps, " if reached else "not reached") in row
+    assert max(map(len, printed.split("Data:")[1].splitlines()[2:-1])) <= 80
+
+
+def test_the_figure_shows_every_optimizer_in_both_panels(run):
+    picture = matplotlib.image.imread(run[1] / "losses.png")[..., :3]
+    assert picture.shape[1] > 1200 and picture.shape[0] > 500
+    middle = picture.shape[1] // 2
+    for panel in (picture[:, :middle], picture[:, middle:]):
+        for colour, _ in STYLES:
+            assert (np.abs(panel - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 200
+
+
+def numpy_sgd(params, x, y, batches, rate):
+    """SGD on the multi-layer perceptron in float64: the batches' losses, the last weights."""
+    layers = [
+        (np.float64(layer["kernel"]), np.float64(layer["bias"]))
+        for _, layer in sorted(params["params"].items())
+    ]
+    losses = []
+    for batch in batches:
+        inputs, logits = forward(layers, x[batch])
+        p = softmax(logits)
+        losses.append(-np.log(p[np.arange(len(batch)), y[batch]]).mean())
+        dz = (p - np.eye(10)[y[batch]]) / len(batch)
+        for i in reversed(range(len(layers))):
+            kernel, bias = layers[i]
+            layers[i] = (kernel - rate * inputs[i].T @ dz, bias - rate * dz.sum(axis=0))
+            dz = (dz @ kernel.T) * (inputs[i] > 0)
+    return np.array(losses), layers
+
+
+def forward(layers, x):
+    inputs = [np.float64(x).reshape(len(x), -1)]
+    for kernel, bias in layers[:-1]:
+        inputs.append(np.maximum(inputs[-1] @ kernel + bias, 0))
+    return inputs, inputs[-1] @ layers[-1][0] + layers[-1][1]
+
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def test_sgd_is_numpys_sgd(run):
+    result = run[0]["results"]["sgd"]
+    (x, y), test = data.digits().train, data.digits().test
+    params = MLP(WIDTH, DEPTH, 10).init(jax.random.key(0), x[:1])
+    batches = shuffled_batches(0, len(y), BATCH, STEPS)
+    losses, layers = numpy_sgd(params, x, y, batches, RATE)
+
+    curve = result["history"]["batch_loss"]
+    means = [part.mean() for part in np.split(losses, curve["step"][:-1])]
+    np.testing.assert_allclose(curve["loss"], means, rtol=1e-4)
+    p = softmax(forward(layers, x)[1])
+    assert result["train_loss"] == pytest.approx(-np.log(p[np.arange(len(y)), y]).mean(), rel=1e-4)
+    right = forward(layers, test.images)[1].argmax(axis=1) == test.labels
+    assert result["test_accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+
+
+def test_divergence_is_reported_not_hidden(tmp_path, capsys):
+    main([*TINY, "--steps=8", "--optimizers", "csgd", "sgd", "--sgd-learning-rate=1e30",
+          f"--output={tmp_path}"])  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(results) == ["csgd", "sgd"]
+    assert results["sgd"]["train_loss"] is None
+    assert results["csgd"]["train_loss"] > 0
+    assert results["csgd"]["reaches_sgd_loss"] is None
+    assert "nan" in capsys.readouterr().out
+
+
+def test_without_sgd_nothing_is_compared_to_it(tmp_path, capsys):
+    main([*TINY, "--steps=3", "--optimizers", "adam", f"--output={tmp_path}"])
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert "reaches_sgd_loss" not in results["adam"]
+    assert "SGD" not in capsys.readouterr().out
+
+
+BAD_OPTIONS = {
+    "--steps=0": "--steps must be at least 1, got 0",
+    "--batch-size=-3": "--batch-size must be at least 1, got -3",
+    "--batch-size=2000": "--batch-size 2000 is more than the 1,437 training images of digits",
+    "--width=0": "--width must be at least 1",
+    "--depth=0": "--depth must be at least 1",
+    "--csgd-learning-rate=0": "--csgd-learning-rate must be positive and finite",
+    "--sgd-learning-rate=nan": "--sgd-learning-rate must be positive and finite",
+    "--damping=-1": "--damping must be positive and finite, got -1",
+    "--optimizers": "at least one optimizer",
+    "--optimizers sgd adam sgd": "none twice",
+    "--optimizers lbfgs": "lbfgs",
+    "--data-dir=.": "are for Fashion-MNIST, not for digits",
+    "--dataset=fashion_mnist --data-dir=/no/such/folder": "train-images-idx3-ubyte.gz is missing",
+    "--output=/dev/null/x": "/dev/null",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_end_with_a_message_and_status_2(options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*TINY, *options.split()])
+    assert exit_.value.code == 2
+    message = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert BAD_OPTIONS[options] in message
+    assert "Traceback" not in message
+
+
+def test_a_bad_data_file_ends_with_one_line_and_status_2(tmp_path, capsys):
+    for name in data.FASHION_MNIST:
+        (tmp_path / name).write_bytes(gzip.compress(b"not images")[:-4])
+    with pytest.raises(SystemExit) as exit_:
+        main(["quickstart", f"--data-dir={tmp_path}"])
+    assert exit_.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/train-images-idx3-ubyte.gz cannot be read")
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_without_a_name_the_experiments_are_listed(args, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+def test_help_tells_every_option():
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "experiments", "quickstart", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    for option in ("steps", "batch-size", "csgd-learning-rate", "damping", "data-dir", "download"):
+        assert f"--{option} " in done.stdout or f"--{option}," in done.stdout
+    assert "CQJAX_DATA_DIR" in done.stdout

@@ -1,0 +1,49 @@
+"""The README's code runs as pasted, and what it says beside it is so."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def names():
+    (code, *_) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    return names
+
+
+def test_example(names):
+    assert names["loss"] < 1e-10
+
+
+def test_sgd_takes_hundreds_of_steps(names):
+    """At the best of these rates, and diverges at twice the highest."""
+    x, y, k1, k2 = (names[name] for name in ("x", "y", "k1", "k2"))
+    initial = {
+        "w1": jax.random.normal(k1, (8, 64)) / 2,
+        "b1": jnp.zeros(64),
+        "w2": jax.random.normal(k2, (64, 1)) / 8,
+        "b2": jnp.zeros(1),
+    }
+
+    @jax.jit
+    def losses(rate):
+        def step(params, _):
+            loss, grads = jax.value_and_grad(names["loss_fn"])(params, x, y)
+            return jax.tree.map(lambda p, g: p - rate * g, params, grads), loss
+
+        return jax.lax.scan(step, initial, length=700)[1]
+
+    reached = [
+        int(jnp.argmax(curve < 1e-4))
+        for curve in map(losses, (0.03, 0.05, 0.1, 0.15, 0.2))
+        if jnp.any(curve < 1e-4)
+    ]
+    assert min(reached) > 500
+    assert not jnp.isfinite(losses(0.4)[-1])
