@@ -7,8 +7,9 @@ import tyro
 
 from experiments.data import DataError
 from experiments.quickstart import Quickstart
+from experiments.step_time import StepTime
 
-EXPERIMENTS = {"quickstart": Quickstart}
+EXPERIMENTS = {"quickstart": Quickstart, "step-time": StepTime}
 
 
 def main(args: Sequence[str] | None = None) -> None:

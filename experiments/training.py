@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from threadpoolctl import threadpool_limits
 
 import cqjax
 
@@ -105,7 +104,6 @@ def capturing_step(loss_fn: LossFn, optimizer: optax.GradientTransformationExtra
     return step
 
 
-@threadpool_limits.wrap(limits=1, user_api="blas")  # LAPACK's threads would fight XLA's
 def train(
     step: Step,
     state: State,

@@ -12,9 +12,12 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 @pytest.fixture(scope="module")
 def names():
-    (code, *_) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    """What the README's code defines: the first block, then the others in the same session."""
+    first, *others = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names = {}
-    exec(compile(code, str(README), "exec"), names)
+    exec(compile(first, str(README), "exec"), names)
+    for code in others:
+        exec(compile(code, str(README), "exec"), dict(names))
     return names
 
 

@@ -1,12 +1,13 @@
 """The one place that knows how JAX represents a traced program.
 
-JAX changes jaxprs between releases (0.11 merged `ClosedJaxpr` into `Jaxpr` and dropped scan's
-`num_carry`), so everything here is read off public `jax.extend.core` types and abstract values.
+JAX changes jaxprs between releases (after 0.10 it merged `ClosedJaxpr` into `Jaxpr` and dropped
+scan's `num_carry`), so everything here is read off public types and abstract values.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jax.core import eval_jaxpr
 from jax.extend import core
 
 
@@ -39,7 +40,7 @@ def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
 def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on `inputs`, whatever its primitive.
 
-    Going through `jaxpr_as_fun` keeps the equation's name stack and context, and leaves the
+    Going through `eval_jaxpr` keeps the equation's name stack and context, and leaves the
     unpacking of custom derivative rules to JAX.
     """
     operands: dict[Any, Any] = {
@@ -48,7 +49,7 @@ def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     kept = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
     names = core.DebugInfo("cqjax", eqn.primitive.name, ("",) * len(operands), ("",) * len(kept))
     jaxpr = core.Jaxpr([], list(operands), kept, [eqn], eqn.effects, names)
-    results = iter(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))(*operands.values()))
+    results = iter(eval_jaxpr(jaxpr, [], *operands.values()))
     return [None if isinstance(v, core.DropVar) else next(results) for v in eqn.outvars]
 
 

@@ -663,7 +663,7 @@ def test_a_masked_batch_has_a_traced_size():
 
 
 @pytest.mark.parametrize("change", [None, "decayed"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_under_strict_promotion(dtype, change):
     """No array is broadcast or promoted unless the code says so."""
     with (
