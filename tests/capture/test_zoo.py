@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import zoo
 
@@ -59,14 +60,15 @@ def evaluated(name):
         return params, args, quickly(evaluate)(params, *args)
 
 
+def compiled(fn, *args):
+    """`fn` for arguments like these, compiled in little time since it runs once or twice."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(fn).lower(*args).compile(options)
+
+
 def quickly(fn):
-    """`fn` under jit, compiled in little time for a program that runs once."""
-
-    def run(*args):
-        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        return jax.jit(fn).lower(*args).compile(options)(*args)
-
-    return run
+    """`fn` under jit, for one call."""
+    return lambda *args: compiled(fn, *args)(*args)
 
 
 def covered(case):
@@ -234,3 +236,29 @@ def test_primal_and_dual_agree_on_changed_updates(name):
     for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
         assert np.abs(a).max() > 0
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_scan_over_steps_and_vmap_over_seeds(name):
+    """Two steps of two networks in one program equal the same steps one by one."""
+    case = zoo.by_name(name)
+    tx = cqjax.csgd(0.05, damping=1.0)
+    with jax.enable_x64(True):
+        loss_fn, params, args = case.make(jnp.float64)
+        fn = cqjax.value_and_grad(loss_fn, case.has_aux, **{"batch_size": SIZE, **case.kwargs})
+
+        def step(params):
+            _, grads, captures = fn(params, *args)
+            updates, _ = tx.update(grads, tx.init(params), captures=captures)
+            return optax.apply_updates(params, updates)
+
+        def together(seeds):
+            return jax.lax.scan(lambda c, _: (jax.vmap(step)(c), None), seeds, length=2)[0]
+
+        other = jax.tree.map(lambda p: 0.9 * p, params)
+        got = quickly(together)(jax.tree.map(lambda *p: jnp.stack(p), params, other))
+        single = compiled(step, params)
+        want = [single(single(p)) for p in (params, other)]
+        for i, one in enumerate(want):
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(one), strict=True):
+                np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-9)
