@@ -116,6 +116,8 @@ def test_bad_eps():
         ({"on_uncovered": "no"}, "on_uncovered='no': expected one of 'fallback', 'warn', 'error'"),
         ({"batch_size": 0}, "batch_size=0: expected a positive number"),
         ({"batch_size": np.int64(0)}, "batch_size=0: expected a positive number"),
+        ({"batch_size": -2.0}, "batch_size=-2.0: expected a positive number"),
+        ({"batch_size": np.ones(4)}, r"batch_size has shape \(4,\): expected a scalar"),
         ({"batch_size": 4, "loss_reduction": "sum"}, "leaves no use for batch_size="),
     ],
 )
@@ -152,6 +154,29 @@ def test_auxiliary_results_must_be_announced(args):
         cqjax.value_and_grad(lambda p, x: (loss_fn(p, x), x))(*args)
     with pytest.raises(TypeError, match="has_aux=True.*pair"):
         cqjax.value_and_grad(loss_fn, has_aux=True)(*args)
+
+
+def test_a_pair_may_be_a_list(args):
+    (loss, aux), _, _ = cqjax.value_and_grad(lambda p, x: [loss_fn(p, x), x], True)(*args)
+    assert loss == loss_fn(*args) and aux.shape == (4, 3)
+
+
+def test_plan_checks_the_loss_too(args):
+    with pytest.raises(TypeError, match=r"shape \(4, 2\).*expected a real scalar"):
+        cqjax.plan(lambda p, x: x @ p["w"])(*args)
+    with pytest.raises(TypeError, match="the loss is a dict; expected a scalar"):
+        cqjax.plan(lambda p, x: {"accuracy": 1.0, "loss": loss_fn(p, x)})(*args)
+
+
+def test_shapes_are_for_plans(args):
+    with pytest.raises(TypeError, match="ShapeDtypeStruct: use cqjax.plan"):
+        cqjax.value_and_grad(loss_fn)(args[0], jax.ShapeDtypeStruct((4, 3), jnp.float32))
+
+
+@pytest.mark.parametrize("selector", [3, [3], [("w",)]])
+def test_selectors_of_another_kind(args, selector):
+    with pytest.raises(TypeError, match="selects no parameters: expected a pattern"):
+        cqjax.plan(loss_fn, skip=selector)(*args)
 
 
 def test_numpy_is_as_good_as_jax(args):

@@ -75,18 +75,30 @@ class Tied(nn.Module):
         return embed.attend(h)
 
 
-def _tied_loss(params, tokens, labels):
-    log_p = jax.nn.log_softmax(Tied().apply(params, tokens))
-    return -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], axis=-1))
+class Lookup(nn.Module):
+    """An embedding, and another table for the output."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(5, name="mix")(jnp.tanh(nn.Embed(5, 3, name="embed")(tokens)))
 
 
-def _make_tied(dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    # The last token of the vocabulary does not occur.
-    tokens = jnp.asarray(rng.integers(0, 4, (3, 4)), jnp.int32)
-    labels = jnp.asarray(rng.integers(0, 5, (3, 4)), jnp.int32)
-    params = fill(jax.eval_shape(Tied().init, jax.random.key(0), tokens), rng, dtype)
-    return _tied_loss, params, (tokens, labels)
+def tokens_and_labels(model):
+    """`make` for a model of tokens, with cross-entropy."""
+
+    def loss(params, tokens, labels):
+        log_p = jax.nn.log_softmax(model.apply(params, tokens))
+        return -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], axis=-1))
+
+    def make(dtype=jnp.float32):
+        rng = np.random.default_rng(0)
+        # The last token of the vocabulary does not occur.
+        tokens = jnp.asarray(rng.integers(0, 4, (3, 4)), jnp.int32)
+        labels = jnp.asarray(rng.integers(0, 5, (3, 4)), jnp.int32)
+        params = fill(jax.eval_shape(model.init, jax.random.key(0), tokens), rng, dtype)
+        return loss, params, (tokens, labels)
+
+    return make
 
 
 def _tied_reference(params, args, linear):
@@ -99,7 +111,21 @@ def _tied_reference(params, args, linear):
     return ref.cross_entropy(logits, labels)
 
 
+def _lookup_reference(params, args, linear):
+    tokens, labels = args
+    p = params["params"]
+    h = np.tanh(ref.embed(linear, "params/embed", tokens, p["embed"]))
+    return ref.cross_entropy(ref.dense(linear, "params/mix", h, p["mix"]), labels)
+
+
 CASES = [
+    Case(
+        name="embed",
+        make=tokens_and_labels(Lookup()),
+        reference=_lookup_reference,
+        covered=kernels("mix") | {"params/embed/embedding"},
+        biases=biases("mix"),
+    ),
     Case(
         name="attention",
         make=flax_regression(Attention(), (2, 3, 4)),
@@ -109,7 +135,7 @@ CASES = [
     ),
     Case(
         name="embed_tied",
-        make=_make_tied,
+        make=tokens_and_labels(Tied()),
         reference=_tied_reference,
         covered=kernels("mix") | {"params/embed/embedding"},
         biases=biases("mix"),

@@ -28,7 +28,8 @@ class Capture:
     Attributes:
       sites: a `Rows`, `Gram` or `Counts` for each site.
       gradients: the gradients of the parameters involved, as `value_and_grad` returned them: by
-        them a transformation can tell whether its updates are still the gradient.
+        them a transformation can tell whether its updates are still the gradient. (Of a
+        `value_and_grad` that is jitted apart from the update they are outputs once more.)
       block: the sites' static description.
     """
 

@@ -90,7 +90,7 @@ def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
         for view in views:
             ones = jnp.ones((*(length for _, length in view.loops), *view.shape))
             total += view.transpose(ones, shapes)[path]
-        return int(total.max())
+        return int(total.max(initial=0))
 
 
 def _with_one_bias(groups: list[list[Site]], taken: Set[str], uses: Uses) -> list[list[Site]]:

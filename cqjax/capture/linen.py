@@ -1,12 +1,13 @@
-"""What Flax's interceptor tells about a loss: the class of each module that it calls."""
+"""What Flax's interceptor tells about a loss: which layer owns which parameter."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import flax.linen as nn
 
 Layers = dict[tuple[str, ...], frozenset[type[nn.Module]]]
-"""For each module path, the classes that were called there."""
+"""For each variable, by its keys within the variables applied to: the classes that own it."""
 
 
 @contextlib.contextmanager
@@ -14,20 +15,27 @@ def recorded() -> Iterator[Layers]:
     """Records the Linen modules called within the context; a loss without Flax records nothing."""
     layers: Layers = {}
 
-    def record(next_fun, args, kwargs, context: nn.module.InterceptorContext):
-        module = context.module
-        layers[module.path] = layers.get(module.path, frozenset()) | {type(module)}
-        return next_fun(*args, **kwargs)
+    def record(
+        next_fun: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        result, module = next_fun(*args, **kwargs), context.module
+        if module.scope is not None:
+            for collection in module.variables.values():
+                for name, value in collection.items():
+                    if not isinstance(value, Mapping):
+                        keys = (*module.path, name)
+                        layers[keys] = layers.get(keys, frozenset()) | {type(module)}
+        return result
 
     with nn.intercept_methods(record):
         yield layers
 
 
-def layer_classes(owner: tuple[str, ...], layers: Layers) -> frozenset[type[nn.Module]]:
-    """The classes of the module that owns the parameters below the keys `owner`.
+def layer_classes(keys: tuple[str, ...], layers: Layers) -> frozenset[type[nn.Module]]:
+    """The classes of the layer that owns the parameter at `keys`.
 
-    A module knows its path within the variables that it was applied to, which may be a part of the
-    parameters: the longest path that the keys end with is the module's.
+    A module knows its variables' keys within what it was applied to, which may be a part of the
+    parameters: the longest that the parameter's own keys end with are meant.
     """
-    matches = [p for p in layers if owner[len(owner) - len(p) :] == p]
+    matches = [known for known in layers if keys[len(keys) - len(known) :] == known]
     return layers[max(matches, key=len)] if matches else frozenset()

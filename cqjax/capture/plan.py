@@ -84,8 +84,10 @@ def make_plan(
       batch_size: N.
 
     Raises:
-      ValueError: a selector matches no parameter, or a layer's class is ambiguous.
+      ValueError: a selector matches no parameter, or a layer's class is ambiguous or unknown.
     """
+    if any(isinstance(selector, type) for selector in (*(only or ()), *skip)):
+        _check_layers_known(walk, layers)
     taken = set(shapes) if only is None else _select(only, "only", shapes, layers)
     taken -= _select(skip, "skip", shapes, layers)
     blocks, uses = make_blocks(walk, taken, shapes, solver)
@@ -99,9 +101,42 @@ def make_plan(
         elif path not in solved:
             status = "uncovered"
         classes = " or ".join(sorted(c.__name__ for c in layers[path]))
-        silent = status in ("covered", "skipped")
-        parameters.append(Parameter(path, shape, classes, status, () if silent else notes))
+        if status in ("covered", "skipped"):
+            notes = _not_per_example(path, blocks, batch_size)
+        parameters.append(Parameter(path, shape, classes, status, notes))
     return Plan(tuple(parameters), blocks, batch_size)
+
+
+def _not_per_example(
+    path: str, blocks: Sequence[Block], batch_size: int | jax.Array | None
+) -> tuple[str, ...]:
+    """A warning where a weight's rows cannot be the examples' own."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        return ()
+    for block in blocks:
+        if path in block.view.paths and block.rows % batch_size:
+            return (
+                f"its {block.rows} rows are no multiple of the batch size {batch_size}: if the "
+                f"examples share them, its updates are up to {batch_size} times too large, and it "
+                "should be skipped",
+            )
+    return ()
+
+
+def _check_layers_known(walk: Walk, layers: Mapping[str, frozenset[type]]) -> None:
+    """Refuses to select by class where a function around a layer may have hidden it.
+
+    Raises:
+      ValueError: names the parameter.
+    """
+    for site in walk.sites:
+        for path in site.view.paths:
+            if len(site.position) > 1 and not layers[path]:
+                raise ValueError(
+                    f"the layer of {path} is unknown: a function around it (jax.jit, "
+                    "jax.checkpoint, ...) is not Flax's, or was traced before; select parameters "
+                    "by their paths instead"
+                )
 
 
 def _select(

@@ -42,13 +42,14 @@ def _row(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
                 return (*head, *gap, "; ".join(filter(None, (f"bias of {block.name}", notes))))
         return (*head, *gap, notes)
     if len(weights) > 1:
-        return (*head, str(len(weights)), *gap[1:], f"{notes} in slices".strip())
+        sliced = "; ".join(filter(None, ("in slices", notes)))
+        return (*head, str(len(weights)), *gap[1:], sliced)
     (block,) = weights
     if len(block.view.paths) > 1:
         others = ", ".join(p for p in block.view.paths if p != parameter.path)
         notes = "; ".join(filter(None, (f"joined with {others}", notes)))
     sizes = (block.batch, block.rows, block.features, block.outputs)
-    cost = f"{block.relative_flops():.1%}"
+    cost = "-" if block.solver == "diagonal" else f"{block.relative_flops():.1%}"
     return (*head, str(len(block.sites)), *map(str, sizes), block.solver, cost, notes)
 
 

@@ -68,6 +68,8 @@ def value_and_grad(
       batch_size: N, the number of terms that the loss averages over; an integer, or a scalar
         array (the number of examples that a mask leaves, say). By default the leading dimension
         that all arrays in `args` and `kwargs` have in common (random keys and scalars aside).
+        Pass it where a mean runs over more than that dimension (batch x time, for tokens), and
+        where arguments hold arrays that are no batch (statistics of a normalisation).
       loss_reduction: "sum" if the loss adds its terms up: N is 1 then.
 
     Returns:
@@ -103,6 +105,12 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def evaluate(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Captures]:
+        if any(
+            isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((params, args, kwargs))
+        ):
+            raise TypeError(
+                "an argument is a jax.ShapeDtypeStruct: use cqjax.plan or jax.eval_shape"
+            )
         traced = trace(params, args, kwargs)
         _check_loss(traced.outputs, has_aux)
         _report(traced.plan, on_uncovered)
@@ -174,7 +182,9 @@ def plan(
 
     @functools.wraps(loss_fn)
     def describe(params: PyTree, *args: Any, **kwargs: Any) -> Plan:
-        return trace(params, args, kwargs).plan
+        traced = trace(params, args, kwargs)
+        _check_loss(traced.outputs, isinstance(traced.outputs, tuple | list))
+        return traced.plan
 
     return describe
 
@@ -194,7 +204,9 @@ def _tracer(
     """
     _check(solver, ("auto", "primal", "dual"), "solver")
     _check(loss_reduction, ("mean", "sum"), "loss_reduction")
-    if isinstance(batch_size, int | np.integer) and batch_size < 1:
+    if batch_size is not None and jnp.ndim(batch_size):
+        raise ValueError(f"batch_size has shape {jnp.shape(batch_size)}: expected a scalar")
+    if isinstance(batch_size, int | float | np.number) and not batch_size > 0:
         raise ValueError(f"batch_size={batch_size}: expected a positive number of examples")
     if batch_size is not None and loss_reduction == "sum":
         raise ValueError('loss_reduction="sum" leaves no use for batch_size=; pass one of the two')
@@ -206,10 +218,9 @@ def _tracer(
         paths = [path_of(key) for key in keys]
         _check_parameters(paths, [leaf for _, leaf in keyed])
         jaxpr, outputs, layers = _trace(loss_fn, params, args, kwargs)
-        owners = [tuple(path_of((k,)) for k in key[:-1]) for key in keys]
         classes = {
-            path: linen.layer_classes(owner, layers)
-            for path, owner in zip(paths, owners, strict=True)
+            path: linen.layer_classes(tuple(path_of((k,)) for k in key), layers)
+            for path, key in zip(paths, keys, strict=True)
         }
         inferred = _leading_dimension((args, kwargs)) if batch_size is None else batch_size
         made = make_plan(
@@ -246,7 +257,19 @@ def _trace(
 
 
 def _sequence(selectors: Selector | Sequence[Selector]) -> Sequence[Selector]:
-    return [selectors] if isinstance(selectors, str | type) else selectors
+    """A list of selectors.
+
+    Raises:
+      TypeError: something in it is none.
+    """
+    selected = [selectors] if isinstance(selectors, str | type) else selectors
+    for selector in selected if isinstance(selected, Sequence) else [selected]:
+        if not isinstance(selector, str | type):
+            raise TypeError(
+                f"{selector!r} selects no parameters: expected a pattern for paths or a class of "
+                "layers"
+            )
+    return selected
 
 
 def _leading_dimension(arguments: PyTree) -> int | None:
@@ -303,7 +326,7 @@ def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:
 
 
 def _check_loss(outputs: PyTree, has_aux: bool) -> None:
-    if has_aux and not (isinstance(outputs, tuple) and len(outputs) == 2):
+    if has_aux and not (isinstance(outputs, tuple | list) and len(outputs) == 2):
         raise TypeError("has_aux=True: expected the loss to return a pair (loss, aux)")
     loss = outputs[0] if has_aux else outputs
     if not isinstance(loss, jax.ShapeDtypeStruct):

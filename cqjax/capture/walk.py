@@ -133,7 +133,7 @@ class Walk:
         loops: tuple[int, ...],
     ) -> Tag:
         x, z = aval(eqn.invars[1 - weight]), aval(eqn.outvars[0])
-        if not (x.size and z.size and math.prod(view.shape)):
+        if not (x.size and z.size and math.prod(view.shape) and math.prod(loops)):
             self._use(view, "enters a product without entries")
             return None
         _check_placement(view, x, z)

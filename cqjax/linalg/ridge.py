@@ -1,5 +1,6 @@
 """Damped symmetric solves: factorised together where shapes are equal, repaired where they fail."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ def mean_eigenvalue(trace: jax.Array, rows: int, features: int) -> jax.Array:
     return trace / min(rows, features)
 
 
+@functools.partial(jax.jit, inline=True)
 def solve(systems: Sequence[System]) -> tuple[list[Solution], jax.Array]:
     """Solves the systems by Cholesky factorisation.
 

@@ -51,8 +51,14 @@ def scale_by_consequentialism(
       U = N X^T (X X^T + \lambda I)^{-1} \bar Z = N (X^T X + \lambda I)^{-1} G,
 
     so that the step :math:`W \leftarrow W - \mu U` moves the batch's outputs by
-    :math:`-\mu N \bar Z`: each example's, by the fraction :math:`\mu` of what its own loss asks
-    for. :math:`\mu = 1` solves a linear layer with squared error in one step.
+    :math:`-\mu N \bar Z` (exactly where the rows of X are independent and λ = 0, and as nearly as
+    least squares allow otherwise): each example's, by the fraction :math:`\mu` of what its own loss
+    asks for. :math:`\mu = 1` solves a linear layer with squared error in one step.
+
+    N assumes that each example has rows of its own. Where all share them (an embedding of positions
+    looked up once for the batch), :math:`\bar Z` is a mean over the examples already, and U is up
+    to N times too large: leave such parameters to `skip=`. `cqjax.plan` notes those whose number of
+    rows is no multiple of N.
 
     It computes :math:`N (X^T X + \lambda I)^{-1} H` for whatever update :math:`H` it is handed.
     The first member of a chain is handed the gradient, and where rows were captured takes the left
@@ -61,7 +67,11 @@ def scale_by_consequentialism(
     batch's inputs then grows by up to :math:`N / \lambda`. So: place it first, and let weight
     decay follow it.
 
-    Parameters that were not captured pass through unchanged. Solves are in float32 (float64 for
+    In 16-bit models the primal starts from a gradient that was rounded to 16 bits, and where the
+    rows do not span all features 1/λ magnifies the rounding: `solver="dual"` starts from the rows.
+
+    Parameters that were not captured pass through unchanged. Call it under `jax.jit`, together with
+    `cqjax.value_and_grad`. Solves are in float32 (float64 for
     float64 models) at the highest precision. One that fails is repeated with its damping raised by
     1e-2 of the mean eigenvalue; if that fails, the layer gets its plain update, with zeros for
     entries that are not finite. The state counts such events.

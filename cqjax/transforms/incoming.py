@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cqjax.capture.block import Block
@@ -154,7 +155,7 @@ def check_number(value: Any, name: str) -> None:
     Raises:
       ValueError: it is negative, infinite or NaN.
     """
-    if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+    if isinstance(value, int | float | np.number) and not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value}: expected a finite number, zero or more")
 
 

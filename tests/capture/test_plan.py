@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zoo
 
 import cqjax
 
@@ -280,3 +281,85 @@ def test_a_bias_added_twice_is_used_elsewhere_too():
     loss, params, _ = NOT_COVERED["bias added twice"]
     (block,) = cqjax.plan(loss)(params, x8).blocks
     assert not block.exact
+
+
+# The layers' classes.
+
+
+def test_layers_of_the_zoo_do_not_depend_on_what_was_traced_before():
+    for name in ("mlp", "setup_module", "scan_layers", "remat", "shared_module"):
+        loss, params, args = zoo.by_name(name).make()
+        first, second = (cqjax.plan(loss)(params, *args).parameters for _ in range(2))
+        assert [p.layer for p in first] == [p.layer for p in second]
+        assert all(p.layer == "Dense" for p in first)
+
+
+def test_a_parameter_that_flax_does_not_own_has_no_layer():
+    model, x = nn.Dense(3), jnp.ones((4, 5))
+    params = {"dense": model.init(jax.random.key(0), x), "w": jnp.ones((3, 2))}
+
+    def loss(params, x):
+        return jnp.mean((model.apply(params["dense"], x) @ params["w"]) ** 2)
+
+    layers = {p.path: p.layer for p in cqjax.plan(loss, skip=nn.Dense)(params, x).parameters}
+    assert layers == {"dense/params/bias": "Dense", "dense/params/kernel": "Dense", "w": ""}
+
+
+def test_a_class_cannot_select_layers_behind_a_cached_trace():
+    """The interceptor sees a jitted function once: a second selection by class is refused."""
+    model, x = nn.Dense(3), jnp.ones((4, 5))
+    params, apply = model.init(jax.random.key(0), x), jax.jit(model.apply)
+
+    def loss(params, x):
+        return jnp.mean(apply(params, x) ** 2)
+
+    cqjax.plan(loss)(params, x)
+    with pytest.raises(ValueError, match="layer of params/kernel is unknown.*by their paths"):
+        cqjax.plan(loss, skip=nn.Dense)(params, x)
+
+
+def test_rows_that_are_not_the_examples_own_are_noted():
+    """A table of positions is looked up once for the whole batch."""
+
+    def loss(params, x):
+        return jnp.mean((x @ params["w"] + params["t"][jnp.arange(5)]) ** 2)
+
+    params, x = {"w": jnp.ones((4, 3)), "t": jnp.ones((6, 3))}, jnp.ones((8, 5, 4))
+    plan = cqjax.plan(loss)(params, x)
+    table, weight = plan.parameters
+    assert "5 rows are no multiple of the batch size 8" in table.notes[0]
+    assert weight.notes == () and {p.status for p in plan.parameters} == {"covered"}
+    assert table.notes[0] in str(plan)
+
+
+def test_table_of_slices_and_lookups():
+    def loss(params, ids, x):
+        z = x @ params["w"][:, :2] + x @ params["w"][:, 2:4]
+        return jnp.mean(z**2) + jnp.sum(jnp.sin(params["w"][:, 4:])) + jnp.mean(params["t"][ids])
+
+    params = {"w": jnp.ones((4, 6)), "t": jnp.ones((9, 2))}
+    text = str(cqjax.plan(loss)(params, jnp.arange(3), jnp.ones((3, 4))))
+    table, weight = text.splitlines()[2:4]
+    assert "diagonal" in table and table.split()[-1] == "-"
+    assert "in slices; also enters `sin`" in weight
+
+
+@pytest.mark.parametrize(
+    ("loss", "params"),
+    [
+        (lambda p, x: jax.lax.scan(lambda c, r: (c + (r @ p["w"]).sum(), None), 0.0, x)[0]
+         + jnp.sum(p["w"] ** 2), {"w": jnp.ones((4, 3))}),
+        (lambda p, x: jax.lax.scan(lambda c, w: (c @ w, None), jnp.ones((2, 3)), p["w"])[0].sum(),
+         {"w": jnp.ones((0, 3, 3))}),
+        (lambda p, x: jnp.sum(jnp.ones(3) @ jnp.concatenate([p["z"], p["w"][:2], p["w"][2:]])),
+         {"w": jnp.ones((3, 2)), "z": jnp.ones((0, 2))}),
+    ],
+)  # fmt: skip
+def test_loops_and_arrays_without_entries(loss, params):
+    x = jnp.ones((0, 5, 4))
+    str(cqjax.plan(loss)(params, x))
+    value, grads, captures = cqjax.value_and_grad(loss, batch_size=5)(params, x)
+    assert value == loss(params, x)
+    tx = cqjax.csgd(0.1)
+    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
