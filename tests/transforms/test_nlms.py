@@ -1,0 +1,78 @@
+"""`scale_by_nlms` against the paper, in float64 NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from linear_layer import assert_close, direction, problem, squared_error
+
+import cqjax
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_gives_nlms(bias):
+    """Eq. 37, with ε = λ; and Eq. 36's rate in closed form."""
+    params, x, y = problem(1, 6, 2, bias=bias)
+    updates, _ = direction(params, x, y, 0.1)
+    tx = cqjax.scale_by_nlms(0.1)
+    _, grads, captures = cqjax.value_and_grad(squared_error, solver="dual")(params, x, y)
+    normalised, _ = tx.update(grads, tx.init(params), captures=captures)
+    norm = np.sum(np.square(x)) + bias
+    assert_close(updates, normalised)
+    assert_close(normalised, jax.tree.map(lambda g: np.asarray(g) / (norm + 0.1), grads))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_nlms_normalises_row_by_row(bias):
+    """Eqs. 49 and 50, as a loop; the whole is not the consequentialism update."""
+    params, x, y = problem(4, 6, 2, bias=bias)
+    fn = cqjax.value_and_grad(squared_error, solver="dual")
+    _, grads, captures = fn(params, x, y)
+    tx = cqjax.scale_by_nlms(0.01)
+    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    rows = np.concatenate([x, np.ones((4, 1))], 1) if bias else np.asarray(x)
+    errors = np.asarray(x @ params["w"] + params.get("b", 0.0) - y)
+    u = sum(np.outer(r, e) / (r @ r + 0.01) for r, e in zip(rows, errors, strict=True))
+    want = {"w": u[:6], "b": u[6]} if bias else {"w": u}
+    assert_close(updates, want)
+
+
+def test_nlms_keeps_what_came_before():
+    params, x, y = problem(4, 6, 2)
+    fn = cqjax.value_and_grad(squared_error, solver="dual")
+    _, grads, captures = fn(params, x, y)
+    tx = cqjax.scale_by_nlms(0.01)
+    update = functools.partial(tx.update, state=tx.init(params), captures=captures)
+    plain, _ = update(grads)
+    half, _ = update(jax.tree.map(lambda g: 0.5 * g, grads))
+    np.testing.assert_allclose(half["w"], 0.5 * plain["w"], rtol=1e-9)
+    orthogonal = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)))
+    overlap = jnp.vdot(orthogonal, grads["w"]) / jnp.vdot(grads["w"], grads["w"])
+    orthogonal -= overlap * grads["w"]
+    more, _ = update({"w": grads["w"] + orthogonal})
+    np.testing.assert_allclose(more["w"], plain["w"] + orthogonal, rtol=1e-6)
+
+
+def test_nlms_needs_rows():
+    params, x, y = problem(9, 4, 2)
+    _, grads, captures = cqjax.value_and_grad(squared_error, solver="primal")(params, x, y)
+    tx = cqjax.scale_by_nlms()
+    with pytest.raises(ValueError, match='rows of w were not captured.*solver="dual"'):
+        tx.update(grads, tx.init(params), captures=captures)
+
+
+def test_nlms_of_a_zero_row_without_eps():
+    params, x, y = problem(3, 5, 2)
+    fn = cqjax.value_and_grad(squared_error, solver="dual")
+    _, grads, captures = fn(params, x.at[1].set(0), y)
+    tx = cqjax.scale_by_nlms(0.0)
+    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    assert np.isfinite(updates["w"]).all() and np.any(updates["w"])
