@@ -36,7 +36,8 @@ clean:
 $(READY): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "cqjax needs Python 3.11 or newer; $(PYTHON) is $(VERSION)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) > /dev/null || { $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }  # without ensurepip
 	$(BIN)/pip install --disable-pip-version-check --quiet \
 	  $(if $(LOCK),--constraint $(LOCK)) --editable '.[dev]'
 	touch $@
