@@ -6,6 +6,7 @@ respect to its output; Optax transformations choose ΔW by what it does to Z = X
 
 from importlib.metadata import version
 
+from cqjax.aliases import back_matching_sgd as back_matching_sgd
 from cqjax.aliases import cadam as cadam
 from cqjax.aliases import cmomentum as cmomentum
 from cqjax.aliases import cnesterov as cnesterov
@@ -22,12 +23,27 @@ from cqjax.capture.statistics import Gram as Gram
 from cqjax.capture.statistics import Rows as Rows
 from cqjax.capture.value_and_grad import plan as plan
 from cqjax.capture.value_and_grad import value_and_grad as value_and_grad
+from cqjax.losses import kullback_leibler as kullback_leibler
+from cqjax.losses import normalized_kullback_leibler as normalized_kullback_leibler
+from cqjax.losses import p_norm_loss as p_norm_loss
+from cqjax.propagation import back_matching_value_and_grad as back_matching_value_and_grad
+from cqjax.transforms.back_matching import ScaleByBackMatchingState as ScaleByBackMatchingState
+from cqjax.transforms.back_matching import back_matching_rates as back_matching_rates
+from cqjax.transforms.back_matching import scale_by_back_matching as scale_by_back_matching
+from cqjax.transforms.chain import ChainLayer as ChainLayer
+from cqjax.transforms.conjugate_gradient import (
+    ScaleByConjugateGradientState as ScaleByConjugateGradientState,
+)
+from cqjax.transforms.conjugate_gradient import (
+    scale_by_conjugate_gradient as scale_by_conjugate_gradient,
+)
 from cqjax.transforms.consequentialism import (
     ScaleByConsequentialismState as ScaleByConsequentialismState,
 )
 from cqjax.transforms.consequentialism import (
     scale_by_consequentialism as scale_by_consequentialism,
 )
+from cqjax.transforms.layerwise_rates import scale_by_lsalr as scale_by_lsalr
 from cqjax.transforms.nlms import scale_by_nlms as scale_by_nlms
 
 __version__ = version("cqjax")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cqjax.capture.block import Block
+from cqjax.capture.layers import Layers
 from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
 from cqjax.linalg import gram
 
@@ -68,7 +69,11 @@ def _second_moment(site: Statistic) -> jax.Array:
     return site.xx if isinstance(site, Gram) else gram.inner(site.x, site.h)
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["blocks", "batch_size"],
+    meta_fields=["layers"],
+)
 @dataclasses.dataclass(frozen=True)
 class Captures(Mapping[str, tuple[Capture, ...]]):
     """Everything that one evaluation captured, by the parameter's path.
@@ -80,10 +85,12 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
       blocks: a `Capture` for each weight.
       batch_size: N, the number of terms that the loss averages over; None where `value_and_grad`
         could not infer it.
+      layers: which layer feeds which, and which parameters are theirs.
     """
 
     blocks: tuple[Capture, ...]
     batch_size: int | jax.Array | None
+    layers: Layers
 
     def __getitem__(self, path: str) -> tuple[Capture, ...]:
         """The captures in which the parameter at `path` takes part.

@@ -31,7 +31,7 @@ def make_blocks(
     Returns:
       The blocks, and for each parameter what it does besides.
     """
-    uses = {path: list(reasons) for path, reasons in walk.uses.items()}
+    uses = {path: list(dict.fromkeys(u.reason for u in us)) for path, us in walk.uses.items()}
     taken_sites = []
     for site in walk.sites:
         if taken >= set(site.view.paths):

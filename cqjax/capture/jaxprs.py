@@ -4,9 +4,10 @@ JAX changes jaxprs between releases (after 0.10 it merged `ClosedJaxpr` into `Ja
 scan's `num_carry`), so everything here is read off public types and abstract values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend import core
 
@@ -61,6 +62,11 @@ def aval(atom: Any) -> Any:
 def is_literal(atom: Any) -> bool:
     """Whether an equation's operand is a constant written into the equation."""
     return isinstance(atom, core.Literal)
+
+
+def value(atom: Any, values: Mapping[Any, Any]) -> Any:
+    """An operand's value: its own, if it is a literal."""
+    return np.asarray(atom.val, atom.aval.dtype) if is_literal(atom) else values[atom]
 
 
 def needed_results(jaxpr: Any, needed: Sequence[bool]) -> list[list[bool]]:

@@ -9,11 +9,15 @@ import jax
 
 from cqjax.capture.block import Block
 from cqjax.capture.coverage import make_blocks
+from cqjax.capture.flow import Flow
+from cqjax.capture.layers import Layers, make_layers
 from cqjax.capture.table import table
 from cqjax.capture.walk import Walk
 
 Selector = str | type
 """A pattern for parameters' paths, as in `fnmatch`, or a class of Flax layers."""
+
+Signal = Literal["gradient", "matched"]
 
 Status = Literal["covered", "partly covered", "uncovered", "skipped"]
 
@@ -47,11 +51,17 @@ class Plan:
       parameters: all parameters, in the order of their tree.
       blocks: one for each weight that is solved for.
       batch_size: N, the number of terms that the loss averages over; None where unknown.
+      layers: which layer feeds which, and which parameters are theirs.
+      elsewhere: paths of parameters that enter something besides products and sums.
+      signal: what is propagated from layer to layer.
     """
 
     parameters: tuple[Parameter, ...]
     blocks: tuple[Block, ...]
     batch_size: int | jax.Array | None
+    layers: Layers
+    elsewhere: tuple[str, ...]
+    signal: Signal
 
     def __str__(self) -> str:
         """The plan as a table."""
@@ -61,9 +71,19 @@ class Plan:
         """Why, for each parameter that keeps its gradient without having been asked to."""
         return {p.path: p.notes for p in self.parameters if p.status == "uncovered"}
 
+    def unmatched(self) -> tuple[str, ...]:
+        """Paths of parameters of layers that back-matching does not know.
+
+        They are neither weights of a product, nor of a normalisation, nor merely added: the signal
+        passes there as in backpropagation.
+        """
+        known = {path for node in self.layers.flow.nodes for path in node.paths}
+        return tuple(p for p in self.elsewhere if p not in known)
+
 
 def make_plan(
     walk: Walk,
+    flow: Flow,
     shapes: Mapping[str, tuple[int, ...]],
     layers: Mapping[str, frozenset[type]],
     *,
@@ -71,17 +91,20 @@ def make_plan(
     skip: Sequence[Selector],
     solver: Literal["auto", "primal", "dual"],
     batch_size: int | jax.Array | None,
+    signal: Signal,
 ) -> Plan:
     """Groups the sites of a walk into blocks and says what becomes of each parameter.
 
     Args:
       walk: the walk over the loss.
+      flow: which layer feeds which.
       shapes: the parameters' shapes, by path.
       layers: the classes of the Flax layers that own them.
       only: if given, selects the parameters to capture.
       skip: selects parameters to leave alone.
       solver: "auto" takes the cheaper solution for each weight.
       batch_size: N.
+      signal: what is propagated.
 
     Raises:
       ValueError: a selector matches no parameter, or a layer's class is ambiguous or unknown.
@@ -104,7 +127,9 @@ def make_plan(
         if status in ("covered", "skipped"):
             notes = _not_per_example(path, blocks, batch_size)
         parameters.append(Parameter(path, shape, classes, status, notes))
-    return Plan(tuple(parameters), blocks, batch_size)
+    elsewhere = tuple(p for p in shapes if any(use.primitive != "add" for use in walk.uses[p]))
+    made = make_layers(flow, blocks, taken, shapes)
+    return Plan(tuple(parameters), blocks, batch_size, made, elsewhere, signal)
 
 
 def _not_per_example(

@@ -25,6 +25,9 @@ def table(plan: Plan) -> str:
     covered = sum(p.status in ("covered", "partly covered") for p in plan.parameters)
     size = plan.batch_size if plan.batch_size is not None else "not inferred"
     total = f"{covered} of {len(rows)} parameters covered; batch size {size}"
+    if plan.signal == "matched":
+        unmatched = ", ".join(plan.unmatched()) or "no layer with parameters"
+        total += f"\nsignal: matched; as in backpropagation through {unmatched}"
     return "\n".join((*lines, total))
 
 

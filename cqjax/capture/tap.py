@@ -6,12 +6,12 @@ respect to the probes bring the statistics out of scanned, rematerialised, jitte
 within the one backward pass.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
@@ -19,42 +19,90 @@ from jax.sharding import Sharding
 
 from cqjax.capture import jaxprs
 from cqjax.capture.block import Block
-from cqjax.capture.sites import Position, Site
+from cqjax.capture.sites import Position
 from cqjax.capture.statistics import Statistic
 
-Probes = dict[Position, Statistic]
-Taps = Mapping[Position, tuple[Block, Site]]
+Shaped = tuple[tuple[int, ...], Any]
+"""A shape and a dtype."""
+
+Probes = dict[Position, Any]
 
 
-def taps(blocks: Sequence[Block]) -> Taps:
-    """Each site's block, by the site's position."""
-    return {site.position: (block, site) for block in blocks for site in block.sites}
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """What is taken out of the backward pass at one equation.
+
+    Attributes:
+      statistic: what one trip contributes, of the activation x and the signal dz.
+      operand: which of the equation's operands is x.
+      x: shape and dtype of x.
+      z: shape and dtype of the result.
+      stacked: for each loop around the equation, whether the statistic has an axis for it, rather
+        than a sum over it.
+      loops: lengths of these loops.
+    """
+
+    statistic: Callable[[jax.Array, jax.Array], Any]
+    operand: int
+    x: Shaped
+    z: Shaped
+    stacked: tuple[bool, ...]
+    loops: tuple[int, ...]
+
+    def zero(self) -> Statistic:
+        """The probe."""
+        one = jax.eval_shape(
+            self.statistic, jax.ShapeDtypeStruct(*self.x), jax.ShapeDtypeStruct(*self.z)
+        )
+        loops = [n for n, stacked in zip(self.loops, self.stacked, strict=True) if stacked]
+        return jax.tree.map(lambda s: jnp.zeros((*loops, *s.shape), s.dtype), one)
 
 
-def zero_probes(blocks: Sequence[Block]) -> Probes:
-    """A zero for every statistic, with an axis for each loop that the statistic keeps apart."""
-    probes = {}
-    for block in blocks:
-        for site in block.sites:
-            one = jax.eval_shape(
-                lambda x, dz, block=block, site=site: block.statistic(site, x, dz),
-                jax.ShapeDtypeStruct(*site.x),
-                jax.ShapeDtypeStruct(*site.z),
-            )
-            loops = [length for i, length in enumerate(site.loops) if block.scanned(site, i)]
-            probes[site.position] = jax.tree.map(
-                lambda s, loops=loops: jnp.zeros((*loops, *s.shape), s.dtype), one
-            )
-    return probes
+class Body(NamedTuple):
+    """A jaxpr under evaluation.
+
+    Attributes:
+      eqns: its equations.
+      values: the variables that have a value already.
+    """
+
+    eqns: Sequence[core.JaxprEqn]
+    values: Mapping[Any, Any]
+
+
+Rule = Callable[[core.JaxprEqn, list[Any], Body], list[Any]]
+"""Evaluates an equation on operands in a way of its own."""
+
+
+def taps(blocks: Sequence[Block]) -> dict[Position, Tap]:
+    """A tap for each site, which takes what its block captures."""
+
+    def tap(block: Block, site: Any) -> Tap:
+        return Tap(
+            lambda x, dz: block.statistic(site, x, dz),
+            site.operand,
+            site.x,
+            site.z,
+            tuple(block.scanned(site, level) for level in range(len(site.loops))),
+            site.loops,
+        )
+
+    return {site.position: tap(block, site) for block in blocks for site in block.sites}
 
 
 class Evaluation:
-    """Evaluates a jaxpr like `jax.core.eval_jaxpr`, tapping the sites on its way."""
+    """Evaluates a jaxpr like `jax.core.eval_jaxpr`, tapping equations on its way."""
 
-    def __init__(self, taps: Taps):
-        """Prepares the evaluation of a program with sites at the positions in `taps`."""
+    def __init__(self, taps: Mapping[Position, Tap], rules: Mapping[Position, Rule] | None = None):
+        """Prepares the evaluation of a program.
+
+        Args:
+          taps: what is taken out of its backward pass, by the equations' positions.
+          rules: how some of its equations are evaluated.
+        """
         self._taps = taps
-        self._bodies = {at[:i] for at in taps for i in range(1, len(at))}
+        self._rules = rules or {}
+        self._bodies = {at[:i] for at in (*taps, *self._rules) for i in range(1, len(at))}
 
     def __call__(
         self,
@@ -77,30 +125,21 @@ class Evaluation:
         values = dict(zip(jaxpr.constvars, consts, strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
 
-        def read(atom: Any) -> Any:
-            if jaxprs.is_literal(atom):
-                return np.asarray(atom.val, atom.aval.dtype)
-            return values[atom]
-
         for i, eqn in enumerate(jaxpr.eqns):
             at = (*position, i)
-            args = [read(atom) for atom in eqn.invars]
-            if at in self._taps:
-                results = self._site(eqn, args, *self._taps[at], probes[at])
+            args = [jaxprs.value(atom, values) for atom in eqn.invars]
+            if at in self._rules:
+                results = self._rules[at](eqn, args, Body(jaxpr.eqns, values))
             elif at in self._bodies:
                 inner = {p: probe for p, probe in probes.items() if p[: len(at)] == at}
                 results = self._inside(eqn, args, inner, at, level)
             else:
                 results = jaxprs.evaluate(eqn, args)
+            if at in self._taps:
+                tap = self._taps[at]
+                results = [_tap(tap.statistic, results[0], args[tap.operand], probes[at])]
             values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _site(
-        self, eqn: core.JaxprEqn, args: list[Any], block: Block, site: Site, probe: Statistic
-    ) -> list[Any]:
-        (z,) = jaxprs.evaluate(eqn, args)
-        x = args[site.operand]
-        return [_tap(lambda x, dz: block.statistic(site, x, dz), z, x, probe)]
+        return [jaxprs.value(atom, values) for atom in jaxpr.outvars]
 
     def _inside(
         self, eqn: core.JaxprEqn, args: list[Any], probes: Probes, at: Position, level: int
@@ -137,9 +176,7 @@ class Evaluation:
             args[split.consts : split.consts + split.carry],
             args[split.consts + split.carry :],
         )
-        stacked = {
-            p: probes[p] for p in probes if self._taps[p][0].scanned(self._taps[p][1], level)
-        }
+        stacked = {p: probe for p, probe in probes.items() if self._taps[p].stacked[level]}
         summed = {p: probe for p, probe in probes.items() if p not in stacked}
 
         def body(carry: list[Any], trip: tuple[list[Any], Probes]) -> tuple[list, list]:

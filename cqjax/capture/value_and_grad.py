@@ -3,34 +3,16 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cqjax.capture import linen, tap
-from cqjax.capture.captures import Capture, Captures, path_of
-from cqjax.capture.plan import Plan, Selector, make_plan
-from cqjax.capture.walk import Walk
+from cqjax.capture import matching, tap, tracing
+from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.plan import Plan, Selector, Signal
 
 PyTree = Any
-
-
-class _Traced(NamedTuple):
-    """A loss, traced.
-
-    Attributes:
-      jaxpr: its closed jaxpr; the inputs are the parameters' leaves, the first output the loss.
-      outputs: its results, as `jax.ShapeDtypeStruct`s.
-      paths: paths of the parameters' leaves.
-      plan: what is captured of it.
-    """
-
-    jaxpr: Any
-    outputs: PyTree
-    paths: list[str]
-    plan: Plan
 
 
 def value_and_grad(
@@ -43,6 +25,7 @@ def value_and_grad(
     solver: Literal["auto", "primal", "dual"] = "auto",
     batch_size: int | jax.Array | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
+    signal: Signal = "gradient",
 ) -> Callable[..., tuple[Any, PyTree, Captures]]:
     """`jax.value_and_grad` with respect to the first argument, and what it met on the way.
 
@@ -71,6 +54,9 @@ def value_and_grad(
         Pass it where a mean runs over more than that dimension (batch x time, for tokens), and
         where arguments hold arrays that are no batch (statistics of a normalisation).
       loss_reduction: "sum" if the loss adds its terms up: N is 1 then.
+      signal: "matched" for back-matching's signal in the place of the gradient with respect to
+        each layer's output: see `back_matching_value_and_grad`. The gradients of the parameters,
+        and Z̄, come from it.
 
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of
@@ -100,8 +86,8 @@ def value_and_grad(
       Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
       weight updates over mini-batches (seed 000), Algorithms 1 to 3.
     """
-    _check(on_uncovered, ("fallback", "warn", "error"), "on_uncovered")
-    trace = _tracer(loss_fn, only, skip, solver, batch_size, loss_reduction)
+    tracing.check(on_uncovered, ("fallback", "warn", "error"), "on_uncovered")
+    trace = tracing.tracer(loss_fn, only, skip, solver, batch_size, loss_reduction, signal)
 
     @functools.wraps(loss_fn)
     def evaluate(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Captures]:
@@ -112,10 +98,12 @@ def value_and_grad(
                 "an argument is a jax.ShapeDtypeStruct: use cqjax.plan or jax.eval_shape"
             )
         traced = trace(params, args, kwargs)
-        _check_loss(traced.outputs, has_aux)
+        tracing.check_loss(traced.outputs, has_aux)
         _report(traced.plan, on_uncovered)
         blocks = traced.plan.blocks
-        evaluation = tap.Evaluation(tap.taps(blocks))
+        rules = matching.rules(traced.plan.layers.flow) if signal == "matched" else {}
+        taps = tap.taps(blocks)
+        evaluation = tap.Evaluation(taps, rules)
 
         def tapped(params: PyTree, probes: tap.Probes) -> Any:
             results = evaluation(traced.jaxpr, jax.tree.leaves(params), probes)
@@ -123,7 +111,7 @@ def value_and_grad(
             return jax.tree.unflatten(structure, map(jnp.asarray, results))
 
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=has_aux)
-        value, (grads, statistics) = differentiate(params, tap.zero_probes(blocks))
+        value, (grads, statistics) = differentiate(params, {at: t.zero() for at, t in taps.items()})
         gradients = dict(zip(traced.paths, jax.tree.leaves(grads), strict=True))
         captures = tuple(
             Capture(
@@ -133,7 +121,7 @@ def value_and_grad(
             )
             for block in blocks
         )
-        return value, grads, Captures(captures, traced.plan.batch_size)
+        return value, grads, Captures(captures, traced.plan.batch_size, traced.plan.layers)
 
     return evaluate
 
@@ -146,6 +134,7 @@ def plan(
     solver: Literal["auto", "primal", "dual"] = "auto",
     batch_size: int | jax.Array | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
+    signal: Signal = "gradient",
 ) -> Callable[..., Plan]:
     """What `value_and_grad` with the same arguments captures, and what it costs.
 
@@ -159,6 +148,8 @@ def plan(
       solver: as for `value_and_grad`.
       batch_size: as for `value_and_grad`.
       loss_reduction: as for `value_and_grad`.
+      signal: as for `value_and_grad`; with "matched" the table names what its signal passes as in
+        backpropagation.
 
     Returns:
       A function with `loss_fn`'s arguments that returns a `Plan`, which prints as a table.
@@ -178,111 +169,15 @@ def plan(
       >>> plan.uncovered()
       {'scale': ('enters `mul`, which is no matrix product',)}
     """
-    trace = _tracer(loss_fn, only, skip, solver, batch_size, loss_reduction)
+    trace = tracing.tracer(loss_fn, only, skip, solver, batch_size, loss_reduction, signal)
 
     @functools.wraps(loss_fn)
     def describe(params: PyTree, *args: Any, **kwargs: Any) -> Plan:
         traced = trace(params, args, kwargs)
-        _check_loss(traced.outputs, isinstance(traced.outputs, tuple | list))
+        tracing.check_loss(traced.outputs, isinstance(traced.outputs, tuple | list))
         return traced.plan
 
     return describe
-
-
-def _tracer(
-    loss_fn: Callable[..., Any],
-    only: Selector | Sequence[Selector] | None,
-    skip: Selector | Sequence[Selector],
-    solver: Literal["auto", "primal", "dual"],
-    batch_size: int | jax.Array | None,
-    loss_reduction: Literal["mean", "sum"],
-) -> Callable[[PyTree, tuple, dict], _Traced]:
-    """The part that `value_and_grad` and `plan` have in common: trace, walk, plan.
-
-    Raises:
-      ValueError: an option is not one of those listed.
-    """
-    _check(solver, ("auto", "primal", "dual"), "solver")
-    _check(loss_reduction, ("mean", "sum"), "loss_reduction")
-    if batch_size is not None and jnp.ndim(batch_size):
-        raise ValueError(f"batch_size has shape {jnp.shape(batch_size)}: expected a scalar")
-    if isinstance(batch_size, int | float | np.number) and not batch_size > 0:
-        raise ValueError(f"batch_size={batch_size}: expected a positive number of examples")
-    if batch_size is not None and loss_reduction == "sum":
-        raise ValueError('loss_reduction="sum" leaves no use for batch_size=; pass one of the two')
-
-    def trace(params: PyTree, args: tuple, kwargs: dict) -> _Traced:
-        _refuse_manual_axes()
-        keyed, _ = jax.tree_util.tree_flatten_with_path(params)
-        keys = [key for key, _ in keyed]
-        paths = [path_of(key) for key in keys]
-        _check_parameters(paths, [leaf for _, leaf in keyed])
-        jaxpr, outputs, layers = _trace(loss_fn, params, args, kwargs)
-        classes = {
-            path: linen.layer_classes(tuple(path_of((k,)) for k in key), layers)
-            for path, key in zip(paths, keys, strict=True)
-        }
-        inferred = _leading_dimension((args, kwargs)) if batch_size is None else batch_size
-        made = make_plan(
-            Walk(jaxpr.jaxpr, paths),
-            {path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)},
-            classes,
-            only=None if only is None else _sequence(only),
-            skip=_sequence(skip),
-            solver=solver,
-            batch_size=1 if loss_reduction == "sum" else inferred,
-        )
-        return _Traced(jaxpr, outputs, paths, made)
-
-    return trace
-
-
-def _trace(
-    loss_fn: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict
-) -> tuple[Any, Any, linen.Layers]:
-    """Traces the loss with abstract parameters, and abstract shapes among its other arguments."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-    def loss(params: PyTree, abstract: list[jax.Array]) -> Any:
-        filled = iter(abstract)
-        args, kwargs = jax.tree.unflatten(
-            tree, [next(filled) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
-        )
-        return loss_fn(params, *args, **kwargs)
-
-    with linen.recorded() as layers:
-        jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(params, abstract)
-    return jaxpr, shapes, layers
-
-
-def _sequence(selectors: Selector | Sequence[Selector]) -> Sequence[Selector]:
-    """A list of selectors.
-
-    Raises:
-      TypeError: something in it is none.
-    """
-    selected = [selectors] if isinstance(selectors, str | type) else selectors
-    for selector in selected if isinstance(selected, Sequence) else [selected]:
-        if not isinstance(selector, str | type):
-            raise TypeError(
-                f"{selector!r} selects no parameters: expected a pattern for paths or a class of "
-                "layers"
-            )
-    return selected
-
-
-def _leading_dimension(arguments: PyTree) -> int | None:
-    """The leading dimension of all arrays among the arguments, None if there is not just one."""
-    sizes = {
-        leaf.shape[0]
-        for leaf in jax.tree.leaves(arguments)
-        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-        and leaf.shape
-        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
-    }
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _report(plan: Plan, on_uncovered: str) -> None:
@@ -297,49 +192,3 @@ def _report(plan: Plan, on_uncovered: str) -> None:
     if on_uncovered == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
-
-
-def _refuse_manual_axes() -> None:
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    if axes:
-        raise ValueError(
-            f"called within jax.shard_map over {', '.join(map(str, axes))}: it would capture the "
-            "rows of one device only. Call it under jax.jit on arrays with a NamedSharding "
-            "instead; the loss itself may use jax.shard_map"
-        )
-
-
-def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:
-    for path, leaf in zip(paths, leaves, strict=True):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"the parameter {path} has dtype {dtype}; expected a real floating-point one. "
-                "Pass what is not trained as another argument of the loss"
-            )
-    repeated = {path for path in paths if paths.count(path) > 1}
-    if repeated:
-        raise ValueError(
-            f"two parameters have the path {min(repeated)!r}: rename one of the keys that lead "
-            "to them, so that they differ when joined by '/'"
-        )
-
-
-def _check_loss(outputs: PyTree, has_aux: bool) -> None:
-    if has_aux and not (isinstance(outputs, tuple | list) and len(outputs) == 2):
-        raise TypeError("has_aux=True: expected the loss to return a pair (loss, aux)")
-    loss = outputs[0] if has_aux else outputs
-    if not isinstance(loss, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"the loss is a {type(loss).__name__}; expected a scalar, or a pair (loss, aux) with "
-            "has_aux=True"
-        )
-    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(
-            f"the loss has shape {loss.shape} and dtype {loss.dtype}; expected a real scalar"
-        )
-
-
-def _check(value: str, allowed: Sequence[str], name: str) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")

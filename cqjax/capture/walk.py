@@ -8,7 +8,7 @@ goes into `jit`, `remat`, `scan` and `cond`; whatever else a view enters is reco
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend import core
 from jax.extend.core import primitives
@@ -19,6 +19,20 @@ from cqjax.capture.matrix_form import Form, Lookup
 from cqjax.capture.sites import Bias, Position, Site
 from cqjax.capture.tags import Output, Spread, Tag, bias_layout, follow
 from cqjax.capture.views import View
+
+
+class Use(NamedTuple):
+    """Where a parameter enters an equation that is no product with it.
+
+    Attributes:
+      reason: what it does there, in words.
+      position: where the equation is.
+      primitive: name of its primitive.
+    """
+
+    reason: str
+    position: Position
+    primitive: str
 
 
 class Walk:
@@ -37,7 +51,7 @@ class Walk:
           paths: the parameters' paths.
         """
         self.sites: list[Site] = []
-        self.uses: dict[str, list[str]] = {path: [] for path in paths}
+        self.uses: dict[str, list[Use]] = {path: [] for path in paths}
         self._reads: list[int] = []
         tags: list[Tag] = [None] * len(jaxpr.invars)
         for i, path in enumerate(paths):
@@ -100,7 +114,7 @@ class Walk:
                 return [self._site(eqn, tag, weight, form, position, loops)]
             reason = form if isinstance(form, str) else "is broadcast before a product"
         for _, tag in entering:
-            self._use(tag, reason)
+            self._use(tag, reason, position, eqn.primitive.name)
         return nothing
 
     def _leave(self, tags: Sequence[Tag], reason: str) -> None:
@@ -118,10 +132,13 @@ class Walk:
                 self._use(site.bias.view, "is added to an output that is used without it too")
                 self.sites[i] = dataclasses.replace(site, bias=None)
 
-    def _use(self, tag: View | Spread, reason: str) -> None:
+    def _use(
+        self, tag: View | Spread, reason: str, position: Position = (), primitive: str = ""
+    ) -> None:
+        use = Use(reason, position, primitive)
         for path in (tag.view if isinstance(tag, Spread) else tag).paths:
-            if reason not in self.uses[path]:
-                self.uses[path].append(reason)
+            if use not in self.uses[path]:
+                self.uses[path].append(use)
 
     def _site(
         self,
@@ -134,7 +151,7 @@ class Walk:
     ) -> Tag:
         x, z = aval(eqn.invars[1 - weight]), aval(eqn.outvars[0])
         if not (x.size and z.size and math.prod(view.shape) and math.prod(loops)):
-            self._use(view, "enters a product without entries")
+            self._use(view, "enters a product without entries", position)
             return None
         _check_placement(view, x, z)
         site = Site(

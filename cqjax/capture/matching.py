@@ -1,0 +1,149 @@
+"""Back-matching's backward rules: the signal that matches a layer's output best (seed 004).
+
+Each entry of a layer's input, on its own, should change the layer's output by the signal on it, as
+nearly as least squares allow (Eq. 11). Products with a weight and normalisations hand on that; any
+other equation, its ordinary gradient.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from cqjax.capture import jaxprs
+from cqjax.capture.flow import Flow, Node
+from cqjax.capture.matrix_form import Convolution, Product
+from cqjax.capture.sites import Position, Site
+from cqjax.capture.tap import Body, Rule
+from cqjax.linalg.gram import accumulator
+
+
+def rules(flow: Flow) -> dict[Position, Rule]:
+    """The rules of all products and normalisations that the loss depends on, by position."""
+    return {
+        node.position: _product(node.site) if node.site else _normalisation(node)
+        for node in flow.nodes
+        if node.site is None or isinstance(node.site.form, Product | Convolution)
+    }
+
+
+def _product(site: Site) -> Rule:
+    """Z = XW with δ'x = (δz Wᵀ) / ‖w‖² (Eqs. 12 and 22)."""
+
+    def rule(eqn: core.JaxprEqn, args: list[Any], body: Body) -> list[Any]:
+        del body
+        args = list(args)
+        weight, x = args[1 - site.operand], args[site.operand]
+        norms = squared_norms(site, eqn, lax.stop_gradient(weight))
+        args[site.operand] = _divided(x, norms)
+        return jaxprs.evaluate(eqn, args)
+
+    return rule
+
+
+def squared_norms(site: Site, eqn: core.JaxprEqn, weight: jax.Array) -> jax.Array:
+    """‖w‖² of the weights that touch each entry of a site's input, shaped to broadcast to it."""
+    form, (shape, _) = site.form, site.x
+    squares = jnp.square(weight.astype(accumulator(weight.dtype)))
+    if isinstance(form, Product):
+        norms = form.weight.pack(squares).sum(-1)
+        spread = jnp.broadcast_to(norms[:, None], form.inputs.shape)
+        return form.inputs.unpack(spread, shape)
+    params = eqn.params
+    batch, *_ = params["dimension_numbers"].lhs_spec
+    one = jax.ShapeDtypeStruct((*shape[:batch], 1, *shape[batch + 1 :]), squares.dtype)
+
+    def convolve(x: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            squares,
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            params["dimension_numbers"],
+            params["feature_group_count"],
+            precision=lax.Precision.HIGHEST,
+        )
+
+    (norms,) = jax.linear_transpose(convolve, one)(
+        jnp.ones(jax.eval_shape(convolve, one).shape, squares.dtype)
+    )
+    return norms
+
+
+def _normalisation(node: Node) -> Rule:
+    """Of b = r (a - E[a]) + β, with r and E[a] held constant: δ'a = δb / r (Eq. 26).
+
+    What is computed between the two marks is linear in the input but for the statistics: results
+    smaller than it, or of a reduction.
+    """
+
+    def rule(eqn: core.JaxprEqn, args: list[Any], body: Body) -> list[Any]:
+        del args
+        mark = body.eqns[node.start]
+        (marked,), (result,) = mark.outvars, eqn.invars
+
+        def normalised(x: jax.Array, constant: bool) -> jax.Array:
+            inside, values = {marked}, {**body.values, marked: x}
+            for step in body.eqns[node.start + 1 : node.position[-1]]:
+                if any(not jaxprs.is_literal(v) and v in inside for v in step.invars):
+                    inputs = [jaxprs.value(v, values) for v in step.invars]
+                    outputs = jaxprs.evaluate(step, inputs)
+                    if constant and _is_statistic(step, x.size):
+                        outputs = [lax.stop_gradient(out) for out in outputs]
+                    inside.update(step.outvars)
+                    values.update(zip(step.outvars, outputs, strict=True))
+            return values[result]
+
+        x = body.values[marked]
+        fixed = lax.stop_gradient(x)
+        _, slope = jax.jvp(lambda x: normalised(x, True), (fixed,), (jnp.ones_like(fixed),))
+        return [_matched(x, normalised(fixed, False), lax.stop_gradient(slope))]
+
+    return rule
+
+
+def _is_statistic(eqn: core.JaxprEqn, size: int) -> bool:
+    name = eqn.primitive.name
+    reduces = name.startswith("reduce_") and name != "reduce_precision"
+    return reduces or all(jaxprs.aval(out).size < size for out in eqn.outvars)
+
+
+@jax.custom_vjp
+def _divided(x: jax.Array, norms: jax.Array) -> jax.Array:
+    """The identity on x, whose signal is divided by the norms; 0 where they are."""
+    del norms
+    return x
+
+
+def _divided_backward(norms: jax.Array, dx: jax.Array) -> tuple[jax.Array, None]:
+    return _quotient(dx, norms), None
+
+
+_divided.defvjp(lambda x, norms: (x, norms), _divided_backward)
+
+
+@jax.custom_vjp
+def _matched(x: jax.Array, y: jax.Array, slope: jax.Array) -> jax.Array:
+    """y, whose signal goes to x too, divided by the slope."""
+    del x, slope
+    return y
+
+
+def _matched_backward(
+    residual: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x, slope = residual
+    return _quotient(dy, slope).astype(x.dtype), dy, None
+
+
+_matched.defvjp(lambda x, y, slope: (y, (x, slope)), _matched_backward)
+
+
+def _quotient(signal: jax.Array, divisor: jax.Array) -> jax.Array:
+    """The least-squares solution of divisor · q = signal, of least norm: 0 where the divisor is."""
+    safe = jnp.where(divisor == 0, 1, divisor)
+    return jnp.where(divisor == 0, 0, signal.astype(divisor.dtype) / safe).astype(signal.dtype)

@@ -1,0 +1,66 @@
+"""Every layer's signal, by backpropagation and by back-matching."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from cqjax.capture import matching, tap, tracing
+from cqjax.capture.flow import Flow
+from cqjax.capture.sites import Position
+
+
+class Signals(NamedTuple):
+    """What one layer's output is handed, with an axis for each loop around it.
+
+    Attributes:
+      gradient: the loss's gradient with respect to the output.
+      matched: the signal that back-matching hands down.
+    """
+
+    gradient: jax.Array
+    matched: jax.Array
+
+
+def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Signals]:
+    """The signals on the outputs of all layers.
+
+    Args:
+      value_fn: the loss, a function of the parameters alone.
+      params: the parameters.
+      flow: the layers, of a plan of the same loss.
+
+    Returns:
+      The signals, in the order of `flow.nodes`.
+
+    Raises:
+      ValueError: the loss has other layers.
+      TypeError: it is not a real scalar.
+    """
+    trace = tracing.tracer(value_fn, None, (), "auto", None, "mean")
+    traced = trace(params, (), {})
+    tracing.check_loss(traced.outputs, has_aux=False)
+    nodes = traced.plan.layers.flow.nodes
+    got, expected = [node.name for node in nodes], [node.name for node in flow.nodes]
+    if got != expected:
+        raise ValueError(
+            f"value_fn's layers are {', '.join(got)}; expected those of the plan, "
+            f"{', '.join(expected)}: make the plan of the same loss"
+        )
+    taps = {
+        node.position: tap.Tap(
+            lambda x, dz: dz, 0, node.output, node.output, (True,) * len(node.loops), node.loops
+        )
+        for node in nodes
+    }
+
+    def backwards(rules: dict[Position, tap.Rule]) -> tap.Probes:
+        evaluation = tap.Evaluation(taps, rules)
+
+        def loss(probes: tap.Probes) -> jax.Array:
+            return evaluation(traced.jaxpr, jax.tree.leaves(params), probes)[0]
+
+        return jax.grad(loss)({at: t.zero() for at, t in taps.items()})
+
+    plain, matched = backwards({}), backwards(matching.rules(traced.plan.layers.flow))
+    return [Signals(plain[node.position], matched[node.position]) for node in nodes]

@@ -1,0 +1,189 @@
+"""From a user's loss function to its jaxpr and plan: what every evaluation starts with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cqjax.capture import linen
+from cqjax.capture.captures import path_of
+from cqjax.capture.flow import follow_layers
+from cqjax.capture.plan import Plan, Selector, Signal, make_plan
+from cqjax.capture.walk import Walk
+
+PyTree = Any
+
+
+class Traced(NamedTuple):
+    """A loss, traced.
+
+    Attributes:
+      jaxpr: its closed jaxpr; the inputs are the parameters' leaves, the first output the loss.
+      outputs: its results, as `jax.ShapeDtypeStruct`s.
+      paths: paths of the parameters' leaves.
+      plan: what is captured of it.
+    """
+
+    jaxpr: Any
+    outputs: PyTree
+    paths: list[str]
+    plan: Plan
+
+
+def tracer(
+    loss_fn: Callable[..., Any],
+    only: Selector | Sequence[Selector] | None,
+    skip: Selector | Sequence[Selector],
+    solver: Literal["auto", "primal", "dual"],
+    batch_size: int | jax.Array | None,
+    loss_reduction: Literal["mean", "sum"],
+    signal: Signal = "gradient",
+) -> Callable[[PyTree, tuple, dict], Traced]:
+    """What all evaluations have in common: trace, walk, plan.
+
+    Raises:
+      ValueError: an option is not one of those listed.
+    """
+    check(solver, ("auto", "primal", "dual"), "solver")
+    check(loss_reduction, ("mean", "sum"), "loss_reduction")
+    check(signal, ("gradient", "matched"), "signal")
+    if batch_size is not None and jnp.ndim(batch_size):
+        raise ValueError(f"batch_size has shape {jnp.shape(batch_size)}: expected a scalar")
+    if isinstance(batch_size, int | float | np.number) and not batch_size > 0:
+        raise ValueError(f"batch_size={batch_size}: expected a positive number of examples")
+    if batch_size is not None and loss_reduction == "sum":
+        raise ValueError('loss_reduction="sum" leaves no use for batch_size=; pass one of the two')
+
+    def trace(params: PyTree, args: tuple, kwargs: dict) -> Traced:
+        _refuse_manual_axes()
+        keyed, _ = jax.tree_util.tree_flatten_with_path(params)
+        keys = [key for key, _ in keyed]
+        paths = [path_of(key) for key in keys]
+        _check_parameters(paths, [leaf for _, leaf in keyed])
+        jaxpr, outputs, layers = _trace(loss_fn, params, args, kwargs)
+        classes = {
+            path: linen.layer_classes(tuple(path_of((k,)) for k in key), layers)
+            for path, key in zip(paths, keys, strict=True)
+        }
+        inferred = _leading_dimension((args, kwargs)) if batch_size is None else batch_size
+        walk = Walk(jaxpr.jaxpr, paths)
+        made = make_plan(
+            walk,
+            follow_layers(jaxpr.jaxpr, walk.sites, walk.uses),
+            {path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)},
+            classes,
+            only=None if only is None else _sequence(only),
+            skip=_sequence(skip),
+            solver=solver,
+            batch_size=1 if loss_reduction == "sum" else inferred,
+            signal=signal,
+        )
+        return Traced(jaxpr, outputs, paths, made)
+
+    return trace
+
+
+def _trace(
+    loss_fn: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict
+) -> tuple[Any, Any, linen.Layers]:
+    """Traces the loss with abstract parameters, and abstract shapes among its other arguments."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    def loss(params: PyTree, abstract: list[jax.Array]) -> Any:
+        filled = iter(abstract)
+        args, kwargs = jax.tree.unflatten(
+            tree, [next(filled) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
+        )
+        return loss_fn(params, *args, **kwargs)
+
+    with linen.recorded() as layers:
+        jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(params, abstract)
+    return jaxpr, shapes, layers
+
+
+def _sequence(selectors: Selector | Sequence[Selector]) -> Sequence[Selector]:
+    """A list of selectors.
+
+    Raises:
+      TypeError: something in it is none.
+    """
+    selected = [selectors] if isinstance(selectors, str | type) else selectors
+    for selector in selected if isinstance(selected, Sequence) else [selected]:
+        if not isinstance(selector, str | type):
+            raise TypeError(
+                f"{selector!r} selects no parameters: expected a pattern for paths or a class of "
+                "layers"
+            )
+    return selected
+
+
+def _leading_dimension(arguments: PyTree) -> int | None:
+    """The leading dimension of all arrays among the arguments, None if there is not just one."""
+    sizes = {
+        leaf.shape[0]
+        for leaf in jax.tree.leaves(arguments)
+        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+        and leaf.shape
+        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
+    }
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _refuse_manual_axes() -> None:
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if axes:
+        raise ValueError(
+            f"called within jax.shard_map over {', '.join(map(str, axes))}: it would capture the "
+            "rows of one device only. Call it under jax.jit on arrays with a NamedSharding "
+            "instead; the loss itself may use jax.shard_map"
+        )
+
+
+def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    for path, leaf in zip(paths, leaves, strict=True):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"the parameter {path} has dtype {dtype}; expected a real floating-point one. "
+                "Pass what is not trained as another argument of the loss"
+            )
+    repeated = {path for path in paths if paths.count(path) > 1}
+    if repeated:
+        raise ValueError(
+            f"two parameters have the path {min(repeated)!r}: rename one of the keys that lead "
+            "to them, so that they differ when joined by '/'"
+        )
+
+
+def check_loss(outputs: PyTree, has_aux: bool) -> None:
+    """Refuses what is no loss.
+
+    Raises:
+      TypeError: it is not a real scalar, or a pair where none is expected, or the reverse.
+    """
+    if has_aux and not (isinstance(outputs, tuple | list) and len(outputs) == 2):
+        raise TypeError("has_aux=True: expected the loss to return a pair (loss, aux)")
+    loss = outputs[0] if has_aux else outputs
+    if not isinstance(loss, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"the loss is a {type(loss).__name__}; expected a scalar, or a pair (loss, aux) with "
+            "has_aux=True"
+        )
+    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            f"the loss has shape {loss.shape} and dtype {loss.dtype}; expected a real scalar"
+        )
+
+
+def check(value: str, allowed: Sequence[str], name: str) -> None:
+    """Refuses an option that is not one of those allowed.
+
+    Raises:
+      ValueError: names the option.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")

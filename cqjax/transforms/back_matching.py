@@ -1,0 +1,311 @@
+"""Back-matching's layer-wise rates (seed 004, Algorithm 1), for chains of layers and any graph."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from cqjax.capture.captures import Captures, path_of
+from cqjax.capture.layers import Layers, Unit
+from cqjax.capture.plan import Plan
+from cqjax.capture.signals import Signals, signals
+from cqjax.linalg.gram import accumulator
+from cqjax.transforms import chain
+from cqjax.transforms.chain import ChainLayer
+
+PyTree = Any
+ValueFn = Callable[[PyTree], jax.Array]
+Factors = Literal["chain", "measured"]
+
+
+def back_matching_rates(
+    plan: Plan | Captures | Sequence[ChainLayer],
+    params: PyTree,
+    *,
+    value_fn: ValueFn | None = None,
+) -> PyTree:
+    r"""The rate 1/(m s) of each parameter: how many times its gradient back-matching takes.
+
+    Algorithm 1 goes through a chain of layers from the top down. m = 1 at the output, and
+
+    - passing below a layer with a weight, :math:`m \leftarrow m \lVert W \rVert_F^2 / (d c)`, where
+      d is the number of its input features or channels;
+    - passing below a normalisation, :math:`m \leftarrow m\, \overline{\gamma^2} / (\lVert W
+      \rVert_F^2 / o)`, with the weight of the layer that it follows, that layer's o outputs, and
+      the learned scale γ, if there is one.
+
+    s = rows / N is at how many positions of an example the weight acts whose outputs receive a
+    gradient, counted after the pooling that follows (1 for a fully connected layer), and c the
+    positions of its input for each of those. Activations and pooling leave m.
+
+    Where layers branch, m is measured: with `value_fn`, :math:`1/m = \langle \delta b, \delta' b
+    \rangle / \lVert \delta b \rVert^2` from the gradient δb with respect to a layer's output and
+    the matched signal δ'b (`back_matching_value_and_grad`), for each layer of a stack that is
+    scanned over on its own. s counts all positions then, pooled or not, as the exact propagation
+    does (Eq. 23). So on a chain without pooling the two agree where Algorithm 1's assumptions hold:
+    weights whose rows have equal norms and whose outputs vary independently, layer inputs with
+    :math:`\mathrm{E}[a a^T] = I`.
+
+    Args:
+      plan: `cqjax.plan(loss_fn)(params, ...)`, the captures of `cqjax.value_and_grad`, or the
+        layers from the bottom to the top.
+      params: the parameters.
+      value_fn: the loss of a batch, as a function of the parameters alone; measures m.
+
+    Returns:
+      A tree like `params`, of scalars; of arrays of the parameter's shape where its parts have
+      different rates. Parameters that were skipped, or belong to no layer that is known, have the
+      rate 1.
+
+    Raises:
+      ValueError: the layers form no chain and there is no `value_fn`; the batch size is unknown;
+        a parameter is missing; the plan is of another loss.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean((jax.nn.relu(x @ params["w1"]) @ params["w2"]) ** 2)
+      >>> params = {"w1": jnp.ones((3, 8)), "w2": jnp.full((8, 2), 0.25)}
+      >>> plan = cqjax.plan(loss_fn)(params, jnp.ones((5, 3)))
+      >>> rates = cqjax.back_matching_rates(plan, params)
+      >>> print(rates["w1"], rates["w2"])  # ||w2||² = 1, 8 inputs
+      8.0 1.0
+
+    References:
+      Zhang, Chen and Liu, Train feedforward neural network with layer-wise adaptive rate via
+      approximating back-matching propagation (seed 004), Algorithm 1, Eqs. 34 to 37, supplement.
+    """
+    tree = _Tree(params)
+    if not isinstance(plan, Plan | Captures):
+        return tree.like(chain.rates(plan, tree.arrays))
+    if value_fn is None:
+        inverse = chain.inverse_factors(plan.layers, tree.arrays)
+    else:
+        inverse = _measured(plan.layers, signals(value_fn, params, plan.layers.flow))
+    return tree.like(_rates(plan, inverse, measured=value_fn is not None))
+
+
+class ScaleByBackMatchingState(NamedTuple):
+    """State of `scale_by_back_matching`.
+
+    Attributes:
+      count: () int32, the number of updates so far.
+      average: moving averages of the measured 1/m, for each layer with parameters: (), or (L,) for
+        L layers that are scanned over. Empty for chains, as is the next.
+      weight: what the averages are divided by, to make up for their start from zero; the same
+        shapes.
+      ignored: () int32, how many measurements were left out: not positive, or not finite.
+    """
+
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]
+    average: tuple[jax.Array, ...]
+    weight: tuple[jax.Array, ...]
+    ignored: jax.Array
+
+
+def scale_by_back_matching(
+    plan: Plan | None = None,
+    *,
+    factors: Factors = "chain",
+    refresh_every: int = 100,
+    decay: float = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives each layer the rate 1/(m s) that approximates back-matching propagation.
+
+    Each update of a layer is multiplied by its rate: see `back_matching_rates`. The paper found
+    best to decay the weights before, and to apply momentum after it: `back_matching_sgd`.
+
+    Args:
+      plan: `cqjax.plan(loss_fn)(params, ...)`; shapes of arguments are enough. Without it, `update`
+        takes the keyword argument `captures`.
+      factors: "chain" computes m from the weights, at each update, where each layer feeds one
+        other. "measured" measures it, for any graph: `update` then takes the keyword argument
+        `value_fn`, the loss of the batch as a function of the parameters alone. It is called, for
+        two backward passes, in one of `refresh_every` updates.
+      refresh_every: updates from one measurement to the next.
+      decay: of the moving average of measurements of 1/m. One that is not positive and finite is
+        left out, and counted.
+
+    Returns:
+      A transformation whose `update` takes `params`.
+
+    Raises:
+      ValueError: an argument is out of its range; in `update`, something is missing, or as
+        `back_matching_rates`.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp, optax
+      >>> def loss_fn(params, x):
+      ...     hidden = jax.nn.relu(x @ params["w1"])
+      ...     return jnp.mean(((x + hidden) @ params["w2"]) ** 2)
+      >>> params = {"w1": jnp.eye(3), "w2": jnp.full((3, 1), 0.5)}
+      >>> x = jnp.ones((5, 3))
+      >>> plan = cqjax.plan(loss_fn)(params, x)
+      >>> tx = cqjax.scale_by_back_matching(plan, factors="measured")
+      >>> state, grads = tx.init(params), jax.grad(loss_fn)(params, x)
+      >>> updates, state = tx.update(grads, state, params, value_fn=lambda p: loss_fn(p, x))
+      >>> print(updates["w1"][0] / grads["w1"][0], updates["w2"][0] / grads["w2"][0])
+      [4. 4. 4.] [1.]
+
+    References:
+      Seed 004, Algorithm 1 and section 3.2.
+    """
+    if factors not in ("chain", "measured"):
+        raise ValueError(f"factors={factors!r}: expected 'chain' or 'measured'")
+    if not (isinstance(refresh_every, int) and refresh_every >= 1):
+        raise ValueError(f"refresh_every={refresh_every}: expected a whole number, one or more")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay}: expected a number from 0 to below 1")
+    if factors == "measured" and plan is None:
+        raise ValueError('factors="measured" needs plan=, made by cqjax.plan(loss_fn)(params, ...)')
+
+    def init(params: optax.Params) -> ScaleByBackMatchingState:
+        zero = jnp.zeros((), jnp.int32)
+        if factors == "chain" or plan is None:
+            return ScaleByBackMatchingState(zero, (), (), zero)
+        dtype = accumulator(jnp.result_type(*jax.tree.leaves(params)))
+        zeros = tuple(jnp.zeros(_stacked(unit), dtype) for unit in plan.layers.units)
+        return ScaleByBackMatchingState(zero, zeros, zeros, zero)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        captures: Captures | None = None,
+        value_fn: ValueFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        source = plan if plan is not None else captures
+        if source is None:
+            raise ValueError(
+                "scale_by_back_matching: no plan. Pass plan=cqjax.plan(loss_fn)(params, ...) to "
+                "it, or captures= to update"
+            )
+        if params is None:
+            raise ValueError(
+                "scale_by_back_matching: no parameters; call update(grads, state, params)"
+            )
+        tree, layers = _Tree(params), source.layers
+        if factors == "measured":
+            state = _refreshed(state, layers, params, value_fn, refresh_every, decay)
+            inverse = [
+                jnp.where(weight > 0, average / jnp.where(weight > 0, weight, 1), 1)
+                for average, weight in zip(state.average, state.weight, strict=True)
+            ]
+        else:
+            inverse = chain.inverse_factors(layers, tree.arrays)
+        rates = tree.like(_rates(source, inverse, measured=factors == "measured"))
+        updates = jax.tree.map(lambda rate, u: (rate * u).astype(u.dtype), rates, updates)
+        return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refreshed(
+    state: ScaleByBackMatchingState,
+    layers: Layers,
+    params: PyTree,
+    value_fn: ValueFn | None,
+    refresh_every: int,
+    decay: float,
+) -> ScaleByBackMatchingState:
+    """The state with averages that a measurement has gone into, if one is due.
+
+    Raises:
+      ValueError: there is no loss to measure with.
+    """
+    if value_fn is None:
+        raise ValueError(
+            'scale_by_back_matching(factors="measured"): no loss to measure with. Call '
+            "update(grads, state, params, value_fn=lambda params: loss_fn(params, ...))"
+        )
+
+    def measure() -> ScaleByBackMatchingState:
+        average, weight, ignored = [], [], state.ignored
+        measured = _measured(layers, signals(value_fn, params, layers.flow))
+        for new, a, w in zip(measured, state.average, state.weight, strict=True):
+            good = jnp.isfinite(new) & (new > 0)
+            average.append(jnp.where(good, decay * a + (1 - decay) * new, a).astype(a.dtype))
+            weight.append(jnp.where(good, decay * w + (1 - decay), w).astype(w.dtype))
+            ignored = ignored + jnp.sum(~good, dtype=jnp.int32)
+        return state._replace(average=tuple(average), weight=tuple(weight), ignored=ignored)
+
+    return lax.cond(state.count % refresh_every == 0, measure, lambda: state)
+
+
+def _measured(layers: Layers, measured: Sequence[Signals]) -> list[jax.Array]:
+    """⟨δb, δ'b⟩ / ‖δb‖² of each unit: (), or (L,) for weights that are scanned over."""
+    inverse = []
+    for unit in layers.units:
+        stacked = [] if unit.block is None else [level for level, _ in unit.block.view.loops]
+        totals = []
+        for other in ("matched", "gradient"):
+            total = jnp.zeros(())
+            for i in unit.nodes:
+                signal = measured[i]
+                dtype = accumulator(signal.gradient.dtype)
+                product = signal.gradient.astype(dtype) * getattr(signal, other).astype(dtype)
+                kept = [axis for axis in range(product.ndim) if axis not in stacked]
+                total += jnp.sum(product, kept)
+            totals.append(total)
+        inverse.append(totals[0] / totals[1])
+    return inverse
+
+
+def _rates(
+    source: Plan | Captures, inverse: Sequence[jax.Array], *, measured: bool
+) -> dict[str, jax.Array]:
+    """1/(m s) of each parameter that belongs to a unit, from the units' 1/m."""
+    units, batch_size = source.layers.units, _batch_size(source)
+    owners = [path for unit in units for path in unit.paths]
+    rates: dict[str, Any] = {}
+    covered: dict[str, jax.Array] = {}
+    for unit, factor in zip(units, inverse, strict=True):
+        rate = factor * batch_size / (unit.rows if measured else unit.pooled)
+        block = unit.block
+        if block is None or (
+            block.view.whole and not factor.ndim and all(owners.count(p) == 1 for p in unit.paths)
+        ):
+            rates |= dict.fromkeys(unit.paths, rate)
+            continue
+        each = jnp.repeat(rate.reshape(-1), block.batch // factor.size)
+        for total, values in ((rates, each), (covered, jnp.ones_like(each))):
+            weight = jnp.tile(values[:, None, None], (1, block.features, block.outputs))
+            bias = None if block.bias is None else weight[:, 0]
+            for path, array in block.scatter(weight, bias).items():
+                total[path] = total[path] + array if path in total else array
+    return rates | {path: jnp.where(mask > 0, rates[path], 1) for path, mask in covered.items()}
+
+
+def _stacked(unit: Unit) -> tuple[int, ...]:
+    """Shape of a unit's 1/m."""
+    loops = () if unit.block is None else unit.block.view.loops
+    return tuple(length for _, length in loops)
+
+
+def _batch_size(source: Plan | Captures) -> Any:
+    if source.batch_size is None:
+        raise ValueError(
+            "the batch size could not be inferred, since the loss's arguments do not share one "
+            "leading dimension. Pass batch_size= to cqjax.plan or cqjax.value_and_grad: the number "
+            'of terms that the loss averages over (or loss_reduction="sum")'
+        )
+    return source.batch_size
+
+
+class _Tree:
+    """Parameters by path."""
+
+    def __init__(self, params: PyTree):
+        keyed, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        self.arrays: Mapping[str, jax.Array] = {path_of(keys): leaf for keys, leaf in keyed}
+
+    def like(self, rates: Mapping[str, jax.Array]) -> PyTree:
+        """The tree with the rates, 1 by default, in the parameters' place."""
+        one = jnp.ones(())
+        return jax.tree.unflatten(self._structure, [rates.get(path, one) for path in self.arrays])

@@ -1,0 +1,189 @@
+"""Nonlinear conjugate gradient (seed 003, section 3.2)."""
+
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Beta = Literal["fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan"]
+OnAscent = Literal["restart", "reverse"]
+
+
+class ScaleByConjugateGradientState(NamedTuple):
+    """State of `scale_by_conjugate_gradient`; both trees have the shapes of the parameters.
+
+    Attributes:
+      direction: −p, the update that was returned last.
+      gradient: −r, the gradient that came with it; () for the two β that need only its norm.
+      squared_norm: () r², in at least float32; zero before the first update.
+      slope: () pᵀr, in at least float32; zero before the first update.
+      restarts: () int32, how often a direction was given up for the negative gradient.
+    """
+
+    direction: optax.Updates
+    gradient: optax.Updates
+    squared_norm: jax.Array
+    slope: jax.Array
+    restarts: jax.Array
+
+
+def scale_by_conjugate_gradient(
+    beta: Beta = "hestenes_stiefel", *, on_ascent: OnAscent = "restart"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the gradient by a direction that is conjugate to the one before.
+
+    With the negative gradient :math:`r = -\nabla f`, the directions are :math:`p_0 = r_0` and
+    :math:`p_{n+1} = r_{n+1} + \beta_n p_n`, where
+
+    .. math::
+      \beta^{FR} = \frac{r_{n+1}^2}{r_n^2}, \quad
+      \beta^{PR} = \frac{r_{n+1}^T (r_{n+1} - r_n)}{r_n^2}, \quad
+      \beta^{HS} = -\frac{r_{n+1}^T (r_{n+1} - r_n)}{p_n^T (r_{n+1} - r_n)}, \quad
+      \beta^{DY} = -\frac{r_{n+1}^2}{p_n^T (r_{n+1} - r_n)}
+
+    are Fletcher and Reeves', Polak and Ribière's, Hestenes and Stiefel's, and Dai and Yuan's.
+    On a quadratic, with exact steps, all four are the conjugate gradient method, which takes no
+    more steps than there are parameters. Otherwise Hestenes and Stiefel's is conjugate whatever the
+    step, and bears inexact searches best; the two with :math:`r_{n+1}^2` store one tree less, but
+    may jam: once p is nearly orthogonal to r, it stays so for many short steps.
+
+    As Optax has it, the update is −p, for a negative rate to follow. The method is made for
+    gradients of the whole objective, not of batches, and for line searches:
+    `optax.scale_by_zoom_linesearch` or `optax.scale_by_backtracking_linesearch`, after
+    `optax.scale(-1.0)`. Inner products run over the whole tree, in at least float32.
+
+    What becomes of a p that does not descend is `on_ascent`'s choice. With "restart", p is r again
+    where :math:`p^T r \le 0` or β < 0, which is what makes Polak and Ribière's method converge
+    (it is then known as PR+). With "reverse", p is turned round where :math:`p^T r < 0`. Seed 003's
+    own rule is that, with Dai and Yuan's β and a fixed rate α:
+
+    .. math::
+      p_n = r_n + \frac{r_n^2}{z_{n-1} - r_n^T p_{n-1}} p_{n-1}, \quad
+      z_n = p_n^T r_n, \quad x_{n+1} = x_n + \alpha \operatorname{sgn}(z_n) p_n
+
+    (the next p does not depend on the sign of the one before). With either, p is r again where β or
+    p is undefined or not finite, or :math:`p^T r = 0`.
+
+    Args:
+      beta: which β.
+      on_ascent: "restart" or "reverse".
+
+    Returns:
+      A transformation that needs no parameters in `update`.
+
+    Raises:
+      ValueError: `beta` or `on_ascent` is none of the names above.
+
+    Examples:
+      Rosenbrock's function, by line searches:
+
+      >>> import cqjax, jax, jax.numpy as jnp, optax
+      >>> def rosenbrock(x):
+      ...     return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+      >>> search = optax.scale_by_zoom_linesearch(max_linesearch_steps=20, curv_rtol=0.1)
+      >>> tx = optax.chain(cqjax.scale_by_conjugate_gradient(), optax.scale(-1.0), search)
+      >>> @jax.jit
+      ... def step(x, state):
+      ...     value, grad = jax.value_and_grad(rosenbrock)(x)
+      ...     extra = {"value": value, "grad": grad, "value_fn": rosenbrock}
+      ...     updates, state = tx.update(grad, state, x, **extra)
+      ...     return optax.apply_updates(x, updates), state
+      >>> x = jnp.array([-1.2, 1.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(30):
+      ...     x, state = step(x, state)
+      >>> print(x.round(3))
+      [1. 1.]
+
+      Seed 003's rule. For a parabola its second step is exact, whatever the rate:
+
+      >>> rule = cqjax.scale_by_conjugate_gradient("dai_yuan", on_ascent="reverse")
+      >>> tx = optax.chain(rule, optax.scale(-0.01))
+      >>> x = jnp.array(8.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jax.grad(lambda x: 3 * (x - 5) ** 2)(x), state)
+      ...     x = optax.apply_updates(x, updates)
+      ...     print(f"{x:.4f}")
+      7.8200
+      5.0000
+
+    References:
+      Seed 003, Eqs. 34 to 37 and the rules after them. Gilbert and Nocedal, Global convergence
+      properties of conjugate gradient methods for optimization (SIAM J. Optim. 2, 1992), for β ≥ 0.
+      Powell, Restart procedures for the conjugate gradient method (Math. Program. 12, 1977), for
+      jams.
+    """
+    _check(beta, "beta", Beta)
+    _check(on_ascent, "on_ascent", OnAscent)
+    by_change = beta in {"polak_ribiere", "hestenes_stiefel"}
+    by_slope = beta in {"hestenes_stiefel", "dai_yuan"}
+
+    # Below, r is the gradient and p what is returned, both the negatives of the documentation's:
+    # that changes no product of two, and so no β.
+
+    def init(params: optax.Params) -> ScaleByConjugateGradientState:
+        zeros = optax.tree.zeros_like(params)
+        return ScaleByConjugateGradientState(
+            direction=zeros,
+            gradient=optax.tree.zeros_like(params) if by_change else (),
+            squared_norm=_inner(zeros, zeros),
+            slope=_inner(zeros, zeros),
+            restarts=jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra_args
+        r = updates
+        squared_norm = _inner(r, r)
+        if by_change:
+            numerator = _inner(r, optax.tree.sub(r, state.gradient))
+        else:
+            numerator = squared_norm
+        denominator = state.slope - _inner(r, state.direction) if by_slope else state.squared_norm
+        defined = (denominator != 0) & jnp.isfinite(denominator)
+        b = jnp.where(defined, numerator / jnp.where(defined, denominator, 1), 0)
+        p = jax.tree.map(lambda r, p: (r + b * p).astype(r.dtype), r, state.direction)
+        slope = _inner(p, r)
+        if on_ascent == "reverse":
+            p = jax.tree.map(lambda p: jnp.where(slope < 0, -p, p), p)
+            slope = jnp.abs(slope)
+        else:
+            defined &= b >= 0
+        kept = defined & (slope > 0) & (slope < math.inf)
+        p = jax.tree.map(lambda p, r: jnp.where(kept, p, r), p, r)
+        given_up = ~kept & (state.slope > 0) & (squared_norm > 0)
+        new = ScaleByConjugateGradientState(
+            direction=p,
+            gradient=r if by_change else (),
+            squared_norm=squared_norm,
+            slope=jnp.where(kept, slope, squared_norm),
+            restarts=state.restarts + given_up,
+        )
+        return p, optax.tree.cast_like(new, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(name: str, argument: str, names: Any) -> None:
+    """Refuses a name that is not among `names`.
+
+    Raises:
+      ValueError: it is none of them.
+    """
+    if name not in get_args(names):
+        raise ValueError(f"{argument}={name!r}: expected one of {', '.join(get_args(names))}")
+
+
+def _inner(a: optax.Updates, b: optax.Updates) -> jax.Array:
+    """The real inner product of two trees, (), in at least float32."""
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(a))
+    product = optax.tree.vdot(optax.tree.cast(a, dtype), optax.tree.cast(b, dtype))
+    return jnp.asarray(product, dtype).real
