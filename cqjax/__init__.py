@@ -12,6 +12,7 @@ from cqjax.aliases import cmomentum as cmomentum
 from cqjax.aliases import cnesterov as cnesterov
 from cqjax.aliases import crmsprop as crmsprop
 from cqjax.aliases import csgd as csgd
+from cqjax.aliases import lsalr as lsalr
 from cqjax.aliases import nlms as nlms
 from cqjax.capture.block import Block as Block
 from cqjax.capture.captures import Capture as Capture

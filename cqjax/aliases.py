@@ -5,6 +5,7 @@ import optax
 from cqjax.capture.plan import Plan
 from cqjax.transforms.back_matching import Factors, scale_by_back_matching
 from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
+from cqjax.transforms.layerwise_rates import scale_by_lsalr
 from cqjax.transforms.nlms import scale_by_nlms
 
 Optimizer = optax.GradientTransformationExtraArgs
@@ -222,5 +223,46 @@ def back_matching_sgd(
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         scale_by_back_matching(plan, factors=factors, refresh_every=refresh_every, decay=decay),
+        optax.sgd(learning_rate, momentum, nesterov),
+    )
+
+
+def lsalr(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | None = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 5e-4,
+) -> Optimizer:
+    """Momentum SGD with layer-specific adaptive rates (Singh et al.), as seed 004 compares with it.
+
+    The weights decay first: the decay is part of the gradient whose norm sets a layer's rate, and
+    is taken at that rate.
+
+    Args:
+      learning_rate: η, a number or a schedule (seed 004 has 0.1, Singh et al. 0.006).
+      momentum: decay of the accumulated update; None for none.
+      nesterov: whether the momentum is Nesterov's.
+      weight_decay: what a step adds of the weights to their gradient.
+
+    Returns:
+      A transformation whose `update` takes `params`.
+
+    Examples:
+      >>> import cqjax, jax.numpy as jnp
+      >>> grads = {"near": jnp.array([3.0, 4.0]), "far": jnp.array([3e-6, 4e-6])}
+      >>> tx = cqjax.lsalr(0.1, momentum=None, weight_decay=0.0)
+      >>> updates, _ = tx.update(grads, tx.init(grads), grads)
+      >>> for layer in grads:
+      ...     print(layer, f"{-(updates[layer] / grads[layer])[0]:.3f}")
+      near 0.118
+      far 1.321
+
+    References:
+      Singh et al., Layer-specific adaptive learning rates for deep networks (2015); seed 004,
+      section 4.1.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        scale_by_lsalr(),
         optax.sgd(learning_rate, momentum, nesterov),
     )

@@ -57,8 +57,8 @@ def p_norm_loss(
         raise ValueError(f"p={p}: expected a finite number, 1 or more")
     x, target, dtype = _compatible(predictions, targets, where)
     error = x - target
-    # At an error of zero, |.| counts as increasing: that makes all derivatives right where p > 1.
-    size = jnp.where((error == 0) & (jnp.asarray(p) == 1), 0, jnp.where(error < 0, -error, error))
+    # JAX differentiates |.| at zero as if it increased: right where p > 1, at all orders.
+    size = jnp.where((error == 0) & (jnp.asarray(p) == 1), 0, jnp.abs(error))
     return (jnp.sum(size**p, axis) / p).astype(dtype)
 
 
@@ -167,12 +167,28 @@ def normalized_kullback_leibler(
     return jnp.sum(_relative_entropy(proportions, target), axis).astype(dtype)
 
 
+@jax.custom_jvp
 def _relative_entropy(x: jax.Array, target: jax.Array) -> jax.Array:
-    """Entries x log(x / x̄), with derivatives log(x / x̄) + 1; ε replaces less in logarithms."""
+    """Entries x log(x / x̄)."""
+    return x * (_log(x) - _log(target))
+
+
+@_relative_entropy.defjvp
+def _relative_entropy_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """With the derivative log(x / x̄) + 1 wherever x is, zero included."""
+    (x, target), (dx, dtarget) = primals, tangents
+    log_target, dlog_target = jax.jvp(_log, (target,), (dtarget,))
+    log_ratio = _log(x) - log_target
+    return x * log_ratio, (log_ratio + 1) * dx - x * dlog_target
+
+
+def _log(x: jax.Array) -> jax.Array:
+    """Logarithm of x, or of ε where x is less."""
     smallest = jnp.finfo(x.dtype).smallest_normal
-    raised = jnp.maximum(x, smallest)
-    one = (x - raised) - lax.stop_gradient(x - raised)  # adds 1 to the derivative where x < ε
-    return x * (jnp.log(raised) - jnp.log(jnp.maximum(target, smallest))) + one
+    less = x < smallest
+    return jnp.where(less, jnp.log(smallest), jnp.log(jnp.where(less, 1, x)))
 
 
 def _normalized(x: jax.Array, axis: Axis, *, constant: bool = False) -> jax.Array:

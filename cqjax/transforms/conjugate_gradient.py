@@ -55,9 +55,9 @@ def scale_by_conjugate_gradient(
     `optax.scale(-1.0)`. Inner products run over the whole tree, in at least float32.
 
     What becomes of a p that does not descend is `on_ascent`'s choice. With "restart", p is r again
-    where :math:`p^T r \le 0` or β < 0, which is what makes Polak and Ribière's method converge
-    (it is then known as PR+). With "reverse", p is turned round where :math:`p^T r < 0`. Seed 003's
-    own rule is that, with Dai and Yuan's β and a fixed rate α:
+    where :math:`p^T r \le 0`; and where :math:`\beta^{PR} < 0`, without which Polak and Ribière's
+    method need not converge even with exact steps. With "reverse", p is turned round where
+    :math:`p^T r < 0`. Seed 003's own rule is that, with Dai and Yuan's β and a fixed rate α:
 
     .. math::
       p_n = r_n + \frac{r_n^2}{z_{n-1} - r_n^T p_{n-1}} p_{n-1}, \quad
@@ -111,10 +111,10 @@ def scale_by_conjugate_gradient(
       5.0000
 
     References:
-      Seed 003, Eqs. 34 to 37 and the rules after them. Gilbert and Nocedal, Global convergence
-      properties of conjugate gradient methods for optimization (SIAM J. Optim. 2, 1992), for β ≥ 0.
-      Powell, Restart procedures for the conjugate gradient method (Math. Program. 12, 1977), for
-      jams.
+      Seed 003, Eqs. 34 to 37 and the rules after them. On Polak and Ribière's β: Gilbert and
+      Nocedal, Global convergence properties of conjugate gradient methods for optimization (SIAM J.
+      Optim. 2, 1992). On jams: Powell, Restart procedures for the conjugate gradient method (Math.
+      Program. 12, 1977).
     """
     _check(beta, "beta", Beta)
     _check(on_ascent, "on_ascent", OnAscent)
@@ -155,7 +155,7 @@ def scale_by_conjugate_gradient(
         if on_ascent == "reverse":
             p = jax.tree.map(lambda p: jnp.where(slope < 0, -p, p), p)
             slope = jnp.abs(slope)
-        else:
+        elif beta == "polak_ribiere":
             defined &= b >= 0
         kept = defined & (slope > 0) & (slope < math.inf)
         p = jax.tree.map(lambda p, r: jnp.where(kept, p, r), p, r)

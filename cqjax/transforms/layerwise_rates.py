@@ -30,9 +30,9 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
       >>> tx = cqjax.scale_by_lsalr()
       >>> updates, _ = tx.update(grads, tx.init(grads))
       >>> for layer in grads:
-      ...     print(layer, updates[layer] / grads[layer])
-      near [1.1823215 1.1823215]
-      far [13.206077 13.206077]
+      ...     print(layer, (updates[layer] / grads[layer]).round(3))
+      near [1.182 1.182]
+      far [13.206 13.206]
 
     References:
       Singh, De, Zhang, Goldstein and Taylor, Layer-specific adaptive learning rates for deep
