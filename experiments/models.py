@@ -1,14 +1,24 @@
-"""The networks of the experiments, in Flax Linen."""
+"""The networks of the experiments, in Flax Linen.
+
+Kernels start from Kaiming He's normal distribution (the transformer's as is Flax's default), biases
+from zero. Where a network has batch normalisation, it is as in seed 004: before each ReLU, without
+parameters, and there are no biases. `train=True` then normalises by the batch's statistics and
+updates the running averages, the collection `batch_stats`; otherwise these are used.
+"""
+
+from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+
+_Dense = partial(nn.Dense, use_bias=False, kernel_init=nn.initializers.he_normal())
+_Conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
 class MLP(nn.Module):
-    """The paper's fully-connected network: equal hidden layers of ReLUs (seed 000, section 5.3).
-
-    Kernels start from Kaiming He's normal distribution, biases from zero.
-    """
+    """The fully-connected network of seed 000, section 5.3: equal hidden layers of ReLUs."""
 
     width: int
     """Neurons of a hidden layer."""
@@ -22,5 +32,136 @@ class MLP(nn.Module):
         """Return the logits `(n, classes)` of images `(n, ...)`."""
         x = images.reshape(len(images), -1)
         for _ in range(self.depth):
-            x = nn.relu(nn.Dense(self.width, kernel_init=nn.initializers.he_normal())(x))
-        return nn.Dense(self.classes, kernel_init=nn.initializers.he_normal())(x)
+            x = nn.relu(_Dense(self.width, use_bias=True)(x))
+        return _Dense(self.classes, use_bias=True)(x)
+
+
+class LeNet(nn.Module):
+    """LeNet with batch normalisation: seed 004, section 3.3.
+
+    The paper does not print the layers' sizes. The defaults are those of LeNet-5; on 32 x 32 images
+    they have the output positions that the paper gives, 25 and 196 after pooling.
+    """
+
+    channels: tuple[int, int] = (6, 16)
+    """Output channels of the two convolutions, 5 x 5."""
+    hidden: tuple[int, int] = (120, 84)
+    """Neurons of the two hidden fully-connected layers."""
+    classes: int = 10
+    """Number of outputs."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Return the logits `(n, classes)` of images `(n, height, width, channels)`."""
+        x = images
+        for number, channels in enumerate(self.channels, start=1):
+            x = _Conv(channels, (5, 5), padding="VALID", name=f"cv{number}")(x)
+            x = nn.max_pool(nn.relu(_normalise(x, train)), (2, 2), (2, 2))
+        x = x.reshape(len(x), -1)
+        for number, width in enumerate(self.hidden, start=1):
+            x = nn.relu(_normalise(_Dense(width, name=f"fc{number}")(x), train))
+        return _Dense(self.classes, name="fc3")(x)
+
+
+class VGG(nn.Module):
+    """VGG with one fully-connected layer and batch normalisation: seed 004, section 4.
+
+    Five stages of 3 x 3 convolutions, each ended by 2 x 2 pooling, take 32 x 32 images to one
+    position of 512 channels.
+    """
+
+    depth: Literal[11, 13, 16, 19]
+    """The network's name; it counts the two fully-connected layers that are left out here."""
+    classes: int = 10
+    """Number of outputs."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Return the logits `(n, classes)` of images `(n, height, width, channels)`."""
+        convolutions = {
+            11: (1, 1, 2, 2, 2),
+            13: (2, 2, 2, 2, 2),
+            16: (2, 2, 3, 3, 3),
+            19: (2, 2, 4, 4, 4),
+        }[self.depth]
+        x = images
+        for stage, channels in enumerate((64, 128, 256, 512, 512)):
+            for number in range(convolutions[stage]):
+                x = _Conv(channels, (3, 3), name=f"conv{stage + 1}_{number + 1}")(x)
+                x = nn.relu(_normalise(x, train))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return _Dense(self.classes, name="fc")(x.reshape(len(x), -1))
+
+
+class ResNet(nn.Module):
+    """The residual network for CIFAR-10 of He et al. (2016): three stages of 6n + 2 layers in all.
+
+    A block is two 3 x 3 convolutions and a shortcut past them. The stages have `width`, twice and
+    four times as many channels, and the second and third halve the image.
+    """
+
+    depth: int = 20
+    """Number of layers, 6n + 2."""
+    width: int = 16
+    """Channels of the first stage."""
+    classes: int = 10
+    """Number of outputs."""
+    batch_norm: bool = True
+    """Whether there is batch normalisation."""
+    shortcut: Literal["pad", "project"] = "pad"
+    """Where a block changes the shape, the shortcut takes every second position and appends zero
+    channels (the paper's option A), or is a 1 x 1 convolution (option B)."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Return the logits `(n, classes)` of images `(n, height, width, channels)`."""
+
+        def normalise(x: jax.Array) -> jax.Array:
+            return _normalise(x, train) if self.batch_norm else x
+
+        x = nn.relu(normalise(_Conv(self.width, (3, 3), name="conv")(images)))
+        for stage in range(3):
+            for block in range((self.depth - 2) // 6):
+                name = f"stage{stage + 1}_block{block + 1}"
+                channels, stride = self.width << stage, 2 if stage and not block else 1
+                y = _Conv(channels, (3, 3), stride, name=f"{name}_conv1")(x)
+                y = _Conv(channels, (3, 3), name=f"{name}_conv2")(nn.relu(normalise(y)))
+                if stride == 1:
+                    past = x
+                elif self.shortcut == "pad":
+                    past = jnp.pad(x[:, ::2, ::2], ((0, 0),) * 3 + ((0, channels // 2),))
+                else:
+                    past = normalise(_Conv(channels, (1, 1), 2, name=f"{name}_shortcut")(x))
+                x = nn.relu(past + normalise(y))
+        return _Dense(self.classes, name="fc")(x.mean(axis=(1, 2)))
+
+
+class Transformer(nn.Module):
+    """A small pre-normalised transformer that reads an image row by row."""
+
+    width: int = 64
+    """Features of a row's representation."""
+    depth: int = 2
+    """Number of blocks: self-attention, then two dense layers."""
+    heads: int = 4
+    """Heads of the attention."""
+    classes: int = 10
+    """Number of outputs."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Return the logits `(n, classes)` of images `(n, height, width, ...)`."""
+        rows = images.reshape(*images.shape[:2], -1)
+        x = nn.Dense(self.width)(rows)
+        x += self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        for _ in range(self.depth):
+            x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+            x += nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
+        return nn.Dense(self.classes)(nn.LayerNorm()(x).mean(axis=1))
+
+
+def _normalise(x: jax.Array, train: bool) -> jax.Array:
+    """Batch normalisation without parameters."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, use_bias=False, use_scale=False
+    )(x)

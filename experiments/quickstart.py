@@ -1,29 +1,20 @@
 """SGD, Adam and C-SGD train the paper's fully-connected network (seed 000, section 5.3)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from rich.console import Console
-from rich.progress import TaskID
 
 import cqjax
-from experiments import data, report
+from experiments import data, options, report
+from experiments.classification import accuracy, cross_entropy, initialise, mean_loss
+from experiments.comparison import Method, compare
 from experiments.models import MLP
-from experiments.training import (
-    History,
-    State,
-    capturing_step,
-    gradient_step,
-    shuffled_batches,
-    train,
-)
+from experiments.training import History, capturing_step, gradient_step, shuffled_batches
 
 LABELS = {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD"}
 DEFAULTS = {  # one epoch; five. The rates are, for each optimizer, the best of those tried
@@ -90,14 +81,9 @@ class Quickstart:
         Raises:
           ValueError: If there is one; the message names the option.
         """
-        for name in ("steps", "batch_size", "width", "depth"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{_option(name)} must be at least 1, got {value}")
-        for name in ("sgd_learning_rate", "adam_learning_rate", "csgd_learning_rate", "damping"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{_option(name)} must be positive and finite, got {value}")
+        options.require(self, options.AT_LEAST_ONE, "steps", "batch_size", "width", "depth")
+        rates = ("sgd_learning_rate", "adam_learning_rate", "csgd_learning_rate")
+        options.require(self, options.POSITIVE, *rates, "damping")
         if not self.optimizers or len(set(self.optimizers)) < len(self.optimizers):
             raise ValueError("--optimizers must name at least one optimizer, and none twice")
         if self.dataset == "digits" and (self.data_dir or self.download):
@@ -111,11 +97,7 @@ class Quickstart:
         """
         console = Console()
         dataset = data.load(self.dataset, self.data_dir, self.download)
-        if self.batch_size > len(dataset.train.labels):
-            raise data.DataError(
-                f"--batch-size {self.batch_size} is more than the {len(dataset.train.labels):,} "
-                f"training images of {dataset.name}"
-            )
+        dataset.check_batch_size(self.batch_size)
         self.output.mkdir(parents=True, exist_ok=True)
         console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
         if dataset.name == "digits" and self.dataset == "auto":
@@ -124,22 +106,29 @@ class Quickstart:
         defaults = DEFAULTS[dataset.name].items()
         settings = replace(self, **{k: v for k, v in defaults if getattr(self, k) is None})
         histories, accuracies = _train_all(settings, dataset, console)
-        target = histories["sgd"].train_loss.loss[-1] if "sgd" in histories else None
+        target = histories["sgd"].last("train_loss") if "sgd" in histories else None
         results = {
             name: _summary(history, accuracies[name], target) for name, history in histories.items()
         }
         rows = [_table_row(LABELS[name], result) for name, result in results.items()]
         report.print_table(console, f"{dataset.name}, batches of {self.batch_size}", rows)
         measured = min(MEASURED, len(dataset.train.labels))
-        report.plot_losses(
+        lines = [
+            report.Line(
+                f"{LABELS[name]}, rate {getattr(settings, f'{name}_learning_rate'):g}",
+                history.metrics["train_loss"],
+                style,
+                history.batch_loss,
+            )
+            for style, (name, history) in enumerate(histories.items())
+        ]
+        note = f"{measured:,} training images;\nfaint: batches, averaged"
+        label = "training loss (cross-entropy, log scale)"
+        report.plot(
             self.output / "losses.png",
             f"{dataset.name}: {self.depth} hidden layers of {self.width}, "
             f"batches of {self.batch_size}",
-            f"{measured:,} training images;\nfaint: batches, averaged",
-            {
-                f"{LABELS[name]}, rate {getattr(settings, f'{name}_learning_rate'):g}": history
-                for name, history in histories.items()
-            },
+            [[report.Panel(lines, label, note), report.Panel(lines, label, "", against="seconds")]],
         )
         report.write_json(
             self.output / "results.json",
@@ -160,63 +149,39 @@ def _train_all(
     """Train by each optimizer; return the histories and the test accuracies."""
     assert settings.steps and settings.sgd_learning_rate
     assert settings.adam_learning_rate and settings.csgd_learning_rate
-    model: Any = MLP(settings.width, settings.depth, dataset.classes)
-    images, labels = (jnp.asarray(array) for array in dataset.train)
-    weights = model.init(jax.random.key(settings.seed), images[:1])
-    batches = shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps)
-
-    def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = model.apply(params, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    @jax.jit
-    def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return (model.apply(params, images).argmax(axis=-1) == labels).mean()
-
-    measure = partial(jax.jit(loss_fn), images=images[:MEASURED], labels=labels[:MEASURED])
+    model = MLP(settings.width, settings.depth, dataset.classes)
+    images, labels = dataset.train
+    loss_fn = cross_entropy(model)
+    sgd, adam = optax.sgd(settings.sgd_learning_rate), optax.adam(settings.adam_learning_rate)
+    csgd = cqjax.csgd(settings.csgd_learning_rate, damping=settings.damping)
     methods = {
-        "sgd": (gradient_step, optax.sgd(settings.sgd_learning_rate)),
-        "adam": (gradient_step, optax.adam(settings.adam_learning_rate)),
-        "csgd": (
-            capturing_step,
-            cqjax.csgd(settings.csgd_learning_rate, damping=settings.damping),
-        ),
+        "sgd": Method("SGD", sgd, gradient_step(loss_fn, sgd)),
+        "adam": Method("Adam", adam, gradient_step(loss_fn, adam)),
+        "csgd": Method("C-SGD", csgd, capturing_step(loss_fn, csgd)),
     }
+    runs = compare(
+        console,
+        [methods[name] for name in settings.optimizers],
+        initialise(model, settings.seed, images),
+        (jnp.asarray(images), jnp.asarray(labels)),
+        shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps),
+        {"train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED])},
+    )
+    test_accuracy = accuracy(model, *dataset.test)
     histories, accuracies = {}, {}
-    with report.training_progress(console) as progress:
-        for name in settings.optimizers:
-            make_step, optimizer = methods[name]
-            task = progress.add_task(LABELS[name], total=settings.steps, loss=math.nan, speed=0.0)
-
-            def on_progress(done: int, seconds: float, loss: float, task: TaskID = task) -> None:
-                progress.update(task, completed=done, loss=loss, speed=done / seconds)
-
-            params = jax.tree.map(jnp.copy, weights)  # training donates its buffers
-            state, histories[name] = train(
-                make_step(loss_fn, optimizer),
-                State(params, optimizer.init(params)),
-                (images, labels),
-                batches,
-                measure,
-                on_progress,
-            )
-            accuracies[name] = float(accuracy(state.params, *dataset.test))
+    for name, (state, history) in zip(settings.optimizers, runs, strict=True):
+        histories[name] = history
+        accuracies[name] = test_accuracy(state.params, state.model_state)
     return histories, accuracies
 
 
 def _summary(history: History, accuracy: float, sgd_loss: float | None) -> dict[str, Any]:
     """The numbers of one optimizer, as they go into the JSON file."""
-    summary: dict[str, Any] = {
-        "steps": history.train_loss.step[-1],
-        "seconds": history.train_seconds,
-        "seconds_with_compilation": history.compile_seconds + history.train_seconds,
-        "train_loss": history.train_loss.loss[-1],
-        "test_accuracy": accuracy,
-    }
+    summary = history.summary() | {"test_accuracy": accuracy}
     if sgd_loss is not None:
-        reached = history.train_loss.first_at_most(sgd_loss)
+        reached = history.metrics["train_loss"].first_at_most(sgd_loss)
         summary["reaches_sgd_loss"] = reached and {"step": reached[0], "seconds": reached[1]}
-    return summary | {"history": asdict(history)}
+    return summary
 
 
 def _table_row(label: str, result: Mapping[str, Any]) -> dict[str, str]:
@@ -234,7 +199,3 @@ def _table_row(label: str, result: Mapping[str, Any]) -> dict[str, str]:
             f"{reached['step']:,} steps, {reached['seconds']:.1f} s" if reached else "not reached"
         )
     return row
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")

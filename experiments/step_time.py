@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import track
 
 import cqjax
-from experiments import report
+from experiments import options, report
+from experiments.classification import cross_entropy, initialise
 from experiments.models import MLP
 from experiments.training import State, Step, capturing_step, gradient_step
 
@@ -43,25 +45,19 @@ class StepTime:
         Raises:
           ValueError: If there is one; the message names the option.
         """
-        for name in ("batch_size", "width", "depth", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        options.require(self, options.AT_LEAST_ONE, "batch_size", "width", "depth", "repeats")
 
     def run(self) -> None:
         """Time the steps and print a table."""
-        model: Any = MLP(self.width, self.depth, 10)
+        model = MLP(self.width, self.depth, 10)
         images = jax.random.uniform(jax.random.key(0), (self.batch_size, 784))
         labels = jax.random.randint(jax.random.key(1), (self.batch_size,), 0, 10)
-        params = model.init(jax.random.key(2), images)
-
-        def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-            logits = model.apply(params, images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
+        start = initialise(model, 2, images)
+        loss_fn = cross_entropy(model)
         sgd, csgd = optax.sgd(RATE), cqjax.csgd(RATE)
         timed = {
-            "SGD": _Timed(gradient_step(loss_fn, sgd), params, sgd.init, (images, labels)),
-            "C-SGD": _Timed(capturing_step(loss_fn, csgd), params, csgd.init, (images, labels)),
+            "SGD": _Timed(gradient_step(loss_fn, sgd), start, sgd.init, (images, labels)),
+            "C-SGD": _Timed(capturing_step(loss_fn, csgd), start, csgd.init, (images, labels)),
         }
         for _ in track(range(WARM_UP + self.repeats), description="timing"):
             for step in timed.values():
@@ -89,12 +85,12 @@ class _Timed:
     def __init__(
         self,
         step: Step,
-        params: Any,
+        start: tuple[Any, Any],
         init: Callable[[Any], Any],
         batch: tuple[jax.Array, jax.Array],
     ):
-        params = jax.tree.map(lambda p: p.copy(), params)  # the step donates its buffers
-        self._state, self._batch = State(params, init(params)), batch
+        params, model_state = jax.tree.map(jnp.copy, start)  # the step donates its buffers
+        self._state, self._batch = State(params, model_state, init(params)), batch
         started = time.perf_counter()
         self._step = jax.jit(step, donate_argnums=0).lower(self._state, *batch).compile()
         self.compile_seconds = time.perf_counter() - started

@@ -1,51 +1,54 @@
 """Train by one optimizer over given batches, and time the training alone."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import cqjax
+from experiments.classification import LossFn, Metric
 
 CHUNKS = 75  # parts of a run: the clock is read, and progress reported, after each
 EVALUATE_EVERY = 5  # chunks
-
-LossFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 class State(NamedTuple):
     """What a step changes."""
 
     params: Any
+    model_state: Any
+    """What else of the network changes: the running averages of batch normalisation."""
     opt_state: optax.OptState
 
 
 Step = Callable[[State, jax.Array, jax.Array], tuple[State, jax.Array]]
+"""Takes a state and a batch to the next state and the batch's loss."""
 
 
 @dataclass
 class Curve:
-    """A loss over the steps done and the seconds that they took."""
+    """A metric over the steps done and the seconds that they took."""
 
     step: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
+    value: list[float] = field(default_factory=list)
 
-    def add(self, step: int, seconds: float, loss: float) -> None:
+    def add(self, step: int, seconds: float, value: float) -> None:
         """Append a point."""
         self.step.append(step)
         self.seconds.append(seconds)
-        self.loss.append(loss)
+        self.value.append(value)
 
-    def first_at_most(self, loss: float) -> tuple[int, float] | None:
+    def first_at_most(self, value: float) -> tuple[int, float] | None:
         """The step and the seconds of the first point that is no higher, if there is one."""
-        points = zip(self.step, self.seconds, self.loss, strict=True)
-        return next(((step, seconds) for step, seconds, value in points if value <= loss), None)
+        points = zip(self.step, self.seconds, self.value, strict=True)
+        return next(((step, seconds) for step, seconds, at in points if at <= value), None)
 
 
 @dataclass
@@ -56,8 +59,22 @@ class History:
     train_seconds: float = 0.0
     batch_loss: Curve = field(default_factory=Curve)
     """Means over the batches since the point before."""
-    train_loss: Curve = field(default_factory=Curve)
-    """On the same training images every time, from step 0."""
+    metrics: dict[str, Curve] = field(default_factory=dict)
+    """What is evaluated now and then, from step 0."""
+
+    def last(self, metric: str) -> float:
+        """What a metric was in the end."""
+        return self.metrics[metric].value[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """How it ended, and all of it, to be stored."""
+        return {
+            "steps": self.batch_loss.step[-1],
+            "seconds": self.train_seconds,
+            "seconds_with_compilation": self.compile_seconds + self.train_seconds,
+            **{metric: self.last(metric) for metric in self.metrics},
+            "history": asdict(self),
+        }
 
 
 def shuffled_batches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray:
@@ -84,9 +101,11 @@ def gradient_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> S
     """The usual step: differentiate, update."""
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, images, labels)
+        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state.model_state, images, labels
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), opt_state), loss
+        return State(optax.apply_updates(state.params, updates), model_state, opt_state), loss
 
     return step
 
@@ -95,11 +114,14 @@ def capturing_step(loss_fn: LossFn, optimizer: optax.GradientTransformationExtra
     """A step that also hands the optimizer what cqjax captures."""
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        loss, grads, captures = cqjax.value_and_grad(loss_fn)(state.params, images, labels)
+        differentiate = cqjax.value_and_grad(loss_fn, has_aux=True, batch_size=len(labels))
+        (loss, model_state), grads, captures = differentiate(
+            state.params, state.model_state, images, labels
+        )
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, captures=captures
         )
-        return State(optax.apply_updates(state.params, updates), opt_state), loss
+        return State(optax.apply_updates(state.params, updates), model_state, opt_state), loss
 
     return step
 
@@ -109,26 +131,28 @@ def train(
     state: State,
     examples: tuple[jax.Array, jax.Array],
     batches: np.ndarray,
-    evaluate: Callable[[Any], jax.Array],
+    metrics: Mapping[str, Metric],
     on_progress: Callable[[int, float, float], None],
 ) -> tuple[State, History]:
     """Take one step for each batch.
 
-    The step is compiled ahead, and waited for only at the end of a chunk. (For the network of the
-    quick start, `lax.scan` over the steps is no faster on a CPU, and slower for SGD.)
+    The step is compiled ahead, and waited for only at the end of a chunk. (`lax.scan` over the
+    steps is no faster on a CPU for the network of the quick start, and slower by far for
+    convolutions.)
 
     Args:
       step: Takes a state and a batch of examples to the next state and the batch's loss.
-      state: Where to start; its buffers are donated, so it cannot be used again.
+      state: Where to start; it can be used again.
       examples: All training images and labels.
       batches: Indices of each step's examples, `(steps, batch_size)`.
-      evaluate: The training loss of some parameters; off the clock.
+      metrics: What is evaluated before the first step and after some of the chunks; off the clock.
       on_progress: Called after each chunk with the steps done, their seconds, and the chunk's
         mean loss.
 
     Returns:
       The last state, and how the training went.
     """
+    state = jax.tree.map(jnp.copy, state)
 
     @partial(jax.jit, donate_argnums=0)
     def run(
@@ -139,8 +163,13 @@ def train(
     started = time.perf_counter()
     compiled = run.lower(state, *examples, batches[0]).compile()
     history, done = History(time.perf_counter() - started), 0
-    history.train_loss.add(0, 0.0, float(evaluate(state.params)))
 
+    def evaluate() -> None:
+        for name, metric in metrics.items():
+            curve = history.metrics.setdefault(name, Curve())
+            curve.add(done, history.train_seconds, metric(state.params, state.model_state))
+
+    evaluate()
     chunks = np.array_split(batches, min(CHUNKS, len(batches)))
     for number, chunk in enumerate(chunks, start=1):
         losses = []
@@ -153,7 +182,6 @@ def train(
         done += len(chunk)
         history.batch_loss.add(done, history.train_seconds, float(np.mean(losses)))
         if number % EVALUATE_EVERY == 0 or number == len(chunks):
-            loss = float(evaluate(state.params))
-            history.train_loss.add(done, history.train_seconds, loss)
-        on_progress(done, history.train_seconds, history.batch_loss.loss[-1])
+            evaluate()
+        on_progress(done, history.train_seconds, history.batch_loss.value[-1])
     return state, history

@@ -16,8 +16,9 @@ def names():
     first, *others = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names = {}
     exec(compile(first, str(README), "exec"), names)
+    session = dict(names)
     for code in others:
-        exec(compile(code, str(README), "exec"), dict(names))
+        exec(compile(code, str(README), "exec"), session)
     return names
 
 

@@ -1,11 +1,8 @@
-"""The data readers, against files written here byte by byte."""
+"""Fashion-MNIST's reader, against files written here byte by byte; the digits."""
 
 import gzip
 import hashlib
-import http.server
 import struct
-import threading
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +10,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from experiments import data
+from experiments.data import fashion_mnist
 
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data.FASHION_MNIST
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = fashion_mnist.MD5
 
 
 def idx(array):
@@ -47,12 +45,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def nowhere(tmp_path, monkeypatch):
+def nowhere(cache):
     """A machine without Fashion-MNIST; its empty download cache."""
-    monkeypatch.delenv("CQJAX_DATA_DIR", raising=False)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
-    monkeypatch.setattr(data.pooch, "os_cache", lambda project: tmp_path / "cache" / project)
-    return tmp_path / "cache" / "cqjax" / "fashion-mnist"
+    return cache / "fashion-mnist"
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -129,24 +124,17 @@ def test_fashion_mnist_asked_for_but_absent_says_how_to_get_it(nowhere):
 
 
 @pytest.fixture
-def served(tmp_path, monkeypatch):
+def served(server, monkeypatch):
     """The small Fashion-MNIST on a local server, with its checksums: the folder served."""
-    folder = tmp_path / "served"
-    folder.mkdir()
+    folder, url = server
     checksums = {}
     for name, array in FILES.items():
         content = gzip.compress(idx(array))
         (folder / name).write_bytes(content)
-        checksums[name] = f"md5:{hashlib.md5(content).hexdigest()}"
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *args: None)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(data, "FASHION_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
-        monkeypatch.setattr(data, "FASHION_MNIST", checksums)
-        yield folder
-        server.shutdown()
+        checksums[name] = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(fashion_mnist, "URL", url)
+    monkeypatch.setattr(fashion_mnist, "MD5", checksums)
+    return folder
 
 
 def test_download_into_the_cache_and_find_it_there(served, nowhere):
@@ -167,8 +155,8 @@ def test_a_bad_download_is_an_error_and_leaves_no_data_set(served, nowhere, dama
 
 
 def test_the_checksums_are_the_published_ones():
-    assert all(len(sum_) == len("md5:") + 32 for sum_ in data.FASHION_MNIST.values())
-    assert data.FASHION_MNIST[TRAIN_IMAGES] == "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d"
+    assert all(len(checksum) == 32 for checksum in fashion_mnist.MD5.values())
+    assert fashion_mnist.MD5[TRAIN_IMAGES] == "8d4fb7e6c68d591d4c3dfef9ec88bf0d"
 
 
 def test_digits_are_split_once_and_all_used():
@@ -185,10 +173,10 @@ def test_digits_are_split_once_and_all_used():
 
 
 @pytest.mark.skipif(
-    not data.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist"
+    not fashion_mnist.DEBIAN.is_dir(), reason="needs Debian's dataset-fashion-mnist"
 )
 def test_the_real_fashion_mnist():
-    dataset = data.load("fashion_mnist", data.DEBIAN_FASHION_MNIST, download=False)
+    dataset = data.load("fashion_mnist", fashion_mnist.DEBIAN, download=False)
     assert dataset.train.images.shape == (60_000, 28, 28)
     assert np.bincount(dataset.train.labels).tolist() == [6000] * 10
     assert np.bincount(dataset.test.labels).tolist() == [1000] * 10

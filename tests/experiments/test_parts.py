@@ -1,28 +1,13 @@
-"""The network, the batches, the curves and the JSON that experiments are made of."""
+"""The batches, the curves and the JSON that experiments are made of."""
 
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from experiments.models import MLP
 from experiments.report import write_json
 from experiments.training import Curve, shuffled_batches
-
-
-def test_he_initialisation():
-    params = MLP(200, 2, 10).init(jax.random.key(0), np.zeros((1, 28, 28), np.float32))["params"]
-    assert [params[f"Dense_{i}"]["kernel"].shape for i in range(3)] == [
-        (784, 200),
-        (200, 200),
-        (200, 10),
-    ]
-    for layer in params.values():
-        fan_in = len(layer["kernel"])
-        assert layer["kernel"].std() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
-        assert not layer["bias"].any()
 
 
 def test_an_epoch_is_a_permutation_in_batches_and_the_next_another():

@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgb
 
 from experiments import data
 from experiments.__main__ import main
+from experiments.data import fashion_mnist
 from experiments.models import MLP
 from experiments.report import STYLES
 from experiments.training import shuffled_batches
@@ -51,21 +52,21 @@ def test_the_json_has_every_number(run):
     assert list(results["results"]) == ["sgd", "adam", "csgd"]
     for result in results["results"].values():
         history = result["history"]
-        for curve in (history["batch_loss"], history["train_loss"]):
-            assert len(curve["step"]) == len(curve["seconds"]) == len(curve["loss"])
+        train_loss = history["metrics"]["train_loss"]
+        for curve in (history["batch_loss"], train_loss):
+            assert len(curve["step"]) == len(curve["seconds"]) == len(curve["value"])
             assert curve["step"][-1] == result["steps"] == STEPS
             assert curve["seconds"][-1] == result["seconds"] > 0
             assert np.all(np.diff(curve["step"]) > 0) and np.all(np.diff(curve["seconds"]) > 0)
-        assert history["train_loss"]["loss"][-1] == result["train_loss"]
-        assert history["train_loss"]["loss"][-1] < 0.8 * history["train_loss"]["loss"][0]
-        assert len(history["train_loss"]["step"]) > 10
+        assert train_loss["value"][-1] == result["train_loss"] < 0.8 * train_loss["value"][0]
+        assert len(train_loss["step"]) > 10
         compiling = result["seconds_with_compilation"] - result["seconds"]
         assert compiling == pytest.approx(history["compile_seconds"]) and compiling > 0
         assert 0 < result["test_accuracy"] < 1
 
 
 def test_all_start_from_the_same_weights_and_then_differ(run):
-    losses = [r["history"]["train_loss"]["loss"] for r in run[0]["results"].values()]
+    losses = [r["history"]["metrics"]["train_loss"]["value"] for r in run[0]["results"].values()]
     assert losses[0][0] == losses[1][0] == losses[2][0]
     assert len({loss[-1] for loss in losses}) == 3
 
@@ -74,8 +75,8 @@ def test_reaching_sgds_loss_is_the_first_evaluation_at_or_below_it(run):
     results = run[0]["results"]
     target = results["sgd"]["train_loss"]
     for result in results.values():
-        curve = result["history"]["train_loss"]
-        below = [i for i, loss in enumerate(curve["loss"]) if loss <= target]
+        curve = result["history"]["metrics"]["train_loss"]
+        below = [i for i, loss in enumerate(curve["value"]) if loss <= target]
         expected = (
             {"step": curve["step"][below[0]], "seconds": curve["seconds"][below[0]]}
             if below
@@ -144,14 +145,15 @@ def softmax(logits):
 
 def test_sgd_is_numpys_sgd(run):
     result = run[0]["results"]["sgd"]
-    (x, y), test = data.digits().train, data.digits().test
+    digits = data.load("digits", None, download=False)
+    (x, y), test = digits.train, digits.test
     params = MLP(WIDTH, DEPTH, 10).init(jax.random.key(0), x[:1])
     batches = shuffled_batches(0, len(y), BATCH, STEPS)
     losses, layers = numpy_sgd(params, x, y, batches, RATE)
 
     curve = result["history"]["batch_loss"]
     means = [part.mean() for part in np.split(losses, curve["step"][:-1])]
-    np.testing.assert_allclose(curve["loss"], means, rtol=1e-4)
+    np.testing.assert_allclose(curve["value"], means, rtol=1e-4)
     p = softmax(forward(layers, x)[1])
     assert result["train_loss"] == pytest.approx(-np.log(p[np.arange(len(y)), y]).mean(), rel=1e-4)
     right = forward(layers, test.images)[1].argmax(axis=1) == test.labels
@@ -205,7 +207,7 @@ def test_bad_options_end_with_a_message_and_status_2(options, capsys):
 
 
 def test_a_bad_data_file_ends_with_one_line_and_status_2(tmp_path, capsys):
-    for name in data.FASHION_MNIST:
+    for name in fashion_mnist.MD5:
         (tmp_path / name).write_bytes(gzip.compress(b"not images")[:-4])
     with pytest.raises(SystemExit) as exit_:
         main(["quickstart", f"--data-dir={tmp_path}"])
