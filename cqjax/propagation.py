@@ -43,9 +43,9 @@ def back_matching_value_and_grad(
     its statistics held constant (Eq. 26). That is what least squares give for batch normalisation
     in large batches; for layer, group, instance and root-mean-square normalisation likewise if many
     entries share their statistics, since one entry's own part in them falls off with their number.
-    Everything else (activations,
-    pooling, sums, attention's softmax) passes the signal as in backpropagation, and where a value
-    has several readers their signals add up.
+    Everything else (activations, pooling, sums, attention's softmax) passes the signal as in
+    backpropagation, and where a value has several readers their signals add up: those of the
+    copies, too, that circular or reflecting padding makes of it.
 
     Products are found in the loss's jaxpr whoever wrote the layer; normalisations are Flax
     Linen's. Other layers with parameters are passed as in backpropagation:

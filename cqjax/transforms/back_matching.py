@@ -38,8 +38,9 @@ def back_matching_rates(
       the learned scale γ, if there is one.
 
     s = rows / N is at how many positions of an example the weight acts whose outputs receive a
-    gradient, counted after the pooling that follows (1 for a fully connected layer), and c the
-    positions of its input for each of those. Activations and pooling leave m.
+    gradient, counted after the pooling that follows: by windows, or by a maximum or mean over all
+    positions (s = 1 for a fully connected layer). c is how many positions of its input there are
+    for each of those. Activations and pooling leave m.
 
     Where layers branch, m is measured: with `value_fn`, :math:`1/m = \langle \delta b, \delta' b
     \rangle / \lVert \delta b \rVert^2` from the gradient δb with respect to a layer's output and
@@ -57,7 +58,8 @@ def back_matching_rates(
 
     Returns:
       A tree like `params`, of scalars; of arrays of the parameter's shape where its parts have
-      different rates. Parameters that were skipped, or belong to no layer that is known, have the
+      different rates. Measured ones may be negative, or 0 where a layer receives no gradient.
+      Parameters that were skipped, or belong to no layer that is known, have the
       rate 1.
 
     Raises:
@@ -253,7 +255,8 @@ def _measured(layers: Layers, measured: Sequence[Signals]) -> list[jax.Array]:
                 kept = [axis for axis in range(product.ndim) if axis not in stacked]
                 total += jnp.sum(product, kept)
             totals.append(total)
-        inverse.append(totals[0] / totals[1])
+        received = totals[1] > 0
+        inverse.append(jnp.where(received, totals[0] / jnp.where(received, totals[1], 1), 0))
     return inverse
 
 
