@@ -21,6 +21,7 @@ from cqjax.capture.plan import Parameter as Parameter
 from cqjax.capture.plan import Plan as Plan
 from cqjax.capture.statistics import Counts as Counts
 from cqjax.capture.statistics import Gram as Gram
+from cqjax.capture.statistics import Inputs as Inputs
 from cqjax.capture.statistics import Rows as Rows
 from cqjax.capture.value_and_grad import plan as plan
 from cqjax.capture.value_and_grad import value_and_grad as value_and_grad

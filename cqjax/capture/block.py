@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cqjax.capture.matrix_form import Layout, Lookup
 from cqjax.capture.sites import Bias, Site
-from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
+from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic
 from cqjax.capture.views import View
 from cqjax.linalg import gram
 
@@ -89,7 +89,12 @@ class Block:
             return self.batch * (n + d * o)
         if solver == "dual":
             return self.batch * (2 * n * n * d + n**3 / 3 + 2 * n * n * o)
-        return self.batch * (2 * n * d * d + d**3 / 3 + 2 * d * d * o)
+        moment = sum(
+            math.prod(site.loops) * site.form.moment_flops(site.x[0], d)
+            for site in self.sites
+            if not isinstance(site.form, Lookup)
+        )
+        return moment + self.batch * (d**3 / 3 + 2 * d * d * o)
 
     def relative_flops(self) -> float:
         """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
@@ -122,17 +127,24 @@ class Block:
         return packed.reshape(-1, *layout.shape[1:])
 
     def statistic(self, site: Site, x: jax.Array, dz: jax.Array) -> Statistic:
-        """What one trip of a site contributes: its rows, or its additive second moment."""
+        """What one trip of a site contributes: its rows, its inputs, or its second moment."""
         form = site.form
         if isinstance(form, Lookup):
             return Counts(form.counts(x, gram.accumulator(site.z[1])))
-        rows = form.rows(x)
         h = None
         if self.bias is not None:
-            h = jnp.full(rows.shape[:2], site.bias is not None, rows.dtype)
+            h = jnp.full((), site.bias is not None, x.dtype)
         if self.solver == "dual":
-            return Rows(rows, form.output.pack(dz), h)
-        return Gram(gram.inner(rows, h))
+            rows = form.rows(x)
+            ones = None if h is None else jnp.broadcast_to(h, rows.shape[:2])
+            return Rows(rows, form.output.pack(dz), ones)
+        if self.deferred(site):
+            return Inputs(x, h)
+        return Gram(form.second_moment(x, h))
+
+    def deferred(self, site: Site) -> bool:
+        """Whether XᵀX is left to who wants it: where the backward pass keeps x, for a product."""
+        return self.solver == "primal" and not site.loops and not site.recomputed
 
     def scanned(self, site: Site, level: int) -> bool:
         """Whether a statistic has an axis for the loop at `level`, rather than a sum over it."""
@@ -140,6 +152,8 @@ class Block:
 
     def fold(self, site: Site, statistic: Statistic) -> Statistic:
         """A site's statistic with the axes of the loops around it folded into B and n."""
+        if not site.loops and isinstance(statistic, Inputs):
+            return statistic
         stacked = [level for level, _ in site.view.loops]
         loops = len(site.loops)
         shared = [level for level in range(loops) if level not in stacked]

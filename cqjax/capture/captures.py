@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from cqjax.capture.block import Block
 from cqjax.capture.layers import Layers
-from cqjax.capture.statistics import Counts, Gram, Rows, Statistic
+from cqjax.capture.matrix_form import Lookup
+from cqjax.capture.sites import Site
+from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic
 from cqjax.linalg import gram
 
 
@@ -27,7 +29,7 @@ class Capture:
     """What was captured for the sites that share one weight.
 
     Attributes:
-      sites: a `Rows`, `Gram` or `Counts` for each site.
+      sites: a `Rows`, `Inputs`, `Gram` or `Counts` for each site.
       gradients: the gradients of the parameters involved, as `value_and_grad` returned them: by
         them a transformation can tell whether its updates are still the gradient. (Of a
         `value_and_grad` that is jitted apart from the update they are outputs once more.)
@@ -60,13 +62,21 @@ class Capture:
 
         A lookup's is diagonal: its diagonal, (B, d), is returned.
         """
-        return functools.reduce(jnp.add, map(_second_moment, self.sites))
+        parts = map(_second_moment, self.block.sites, self.sites)
+        return functools.reduce(jnp.add, parts)
 
 
-def _second_moment(site: Statistic) -> jax.Array:
-    if isinstance(site, Counts):
-        return site.counts
-    return site.xx if isinstance(site, Gram) else gram.inner(site.x, site.h)
+def _second_moment(site: Site, statistic: Statistic) -> jax.Array:
+    match statistic:
+        case Counts():
+            return statistic.counts
+        case Gram():
+            return statistic.xx
+        case Inputs():
+            assert not isinstance(site.form, Lookup)
+            return site.form.second_moment(statistic.x, statistic.h)
+        case Rows():
+            return gram.inner(statistic.x, statistic.h)
 
 
 @functools.partial(

@@ -17,6 +17,8 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from cqjax.capture.jaxprs import aval
+from cqjax.linalg import conv_gram, gram, windows
+from cqjax.linalg.windows import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,18 @@ class Product:
         """X: (B, n, d)."""
         return self.inputs.pack(x)
 
+    def second_moment(self, x: jax.Array, h: jax.Array | None) -> jax.Array:
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
+        rows = self.rows(x)
+        column = None if h is None else jnp.broadcast_to(h, rows.shape[:2]).astype(rows.dtype)
+        return gram.inner(rows, column)
+
+    def moment_flops(self, shape: tuple[int, ...], features: int) -> float:
+        """Operations of `second_moment` for an input of this shape, the bias among the features."""
+        del shape
+        batch, rows, _ = self.inputs.shape
+        return 2 * batch * rows * features**2
+
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -80,63 +94,37 @@ class Convolution:
       weight: layout of the kernel, (B, d, o).
       output: layout of the result, (B, n, o).
       axes: for each axis of the result, which of `output.sizes` it is made of.
-      window: the kernel's spatial shape.
-      strides: of the window, along each spatial axis.
-      padding: before and after each spatial axis of the input.
-      lhs_dilation: of the input, along each spatial axis.
-      rhs_dilation: of the kernel, along each spatial axis.
+      window: how it moves over the input.
       lhs: which axes of the input are (batch, feature, *spatial).
     """
 
     weight: Layout
     output: Layout
     axes: tuple[tuple[int, ...], ...]
-    window: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    lhs_dilation: tuple[int, ...]
-    rhs_dilation: tuple[int, ...]
+    window: Window
     lhs: tuple[int, ...]
 
     def rows(self, x: jax.Array) -> jax.Array:
         """The im2col matrix: (B, n, d), d running over the window, then over the channels."""
+        return windows.patches(self._channels_last(x), self.window, self.output.shape[0])
+
+    def second_moment(self, x: jax.Array, h: jax.Array | None) -> jax.Array:
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
+        return conv_gram.inner(self._channels_last(x), self.window, self.output.shape[0], h)
+
+    def moment_flops(self, shape: tuple[int, ...], features: int) -> float:
+        """Operations of `second_moment` for an input of this shape."""
+        del features
+        channels_last = tuple(shape[i] for i in self._order)
+        return conv_gram.flops(channels_last, self.window, self.output.shape[0])
+
+    def _channels_last(self, x: jax.Array) -> jax.Array:
+        return x.transpose(self._order)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
         batch, feature, *spatial = self.lhs
-        x = x.transpose(batch, *spatial, feature)
-        edges = zip(self.padding, self.lhs_dilation, strict=True)
-        padded = lax.pad(
-            x,
-            jnp.zeros((), x.dtype),
-            [(0, 0, 0), *((lo, hi, step - 1) for (lo, hi), step in edges), (0, 0, 0)],
-        )
-        positions = self._positions(padded.shape[1:-1])
-        patches = jnp.stack([self._shifted(padded, at, positions) for at in self._offsets()], -2)
-        groups = self.output.shape[0]
-        split = patches.reshape(*patches.shape[:-1], groups, -1)
-        return jnp.moveaxis(split, -2, 0).reshape(groups, self.output.shape[1], -1)
-
-    def _offsets(self) -> list[tuple[int, ...]]:
-        offsets = itertools.product(*map(range, self.window))
-        return [
-            tuple(k * step for k, step in zip(offset, self.rhs_dilation, strict=True))
-            for offset in offsets
-        ]
-
-    def _positions(self, padded: tuple[int, ...]) -> tuple[int, ...]:
-        extents = [(k - 1) * r + 1 for k, r in zip(self.window, self.rhs_dilation, strict=True)]
-        return tuple(
-            (p - e) // s + 1 for p, e, s in zip(padded, extents, self.strides, strict=True)
-        )
-
-    def _shifted(
-        self, padded: jax.Array, at: tuple[int, ...], positions: tuple[int, ...]
-    ) -> jax.Array:
-        stop = [a + (p - 1) * s + 1 for a, p, s in zip(at, positions, self.strides, strict=True)]
-        return lax.slice(
-            padded,
-            (0, *at, 0),
-            (padded.shape[0], *stop, padded.shape[-1]),
-            (1, *self.strides, 1),
-        )
+        return (batch, *spatial, feature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,11 +223,13 @@ def _convolution(eqn: core.JaxprEqn, weight: int) -> Form | str:
         weight=Layout(w_sizes, ((group,), (*itertools.chain(*window), *features), (outputs,))),
         output=Layout(z_sizes, ((group_z,), tuple(itertools.chain(*rows_z)), (outputs_z,))),
         axes=z_axes,
-        window=tuple(kernel[i] for i in numbers.rhs_spec[2:]),
-        strides=tuple(eqn.params["window_strides"]),
-        padding=tuple(tuple(p) for p in eqn.params["padding"]),
-        lhs_dilation=tuple(eqn.params["lhs_dilation"]),
-        rhs_dilation=tuple(eqn.params["rhs_dilation"]),
+        window=Window(
+            shape=tuple(kernel[i] for i in numbers.rhs_spec[2:]),
+            strides=tuple(eqn.params["window_strides"]),
+            padding=tuple((int(low), int(high)) for low, high in eqn.params["padding"]),
+            lhs_dilation=tuple(eqn.params["lhs_dilation"]),
+            rhs_dilation=tuple(eqn.params["rhs_dilation"]),
+        ),
         lhs=tuple(numbers.lhs_spec),
     )
 

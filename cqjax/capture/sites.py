@@ -37,6 +37,7 @@ class Site:
       x: shape and dtype of the activation.
       z: shape and dtype of the result.
       bias: what is added to every row of Z; None if nothing is.
+      recomputed: whether the backward pass computes x anew.
     """
 
     position: Position
@@ -47,6 +48,7 @@ class Site:
     x: tuple[tuple[int, ...], Any]
     z: tuple[tuple[int, ...], Any]
     bias: Bias | None = None
+    recomputed: bool = False
 
     @property
     def shared_trips(self) -> int:

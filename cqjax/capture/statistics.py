@@ -26,6 +26,20 @@ class Rows:
 
 @_pytree
 @dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A site's activations as they are: XᵀX is computed when somebody asks for it.
+
+    Attributes:
+      x: the activations, in the shape in which the equation has them.
+      h: the homogeneous coordinate, (): 1 where a bias is added, else 0; None where none is.
+    """
+
+    x: jax.Array
+    h: jax.Array | None
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
 class Gram:
     """The second moment of a site's rows: what the primal solution needs.
 
@@ -49,4 +63,4 @@ class Counts:
     counts: jax.Array
 
 
-Statistic = Rows | Gram | Counts
+Statistic = Rows | Inputs | Gram | Counts

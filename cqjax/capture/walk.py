@@ -53,6 +53,7 @@ class Walk:
         self.sites: list[Site] = []
         self.uses: dict[str, list[Use]] = {path: [] for path in paths}
         self._reads: list[int] = []
+        self._recomputed = 0
         tags: list[Tag] = [None] * len(jaxpr.invars)
         for i, path in enumerate(paths):
             tags[i] = views.parameter(path, aval(jaxpr.invars[i]).shape)
@@ -162,6 +163,7 @@ class Walk:
             operand=1 - weight,
             x=(x.shape, x.dtype),
             z=(z.shape, z.dtype),
+            recomputed=self._recomputed > 0,
         )
         self.sites.append(site)
         self._reads.append(0)
@@ -197,7 +199,11 @@ class Walk:
         """Tags of the results of an equation with a body that the walk goes into; else None."""
         if eqn.primitive in (primitives.jit_p, primitives.remat_p, primitives.closed_call_p):
             body, _ = jaxprs.opened(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
-            return self._walk(body, args, position, loops, needed)
+            recomputed = eqn.primitive is primitives.remat_p
+            self._recomputed += recomputed
+            results = self._walk(body, args, position, loops, needed)
+            self._recomputed -= recomputed
+            return results
         if eqn.primitive is primitives.cond_p and not eqn.params.get("branches_platforms"):
             for i, branch in enumerate(eqn.params["branches"]):
                 operands = self._without_outputs(args[1:])

@@ -12,17 +12,21 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def outer(x: jax.Array, h: jax.Array | None = None) -> jax.Array:
     """XXᵀ of rows x: (B, n, d) -> (B, n, n), or of [X, h] with a further feature h: (B, n)."""
-    return _contract("bnd,bmd->bnm", x, h)
+    product = _contract("bnd,bmd->bnm", x)
+    if h is None:
+        return product
+    column = h.astype(product.dtype)
+    return product + column[:, :, None] * column[:, None]
 
 
 def inner(x: jax.Array, h: jax.Array | None = None) -> jax.Array:
     """XᵀX of rows x: (B, n, d) -> (B, d, d), or of [X, h], (B, d+1, d+1), with h: (B, n)."""
-    return _contract("bnd,bne->bde", x, h)
-
-
-def _contract(subscripts: str, x: jax.Array, h: jax.Array | None) -> jax.Array:
     if h is not None:
         x = jnp.concatenate([x, h[..., None]], -1)
+    return _contract("bnd,bne->bde", x)
+
+
+def _contract(subscripts: str, x: jax.Array) -> jax.Array:
     return jnp.einsum(
         subscripts,
         x,

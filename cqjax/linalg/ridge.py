@@ -6,29 +6,32 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from cqjax.linalg.triangular import inverse_lower
+from cqjax.linalg.triangular import inverse_factor
 
 REPAIR_DAMPING = 1e-2
 """Damping of the second attempt, relative to the mean eigenvalue."""
 
 
 class System(NamedTuple):
-    """(A + λI) S = R, for A symmetric and positive semi-definite.
+    """(A + λI) S = c R, for A symmetric and positive semi-definite.
 
     Attributes:
       matrix: A, (B, m, m).
-      damping: λ, (B,).
-      scale: A's mean eigenvalue, (B,): what a failed solve measures its second damping by.
+      damping: λ, (B,) or ().
       right: R, (B, m, o).
+      rank: how many of A's eigenvalues may differ from zero.
+      gain: c, ().
       solvable: () bool, whether a solution with this λ is of use; else λ is raised at once.
     """
 
     matrix: jax.Array
-    damping: jax.Array
-    scale: jax.Array
+    damping: jax.Array | float
     right: jax.Array
+    rank: jax.Array | int
+    gain: jax.Array | float = 1.0
     solvable: jax.Array | bool = True
 
 
@@ -47,20 +50,22 @@ class Solution(NamedTuple):
     failed: jax.Array
 
 
-def mean_eigenvalue(trace: jax.Array, rows: int, features: int) -> jax.Array:
-    """Mean of the eigenvalues of XXᵀ and XᵀX that may differ from zero, X being (rows, features).
+def mean_eigenvalue(trace: jax.Array, rank: jax.Array | int) -> jax.Array:
+    """Mean of those eigenvalues of XXᵀ or XᵀX that may differ from zero: the two share them.
 
-    The two have these eigenvalues in common, so that a damping relative to it is the same in both.
+    So a damping relative to it is the same in both. Their number is that of X's rows or features,
+    whichever is less.
     """
-    return trace / min(rows, features)
+    return trace / rank
 
 
 @functools.partial(jax.jit, inline=True)
 def solve(systems: Sequence[System]) -> tuple[list[Solution], jax.Array]:
     """Solves the systems by Cholesky factorisation.
 
-    A system whose solution is not finite is tried again with its damping raised by
-    `REPAIR_DAMPING` times its mean eigenvalue. The second attempt costs nothing unless it is
+    Matrices of the same shape are factorised as one batch, and right-hand sides of the same shape
+    substituted as one. A system whose solution is not finite is tried again with its damping raised
+    by `REPAIR_DAMPING` times its mean eigenvalue. The second attempt costs nothing unless it is
     needed (under `vmap`, where a condition becomes a selection, it always runs).
 
     Returns:
@@ -68,59 +73,115 @@ def solve(systems: Sequence[System]) -> tuple[list[Solution], jax.Array]:
     """
     if not systems:
         return [], jnp.zeros((), jnp.int32)
-    first = _attempt(systems)
-    good = jnp.stack(
-        [_finite(s, system) & system.solvable for s, system in zip(first, systems, strict=True)]
-    )
+    dampings = [_each(s.damping, s.matrix) for s in systems]
+    stacks = _stacks(systems)
+    first = _attempt(systems, dampings, stacks)
+    solvable = [jnp.asarray(s.solvable) for s in systems if s.solvable is not True]
+    finite = [jnp.isfinite(values).all() for values in first]
+    diagonals = [jnp.isfinite(jnp.diagonal(s.matrix, axis1=1, axis2=2)).all() for s in systems]
+    never = jnp.zeros(len(systems), bool)
 
-    def accept() -> list[Solution]:
-        return [
-            Solution(value, system.damping, jnp.zeros((), bool))
-            for value, system in zip(first, systems, strict=True)
-        ]
+    def accept() -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
+        return first, dampings, never, jnp.zeros((), jnp.int32)
 
-    def repair() -> list[Solution]:
-        raised = [s._replace(damping=s.damping + REPAIR_DAMPING * s.scale) for s in systems]
-        repaired = []
-        for i, (system, old, new) in enumerate(zip(raised, first, _attempt(raised), strict=True)):
-            failed = ~_finite(new, system)
-            right = jnp.where(jnp.isfinite(system.right), system.right, 0)
-            again = Solution(jnp.where(failed, right, new), system.damping, failed)
-            kept = Solution(old, systems[i].damping, jnp.zeros((), bool))
-            repaired.append(jax.tree.map(lambda k, a, i=i: jnp.where(good[i], k, a), kept, again))
-        return repaired
+    def repair() -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
+        return _repaired(systems, dampings, stacks, first)
 
-    return lax.cond(good.all(), accept, repair), jnp.sum(~good, dtype=jnp.int32)
+    good = jnp.stack([*finite, *diagonals, *solvable]).all()
+    values, dampings, failed, repaired = lax.cond(good, accept, repair)
+    solved = _unstacked(values, stacks, systems)
+    solutions = map(Solution, solved, dampings, [failed[i] for i in range(len(systems))])
+    return list(solutions), repaired
+
+
+Stacks = list[list[int]]
+"""Numbers of systems whose matrices have one shape, and whose right-hand sides have one."""
+
+
+def _stacks(systems: Sequence[System]) -> Stacks:
+    stacks: dict[object, list[int]] = {}
+    for i, system in enumerate(systems):
+        matrix, right = system.matrix, system.right
+        key = (matrix.shape[1:], matrix.dtype, right.shape[1:], right.dtype)
+        stacks.setdefault(key, []).append(i)
+    return list(stacks.values())
+
+
+def _attempt(
+    systems: Sequence[System], dampings: Sequence[jax.Array], stacks: Stacks
+) -> list[jax.Array]:
+    """The solutions, a batch for each stack."""
+    inverses = _inverse_factors(systems, dampings)
+    solutions = []
+    for members in stacks:
+        inverse = jnp.concatenate([inverses[i] for i in members])
+        right = jnp.concatenate([systems[i].right for i in members])
+        forward = jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
+        gain = jnp.concatenate([_each(systems[i].gain, systems[i].matrix) for i in members])
+        scaled = gain[:, None, None] * inverse
+        solutions.append(jnp.einsum("bji,bjo->bio", scaled, forward, precision="highest"))
+    return solutions
+
+
+def _inverse_factors(
+    systems: Sequence[System], dampings: Sequence[jax.Array]
+) -> dict[int, jax.Array]:
+    """L⁻¹ of A + λI = LLᵀ for each system: one batch for all matrices of the same shape."""
+    groups: dict[object, list[int]] = {}
+    for i, system in enumerate(systems):
+        groups.setdefault((system.matrix.shape[1:], system.matrix.dtype), []).append(i)
+    inverses: dict[int, jax.Array] = {}
+    for members in groups.values():
+        matrices = jnp.concatenate([systems[i].matrix for i in members])
+        damping = jnp.concatenate([dampings[i] for i in members])[:, None, None]
+        damped = matrices + damping * jnp.eye(matrices.shape[-1], dtype=matrices.dtype)[None]
+        sizes = [systems[i].matrix.shape[0] for i in members]
+        parts = jnp.split(inverse_factor(damped), np.cumsum(sizes)[:-1])
+        inverses |= dict(zip(members, parts, strict=True))
+    return inverses
+
+
+def _repaired(
+    systems: Sequence[System],
+    dampings: Sequence[jax.Array],
+    stacks: Stacks,
+    first: Sequence[jax.Array],
+) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
+    """Solutions and dampings, those that failed tried again; which failed then; how many had."""
+    raised = []
+    for system, damping in zip(systems, dampings, strict=True):
+        trace = jnp.trace(system.matrix, axis1=1, axis2=2)
+        mean = mean_eigenvalue(trace, system.rank).astype(damping.dtype)
+        raised.append(damping + REPAIR_DAMPING * mean)
+    old = _unstacked(first, stacks, systems)
+    new = _unstacked(_attempt(systems, raised, stacks), stacks, systems)
+    values, good, failed = [], [], []
+    for i, system in enumerate(systems):
+        good.append(_finite(old[i], system) & system.solvable)
+        failed.append(~good[i] & ~_finite(new[i], system))
+        right = jnp.where(jnp.isfinite(system.right), system.right, 0)
+        values.append(jnp.where(good[i], old[i], jnp.where(failed[i], right, new[i])))
+    kept = [jnp.where(good[i], dampings[i], raised[i]) for i in range(len(systems))]
+    stacked = [jnp.concatenate([values[i] for i in members]) for members in stacks]
+    return stacked, kept, jnp.stack(failed), jnp.sum(~jnp.stack(good), dtype=jnp.int32)
+
+
+def _unstacked(
+    values: Sequence[jax.Array], stacks: Stacks, systems: Sequence[System]
+) -> list[jax.Array]:
+    """Each system's part of the stacks."""
+    parts: dict[int, jax.Array] = {}
+    for members, value in zip(stacks, values, strict=True):
+        sizes = [systems[i].matrix.shape[0] for i in members]
+        parts |= dict(zip(members, jnp.split(value, np.cumsum(sizes)[:-1]), strict=True))
+    return [parts[i] for i in range(len(systems))]
+
+
+def _each(value: jax.Array | float, matrix: jax.Array) -> jax.Array:
+    """A number for each matrix (B, m, m), in its dtype: (B,)."""
+    return jnp.broadcast_to(jnp.asarray(value).astype(matrix.dtype), matrix.shape[:1])
 
 
 def _finite(solution: jax.Array, system: System) -> jax.Array:
     arrays = (solution, system.matrix, system.right)
     return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
-
-
-def _attempt(systems: Sequence[System]) -> list[jax.Array]:
-    """Solutions, from one batched factorisation for all matrices of the same shape."""
-    groups: dict[object, list[int]] = {}
-    for i, system in enumerate(systems):
-        groups.setdefault((system.matrix.shape[1:], system.matrix.dtype), []).append(i)
-    solutions: dict[int, jax.Array] = {}
-    for members in groups.values():
-        damped = [_damped(systems[i]) for i in members]
-        factors = jnp.linalg.cholesky(jnp.concatenate(damped), symmetrize_input=True)
-        inverses, at = inverse_lower(factors), 0
-        for i in members:
-            size = systems[i].matrix.shape[0]
-            solutions[i] = _substitute(inverses[at : at + size], systems[i].right)
-            at += size
-    return [solutions[i] for i in range(len(systems))]
-
-
-def _substitute(inverse: jax.Array, right: jax.Array) -> jax.Array:
-    """(LLᵀ)⁻¹ R, given L⁻¹."""
-    forward = jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
-    return jnp.einsum("bji,bjo->bio", inverse, forward, precision=lax.Precision.HIGHEST)
-
-
-def _damped(system: System) -> jax.Array:
-    identity = jnp.eye(system.matrix.shape[-1], dtype=system.matrix.dtype)
-    return system.matrix + system.damping[:, None, None] * identity[None]

@@ -184,12 +184,20 @@ def _solve(
 
 
 def _system(
-    block: Block, matrix: jax.Array, right: jax.Array, bias: bool, damping: Any, relative: Any
+    block: Block,
+    matrix: jax.Array,
+    right: jax.Array,
+    bias: bool,
+    damping: Any,
+    relative: Any,
+    gain: Any,
 ) -> ridge.System:
-    """(A + λI) S = R with A = XXᵀ or XᵀX, (B, m, m)."""
-    trace = jnp.trace(matrix, axis1=1, axis2=2)
-    scale = ridge.mean_eigenvalue(trace, block.rows, block.features + bias)
-    return ridge.System(matrix, damping + relative * scale, scale, right)
+    """(A + λI) S = N R with A = XXᵀ or XᵀX, (B, m, m)."""
+    rank = min(block.rows, block.features + bias)
+    if not (isinstance(relative, int | float) and relative == 0):
+        trace = jnp.trace(matrix, axis1=1, axis2=2)
+        damping = damping + relative * ridge.mean_eigenvalue(trace, rank)
+    return ridge.System(matrix, damping, right, rank, gain)
 
 
 def _primal(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
@@ -201,10 +209,11 @@ def _primal(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -
     xx = capture.second_moment()[:, :d, :d]
 
     def update(solution: ridge.Solution) -> Matrices:
-        u = jnp.where(solution.failed, 1, incoming.batch_size) * solution.value
+        u = solution.value
         return Matrices(u[:, : block.features], u[:, -1] if bias else None)
 
-    return _Problem(_system(block, xx, right, bias, damping, relative), update)
+    system = _system(block, xx, right, bias, damping, relative, incoming.batch_size)
+    return _Problem(system, update)
 
 
 def _dual(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
@@ -215,11 +224,10 @@ def _dual(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> 
     dz = rows.dz.astype(gram.accumulator(rows.dz.dtype))
 
     def update(solution: ridge.Solution) -> Matrices:
-        n = jnp.where(solution.failed, 1, incoming.batch_size)
-        return product(rows.x, n * solution.value, h)
+        return product(rows.x, solution.value, h)
 
-    xx = gram.outer(rows.x, h)
-    return _Problem(_system(capture.block, xx, dz, bias, damping, relative), update)
+    xx, n = gram.outer(rows.x, h), incoming.batch_size
+    return _Problem(_system(capture.block, xx, dz, bias, damping, relative, n), update)
 
 
 def _dual_of_changed(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
@@ -239,19 +247,19 @@ def _dual_of_changed(incoming: Incoming, capture: Capture, damping: Any, relativ
 
     def update(solution: ridge.Solution) -> Matrices:
         of_gradient, of_rest = jnp.split(solution.value, 2, -1)
-        scaled = product(rows.x, along(scale, of_gradient) * n * of_gradient, h)
+        scaled = product(rows.x, along(scale, of_gradient) * of_gradient, h)
         spanned = product(rows.x, of_rest, h)
 
         def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
-            outside = n * (r - s) / along(solution.damping, r)
+            outside = (n * r - s) / along(solution.damping, r)
             u = u + jnp.where(along(present, r), outside, 0)
             return jnp.where(solution.failed, plain, u)
 
         return jax.tree.map(total, scaled, rest, spanned, finite(handed))
 
     right = jnp.concatenate([dz, moved], -1)
-    system = _system(block, gram.outer(rows.x, h), right, bias, damping, relative)
-    solvable = jnp.all((system.damping > 0) | ~present)
+    system = _system(block, gram.outer(rows.x, h), right, bias, damping, relative, n)
+    solvable = jnp.all((jnp.asarray(system.damping) > 0) | ~present)
     return _Problem(system._replace(solvable=solvable), update)
 
 
@@ -265,7 +273,7 @@ def _diagonal(
     """
     block = capture.block
     (weight, _), counts = incoming.matrices(block), capture.second_moment()
-    damping += relative * ridge.mean_eigenvalue(counts.sum(-1), block.rows, block.features)
+    damping += relative * ridge.mean_eigenvalue(counts.sum(-1), min(block.rows, block.features))
     divisor = counts + along(jnp.broadcast_to(damping, counts.shape[:1]), counts)
     u = jnp.where(weight == 0, 0, incoming.batch_size * weight / divisor[..., None])
     failed = ~jnp.isfinite(u).all()

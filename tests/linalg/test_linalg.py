@@ -27,10 +27,9 @@ def system(seed, size, outputs, batch=1, rank=None, damping=0.1):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(batch, size, rank or 2 * size))
     matrix = x @ x.transpose(0, 2, 1)
-    trace = np.trace(matrix, axis1=1, axis2=2)
     right = rng.normal(size=(batch, size, outputs))
-    arrays = (matrix, np.full(batch, damping), trace / size, right)
-    return ridge.System(*(jnp.asarray(a, jnp.float32) for a in arrays))
+    arrays = (matrix, np.full(batch, damping), right)
+    return ridge.System(*(jnp.asarray(a, jnp.float32) for a in arrays), rank=size)
 
 
 def exact(system, damping):
@@ -59,7 +58,8 @@ def test_a_failed_system_is_repaired_alone():
     good, singular = system(0, 4, 2), system(1, 4, 2, rank=1, damping=-1e-3)
     (first, second), fallbacks = ridge.solve([good, singular])
     np.testing.assert_allclose(first.value, exact(good, good.damping), rtol=1e-4, atol=1e-5)
-    raised = np.asarray(singular.damping) + ridge.REPAIR_DAMPING * np.asarray(singular.scale)
+    trace = np.trace(np.asarray(singular.matrix), axis1=1, axis2=2)
+    raised = np.asarray(singular.damping) + ridge.REPAIR_DAMPING * trace / 4
     np.testing.assert_allclose(second.damping, raised, rtol=1e-6)
     np.testing.assert_allclose(second.value, exact(singular, raised), rtol=1e-3, atol=1e-4)
     assert fallbacks == 1 and not second.failed
@@ -78,6 +78,30 @@ def test_a_hopeless_system_gives_its_right_hand_side():
     assert solution.failed and fallbacks == 1
 
 
+@pytest.mark.parametrize("size", [1, 3, 128, 129, 300])
+def test_inverse_factor(size):
+    """Blocks of 128, 256 and 512 rows, full and not."""
+    x = np.random.default_rng(size).normal(size=(2, size, 2 * size))
+    matrix = x @ x.transpose(0, 2, 1)
+    upper = np.triu(np.full((size, size), np.nan), 1)
+    inverse = triangular.inverse_factor(jnp.asarray(np.where(np.isnan(upper), upper, matrix)))
+    want = np.linalg.inv(np.linalg.cholesky(matrix))
+    np.testing.assert_allclose(inverse, want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
+    assert not np.triu(inverse, 1).any()
+
+
+def test_inverse_factor_of_no_positive_matrix():
+    matrix = np.eye(300)
+    matrix[200, 200] = -1
+    assert not np.isfinite(triangular.inverse_factor(jnp.asarray(matrix[None]))).all()
+
+
+def test_gain():
+    s = system(0, 4, 2)._replace(gain=3.0)
+    (solution,), _ = ridge.solve([s])
+    np.testing.assert_allclose(solution.value, 3 * exact(s, s.damping), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 13, 50])
 def test_triangular_inverse(size):
     rng = np.random.default_rng(size)
@@ -87,10 +111,30 @@ def test_triangular_inverse(size):
     assert not np.triu(inverse, 1).any()
 
 
-def test_solves_use_no_lapack_threads():
-    """Triangular solves in LAPACK's own threads would fight XLA's for the cores."""
-    text = jax.jit(lambda s: ridge.solve([s])[0][0].value).lower(system(0, 32, 64)).as_text()
-    assert "trsm" not in text and "triangular_solve" not in text
+@pytest.mark.parametrize("size", [32, 300])
+def test_solves_use_no_lapack_threads(size):
+    """Larger calls of LAPACK would run in threads of its own, which fight XLA's for the cores."""
+    jaxpr = jax.make_jaxpr(lambda s: ridge.solve([s])[0][0].value)(system(0, size, 64))
+    largest = {"cholesky": triangular.BLOCK, "triangular_solve": triangular.SMALL}
+    found = set()
+    for name, shape in primitives(jaxpr):
+        if name in largest:
+            found.add(name)
+            assert max(shape[-2:]) <= largest[name]
+    assert found == set(largest)
+
+
+def primitives(jaxpr):
+    """Every equation's primitive and its first operand's shape, in all bodies."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn.primitive.name, getattr(eqn.invars[0].aval, "shape", ()) if eqn.invars else ()
+        for value in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                yield from primitives(value)
+
+
+def is_jaxpr(value):
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 def test_no_systems():
