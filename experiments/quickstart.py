@@ -140,7 +140,8 @@ class Quickstart:
                 "results": results,
             },
         )
-        console.print(f"Written: {self.output}/losses.png and {self.output}/results.json")
+        written = f"Written: {self.output}/losses.png and {self.output}/results.json"
+        console.print(written, highlight=False, soft_wrap=True)
 
 
 def _train_all(

@@ -89,7 +89,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     if panel.log:
         axes.set_yscale("log")
         axes.yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 3, 5)),
+            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)),
             major_formatter=StrMethodFormatter("{x:g}"),
             minor_locator=NullLocator(),
         )

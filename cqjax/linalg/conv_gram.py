@@ -50,9 +50,10 @@ def inner(
         product = gram.inner(windows.patches(x, window, groups))
     if h is None:
         return product
+    h = jnp.asarray(h, product.dtype)
     sums = h * windows.column_sums(x, window, groups)[..., None]
     count = len(x) * math.prod(window.positions(x.shape[1:-1]))
-    corner = jnp.full((groups, 1, 1), h * h * count, product.dtype)
+    corner = jnp.full((groups, 1, 1), h * h * count)
     return jnp.block([[product, sums], [sums.mT, corner]])
 
 

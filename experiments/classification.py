@@ -1,0 +1,79 @@
+"""A classifier's start, its loss, and how good it is on a given set of images."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import core
+
+EVALUATION_BATCH = 1000  # images at once
+
+LossFn = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""Takes parameters, the network's state, images and labels to the mean loss and the next state."""
+
+Metric = Callable[[Any, Any], float]
+"""Takes parameters and the network's state to a number."""
+
+
+def initialise(model: Any, seed: int, images: np.ndarray | jax.Array) -> tuple[Any, Any]:
+    """A Flax network's first parameters, and its state: running averages, if it has any."""
+    state, params = core.pop(model.init(jax.random.key(seed), images[:1]), "params")
+    return params, state
+
+
+def cross_entropy(model: Any, **call: Any) -> LossFn:
+    """The mean cross-entropy of a Flax network's logits; `call` goes to its `__call__`."""
+
+    def loss_fn(
+        params: Any, model_state: Any, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        logits, model_state = model.apply(
+            {"params": params, **model_state}, images, mutable=["batch_stats"], **call
+        )
+        return _losses(logits, labels).mean(), model_state
+
+    return loss_fn
+
+
+def mean_loss(model: Any, images: np.ndarray, labels: np.ndarray) -> Metric:
+    """The metric that is the mean cross-entropy on some images."""
+    return _mean(model, _losses, images, labels)
+
+
+def accuracy(model: Any, images: np.ndarray, labels: np.ndarray) -> Metric:
+    """The metric that is the fraction of some images that are classified correctly."""
+    return _mean(model, lambda logits, labels: logits.argmax(axis=-1) == labels, images, labels)
+
+
+def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _mean(
+    model: Any,
+    of: Callable[[jax.Array, jax.Array], jax.Array],
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> Metric:
+    """The mean over all images of something that depends on logits and labels."""
+    cuts = range(EVALUATION_BATCH, len(labels), EVALUATION_BATCH)
+    batches = [
+        (jnp.asarray(some_images), jnp.asarray(their_labels))
+        for some_images, their_labels in zip(
+            np.split(images, cuts), np.split(labels, cuts), strict=True
+        )
+    ]
+
+    @jax.jit
+    def each(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return of(model.apply(variables, images), labels)
+
+    def metric(params: Any, model_state: Any) -> float:
+        variables = {"params": params, **model_state}
+        values = [each(variables, *batch) for batch in batches]
+        return float(np.concatenate(values).mean(dtype=np.float64))
+
+    return metric

@@ -1,0 +1,37 @@
+"""The data sets of the experiments, as arrays in memory: a module for each."""
+
+from pathlib import Path
+from typing import Literal
+
+from experiments.data import digits, fashion_mnist
+from experiments.data.dataset import DataError as DataError
+from experiments.data.dataset import Dataset as Dataset
+from experiments.data.dataset import MissingDataError as MissingDataError
+from experiments.data.dataset import Split as Split
+
+DatasetName = Literal["auto", "fashion_mnist", "digits"]
+
+
+def load(name: DatasetName, data_dir: Path | None, download: bool) -> Dataset:
+    """Load a data set of small grey images.
+
+    Args:
+      name: Which; "auto" is Fashion-MNIST where it is found, digits otherwise.
+      data_dir: The folder of Fashion-MNIST's files; without it, the places where they may be.
+      download: Whether to fetch Fashion-MNIST's files if they are not found.
+
+    Returns:
+      The data set.
+
+    Raises:
+      MissingDataError: If the data set asked for is not there.
+      DataError: If one of its files is bad, or cannot be fetched.
+    """
+    if name == "digits":
+        return digits.load()
+    try:
+        return fashion_mnist.load(data_dir, download)
+    except MissingDataError:
+        if name == "auto" and data_dir is None:
+            return digits.load()
+        raise

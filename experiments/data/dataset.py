@@ -1,0 +1,140 @@
+"""What a data set is, where its files may be, and how they are fetched."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pooch
+from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class DataError(Exception):
+    """A data set that is missing or cannot be read; the message names the file."""
+
+
+class MissingDataError(DataError):
+    """A data set that is in none of the places where it may be."""
+
+
+class Split(NamedTuple):
+    """Images with their labels."""
+
+    images: np.ndarray  # (n, height, width) or (n, height, width, channels), float32 in [0, 1]
+    labels: np.ndarray  # (n,), int32
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split of images of ten classes."""
+
+    name: str
+    source: str
+    train: Split
+    test: Split
+    classes: int = 10
+
+    def __str__(self) -> str:
+        """Name, origin and size, to be read."""
+        train, test = len(self.train.labels), len(self.test.labels)
+        return f"{self.name} ({self.source}), {train:,} training and {test:,} test images"
+
+    def summary(self) -> dict[str, Any]:
+        """The same, to be stored."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "training_images": len(self.train.labels),
+            "test_images": len(self.test.labels),
+        }
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse batches of more images than there are.
+
+        Raises:
+          DataError: If this is so.
+        """
+        count = len(self.train.labels)
+        if batch_size > count:
+            raise DataError(
+                f"--batch-size {batch_size} is more than the {count:,} training images of "
+                f"{self.name}"
+            )
+
+    def standardised(self) -> "Dataset":
+        """Each channel less its mean, over its standard deviation: both the training images'."""
+        channels = self.train.images.reshape(-1, self.train.images.shape[-1]).T
+        mean = np.array([channel.mean(dtype=np.float64) for channel in channels], np.float32)
+        deviation = np.array([channel.std(dtype=np.float64) for channel in channels], np.float32)
+
+        def scale(split: Split) -> Split:
+            return Split((split.images - mean) / deviation, split.labels)
+
+        return replace(self, train=scale(self.train), test=scale(self.test))
+
+
+def cache() -> Path:
+    """The folder for downloads."""
+    return Path(pooch.os_cache("cqjax"))
+
+
+def places(data_dir: Path | None, *usual: Path) -> list[Path]:
+    """Where files may be: in the folder asked for; without it, in each of the usual ones.
+
+    The folder that the variable CQJAX_DATA_DIR names comes before them.
+    """
+    if data_dir:
+        return [data_dir]
+    chosen = os.environ.get("CQJAX_DATA_DIR")
+    return [*([Path(chosen)] if chosen else []), *usual]
+
+
+def fetch(url: str, md5: str, folder: Path) -> Path:
+    """Fetch a file into a folder; it is there only once its checksum is right.
+
+    Args:
+      url: Its address.
+      md5: Its checksum.
+      folder: Where to put it, under the name that the address ends with.
+
+    Returns:
+      The file; at once if it is there already.
+
+    Raises:
+      DataError: If it cannot be fetched, or is not the one with this checksum.
+    """
+    name = url.rsplit("/", 1)[-1]
+    columns = TextColumn("{task.description}"), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        bar: Any = _DownloadBar(progress, name)  # pooch declares neither as it uses them
+        downloader: Any = pooch.HTTPDownloader(progressbar=bar)
+        try:
+            return Path(pooch.retrieve(url, f"md5:{md5}", name, folder, downloader=downloader))
+        except (OSError, ValueError) as error:  # no connection; a wrong checksum
+            raise DataError(f"cannot download {url}: {error}") from error
+
+
+class _DownloadBar:
+    """What pooch wants of a progress bar, drawn by Rich."""
+
+    def __init__(self, progress: Progress, description: str):
+        self._progress = progress
+        self._task = progress.add_task(description, total=None)
+
+    @property
+    def total(self) -> float | None:
+        return self._progress.tasks[self._task].total
+
+    @total.setter
+    def total(self, size: int) -> None:
+        self._progress.update(self._task, total=size)
+
+    def update(self, size: int) -> None:
+        self._progress.advance(self._task, size)
+
+    def reset(self) -> None:
+        self._progress.update(self._task, completed=0)
+
+    def close(self) -> None:
+        self._progress.stop_task(self._task)
