@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -19,6 +20,7 @@ from cqjax.capture.sites import Position, Site
 from cqjax.capture.walk import Use
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
+_SAME_AXES = frozenset({"pad", "concatenate"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +79,17 @@ class _Trace(NamedTuple):
     Attributes:
       pooled: the part of its positions that is left.
       axes: the variable's axes that are positions; None where they are not known any more.
+      averaged: the part that maxima or sums over whole axes have left. The loss's own do not count.
     """
 
     pooled: float
     axes: tuple[int, ...] | None
+    averaged: float = 1.0
+
+    @property
+    def left(self) -> float:
+        """The part of its positions that is left to another layer."""
+        return self.pooled * self.averaged
 
 
 _Traces = Mapping[int, _Trace]
@@ -155,7 +164,7 @@ class _Following:
                 fed = traces.get(jaxpr.eqns[start].outvars[0], {})
                 results = [self._normalisation(eqn, mark.name, at, start, loops, fed, args[0])]
             else:
-                if mark is not None:
+                if mark is not None and not mark.after:
                     started[mark.name] = i
                 results = self._equation(eqn, args, at, loops)
             traces.update(zip(eqn.outvars, results, strict=True))
@@ -200,7 +209,7 @@ class _Following:
         self._nodes[node.position] = node
         for source, trace in fed.items():
             edge = (source, number)
-            self._reads[edge] = max(trace.pooled, self._reads.get(edge, 0.0))
+            self._reads[edge] = max(trace.left, self._reads.get(edge, 0.0))
         return number
 
     def _equation(
@@ -222,12 +231,16 @@ class _Following:
             return [_joined(results) for results in zip(*branches, strict=True)]
         if eqn.primitive is primitives.scan_p:
             return self._scan(eqn, args, position, loops)
-        moved = [
-            {i: _moved(eqn, operand, trace) for i, trace in traces.items()}
-            for operand, traces in zip(eqn.invars, args, strict=True)
-            if traces
-        ]
-        return [_joined(moved)] * len(eqn.outvars)
+        if eqn.primitive is primitives.stop_gradient_p:
+            return [{}] * len(eqn.outvars)
+        moved = _joined(
+            [
+                {i: _moved(eqn, operand, trace) for i, trace in traces.items()}
+                for operand, traces in zip(eqn.invars, args, strict=True)
+                if traces
+            ]
+        )
+        return [moved if _differentiable(out) else {} for out in eqn.outvars]
 
     def _scan(
         self,
@@ -255,20 +268,52 @@ def _moved(eqn: core.JaxprEqn, operand: Any, trace: _Trace) -> _Trace:
     name, before, after = eqn.primitive.name, aval(operand).shape, aval(eqn.outvars[0]).shape
     if trace.axes is None:
         return trace
-    if name.startswith("reduce_window"):
+    if name.startswith("reduce_window") or name == "slice":
         part = math.prod(after[i] / before[i] for i in trace.axes)
-        return _Trace(trace.pooled * part, trace.axes)
-    if name in _REDUCTIONS:
-        reduced = eqn.params["axes"]
-        if set(reduced) <= set(trace.axes):
-            kept = [i for i in range(len(before)) if i not in reduced]
-            axes = tuple(kept.index(i) for i in trace.axes if i in kept)
-            return _Trace(trace.pooled / math.prod(before[i] for i in reduced), axes)
-        return _Trace(trace.pooled, None)
+        return trace._replace(pooled=trace.pooled * part)
+    if name in _REDUCTIONS or name == "squeeze":
+        gone = eqn.params["dimensions" if name == "squeeze" else "axes"]
+        kept = [i for i in range(len(before)) if i not in gone]
+        axes = tuple(kept.index(i) for i in trace.axes if i in kept)
+        if name == "squeeze":
+            return trace._replace(axes=axes)
+        if not set(gone) <= set(trace.axes):
+            return trace._replace(axes=None)
+        part = trace.averaged / math.prod(before[i] for i in gone)
+        return trace._replace(axes=axes, averaged=part)
     if eqn.primitive is primitives.transpose_p:
         order = eqn.params["permutation"]
-        return _Trace(trace.pooled, tuple(order.index(i) for i in trace.axes))
-    return trace if before == after else _Trace(trace.pooled, None)
+        return trace._replace(axes=tuple(order.index(i) for i in trace.axes))
+    if eqn.primitive is primitives.broadcast_in_dim_p:
+        return trace._replace(axes=tuple(eqn.params["broadcast_dimensions"][i] for i in trace.axes))
+    if eqn.primitive is primitives.reshape_p:
+        return trace._replace(axes=_reshaped(trace.axes, before, after))
+    same = before == after or name in _SAME_AXES
+    return trace if same else trace._replace(axes=None)
+
+
+def _reshaped(
+    axes: tuple[int, ...], before: tuple[int, ...], after: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Which axes of a reshaped variable the given ones have become; None if they were merged."""
+    found: list[int] = []
+    for axis in axes:
+        size, start = before[axis], math.prod(before[:axis])
+        parts = [
+            i
+            for i, length in enumerate(after)
+            if length > 1 and start <= math.prod(after[:i]) < start * size
+        ]
+        if math.prod(after[i] for i in parts) != size or (
+            parts and math.prod(after[: parts[0]]) != start
+        ):
+            return None
+        found += parts
+    return tuple(found)
+
+
+def _differentiable(out: Any) -> bool:
+    return jnp.issubdtype(aval(out).dtype, jnp.floating)
 
 
 def _joined(traces: Sequence[_Traces]) -> _Traces:
@@ -284,4 +329,4 @@ def _joined(traces: Sequence[_Traces]) -> _Traces:
 
 def _lost(traces: _Traces) -> _Traces:
     """Traces across the border of a loop, where a variable has other axes."""
-    return {i: _Trace(trace.pooled, None) for i, trace in traces.items()}
+    return {i: trace._replace(axes=None) for i, trace in traces.items()}

@@ -1,6 +1,7 @@
 """What Flax's interceptor tells about a loss: which layer owns which parameter, what normalises."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,11 @@ from cqjax.capture import marks
 Layers = dict[tuple[str, ...], frozenset[type[nn.Module]]]
 """For each variable, by its keys within the variables applied to: the classes that own it."""
 
-_NORMALISATIONS = (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
+_NORMALISATIONS = frozenset(
+    inspect.unwrap(layer.__call__)
+    for layer in (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
+)
+"""Their methods: a class derived from one of them may do anything in its own."""
 
 
 @contextlib.contextmanager
@@ -27,7 +32,8 @@ def recorded() -> Iterator[Layers]:
         next_fun: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
-        if isinstance(module, _NORMALISATIONS) and context.method_name == "__call__":
+        method = getattr(context.orig_method, "func", context.orig_method)
+        if inspect.unwrap(method) in _NORMALISATIONS:
             result = _marked(next_fun, args, kwargs, "/".join(module.path))
         else:
             result = next_fun(*args, **kwargs)

@@ -1,12 +1,12 @@
 """Every layer's signal, by backpropagation and by back-matching."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from cqjax.capture import matching, tap, tracing
-from cqjax.capture.flow import Flow
+from cqjax.capture.flow import Flow, Node
 from cqjax.capture.sites import Position
 
 
@@ -39,13 +39,15 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
     """
     trace = tracing.tracer(value_fn, None, (), "auto", None, "mean")
     traced = trace(params, (), {})
+    if isinstance(traced.outputs, tuple | list):
+        raise TypeError("value_fn returns a pair; expected the loss alone: lambda p: loss_fn(p)[0]")
     tracing.check_loss(traced.outputs, has_aux=False)
     nodes = traced.plan.layers.flow.nodes
-    got, expected = [node.name for node in nodes], [node.name for node in flow.nodes]
+    got, expected = _names(nodes), _names(flow.nodes)
     if got != expected:
         raise ValueError(
-            f"value_fn's layers are {', '.join(got)}; expected those of the plan, "
-            f"{', '.join(expected)}: make the plan of the same loss"
+            f"value_fn's layers are {got}; expected those of the plan, {expected}: make the plan "
+            "of the same loss"
         )
     taps = {
         node.position: tap.Tap(
@@ -64,3 +66,8 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
 
     plain, matched = backwards({}), backwards(matching.rules(traced.plan.layers.flow))
     return [Signals(plain[node.position], matched[node.position]) for node in nodes]
+
+
+def _names(nodes: Sequence[Node]) -> str:
+    """The layers, with the shapes of their weights."""
+    return ", ".join(f"{n.name} {n.site.view.shape}" if n.site else n.name for n in nodes)

@@ -38,17 +38,18 @@ def back_matching_rates(
       the learned scale γ, if there is one.
 
     s = rows / N is at how many positions of an example the weight acts whose outputs receive a
-    gradient, counted after the pooling that follows: by windows, or by a maximum or mean over all
-    positions (s = 1 for a fully connected layer). c is how many positions of its input there are
-    for each of those. Activations and pooling leave m.
+    gradient, counted after the pooling that follows: by windows, or before the next layer by a
+    maximum, a mean or a choice among the positions (s = 1 for a fully connected layer). c is how
+    many positions of its input there are for each of those. Activations and pooling leave m.
 
     Where layers branch, m is measured: with `value_fn`, :math:`1/m = \langle \delta b, \delta' b
     \rangle / \lVert \delta b \rVert^2` from the gradient δb with respect to a layer's output and
-    the matched signal δ'b (`back_matching_value_and_grad`), for each layer of a stack that is
-    scanned over on its own. s counts all positions then, pooled or not, as the exact propagation
-    does (Eq. 23). So on a chain without pooling the two agree where Algorithm 1's assumptions hold:
-    weights whose rows have equal norms and whose outputs vary independently, layer inputs with
-    :math:`\mathrm{E}[a a^T] = I`.
+    the matched signal δ'b (`back_matching_value_and_grad`), for each weight of a stack that is
+    scanned over on its own (its normalisations, and the members of an ensemble, share one). s
+    counts all positions then, pooled or not, as the exact propagation does (Eq. 23). So on a chain
+    without pooling the two agree where Algorithm 1's assumptions hold: weights whose rows have
+    equal norms and whose outputs vary independently, layer inputs with :math:`\mathrm{E}[a a^T] =
+    I`.
 
     Args:
       plan: `cqjax.plan(loss_fn)(params, ...)`, the captures of `cqjax.value_and_grad`, or the
@@ -129,7 +130,7 @@ def scale_by_back_matching(
         two backward passes, in one of `refresh_every` updates.
       refresh_every: updates from one measurement to the next.
       decay: of the moving average of measurements of 1/m. One that is not positive and finite is
-        left out, and counted.
+        left out, and counted. Before a layer's first one its m is 1.
 
     Returns:
       A transformation whose `update` takes `params`.
@@ -157,20 +158,22 @@ def scale_by_back_matching(
     """
     if factors not in ("chain", "measured"):
         raise ValueError(f"factors={factors!r}: expected 'chain' or 'measured'")
-    if not (isinstance(refresh_every, int) and refresh_every >= 1):
+    if isinstance(refresh_every, int | float) and (refresh_every < 1 or refresh_every % 1):
         raise ValueError(f"refresh_every={refresh_every}: expected a whole number, one or more")
-    if not 0 <= decay < 1:
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(f"decay={decay}: expected a number from 0 to below 1")
     if factors == "measured" and plan is None:
         raise ValueError('factors="measured" needs plan=, made by cqjax.plan(loss_fn)(params, ...)')
 
     def init(params: optax.Params) -> ScaleByBackMatchingState:
-        zero = jnp.zeros((), jnp.int32)
-        if factors == "chain" or plan is None:
-            return ScaleByBackMatchingState(zero, (), (), zero)
-        dtype = accumulator(jnp.result_type(*jax.tree.leaves(params)))
-        zeros = tuple(jnp.zeros(_stacked(unit), dtype) for unit in plan.layers.units)
-        return ScaleByBackMatchingState(zero, zeros, zeros, zero)
+        units = () if factors == "chain" or plan is None else plan.layers.units
+        dtype = accumulator(jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+
+        def zeros() -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros(_stacked(unit), dtype) for unit in units)
+
+        counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return ScaleByBackMatchingState(counts[0], zeros(), zeros(), counts[1])
 
     def update(
         updates: optax.Updates,
@@ -219,12 +222,18 @@ def _refreshed(
     """The state with averages that a measurement has gone into, if one is due.
 
     Raises:
-      ValueError: there is no loss to measure with.
+      ValueError: there is no loss to measure with, or parameters are masked.
     """
     if value_fn is None:
         raise ValueError(
             'scale_by_back_matching(factors="measured"): no loss to measure with. Call '
             "update(grads, state, params, value_fn=lambda params: loss_fn(params, ...))"
+        )
+
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in _leaves(params)):
+        raise ValueError(
+            'scale_by_back_matching(factors="measured"): some parameters are masked, and the loss '
+            "needs all. Place it outside of the mask; skip= of cqjax.plan leaves some alone"
         )
 
     def measure() -> ScaleByBackMatchingState:
@@ -238,6 +247,10 @@ def _refreshed(
         return state._replace(average=tuple(average), weight=tuple(weight), ignored=ignored)
 
     return lax.cond(state.count % refresh_every == 0, measure, lambda: state)
+
+
+def _leaves(params: PyTree) -> list[Any]:
+    return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
 
 
 def _measured(layers: Layers, measured: Sequence[Signals]) -> list[jax.Array]:

@@ -90,10 +90,13 @@ def inverse_factors(layers: Layers, arrays: Arrays) -> list[jax.Array]:
             if below is not None and below.site is not None:
                 batch, _, outputs = below.site.form.weight.shape
                 factor = factor * batch * outputs / _square_of(below, arrays)
+            elif below is not None:  # a normalisation's output varies by the square of its scale
+                factor = factor / _scale(below.scale, arrays)
             inverse = _divided(inverse, factor)
-    for unit in layers.units:
-        if len(unit.nodes) > 1:
-            raise ValueError(_no_chain(f"{' + '.join(unit.paths)} is used by several layers"))
+    paths = [path for node in flow.nodes for path in set(node.paths)]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(_no_chain(f"{path} is used by several layers"))
     return [factors[unit.nodes[0]] for unit in layers.units]
 
 
@@ -137,7 +140,8 @@ def _square_of(node: Node, arrays: Arrays) -> jax.Array:
         if path not in arrays:
             raise ValueError(
                 f"the parameters have no {path}, whose norm the rates of the layers below depend "
-                f"on: they are {', '.join(arrays)}"
+                f"on: they are {', '.join(arrays)}. Where optax masks parameters, place "
+                "scale_by_back_matching outside of the mask; skip= of cqjax.plan leaves some alone"
             )
     return _square(view(arrays)) / math.prod(length for _, length in view.loops)
 
