@@ -1,8 +1,8 @@
 """Inverse Cholesky factors, by matrix products but for small blocks.
 
-LAPACK's triangular solves of 32 rows, and its factorisations of more than about 200, run in
-threads of their own, which on a CPU fight XLA's for the cores: a step can then take ten times as
-long as its arithmetic, or a thousand. Products do not, and suit accelerators.
+LAPACK's triangular solves, and its factorisations of more than about 200 rows, run in threads of
+their own, which on a CPU fight XLA's for the cores: a step can then take ten times as long as its
+arithmetic, or a thousand. Products do not, and suit accelerators.
 """
 
 import jax
@@ -11,9 +11,6 @@ from jax import lax
 
 BLOCK = 128
 """Rows that LAPACK factorises at once."""
-
-SMALL = 16
-"""Rows that LAPACK substitutes at once."""
 
 
 def inverse_factor(matrix: jax.Array) -> jax.Array:
@@ -37,18 +34,15 @@ def inverse_factor(matrix: jax.Array) -> jax.Array:
 def inverse_lower(factor: jax.Array) -> jax.Array:
     """L⁻¹ of lower triangular matrices L: (B, m, m).
 
-    Inverts small blocks on the diagonal, then doubles the size of the blocks whose inverses are
-    known: [[A, 0], [C, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ C A⁻¹, D⁻¹]].
+    Inverts the diagonal, then doubles the size of the diagonal blocks whose inverses are known:
+    [[A, 0], [C, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ C A⁻¹, D⁻¹]].
     """
     batch, size = factor.shape[:2]
-    padded = SMALL << max(0, (size - 1) // SMALL).bit_length()
+    padded = 1 << (size - 1).bit_length()
     grown = jnp.eye(padded, dtype=factor.dtype)[None].repeat(batch, 0)
     factor = grown.at[:, :size, :size].set(factor)
-    blocks, block = padded // SMALL, SMALL
-    grid = factor.reshape(batch, blocks, block, blocks, block)
-    diagonal = jnp.moveaxis(jnp.diagonal(grid, axis1=1, axis2=3), -1, 1)
-    ones = jnp.broadcast_to(jnp.eye(block, dtype=factor.dtype), diagonal.shape)
-    inverses = lax.linalg.triangular_solve(diagonal, ones, left_side=True, lower=True)
+    inverses = 1 / jnp.diagonal(factor, axis1=1, axis2=2)[..., None, None]
+    block = 1
     while block < padded:
         pairs = padded // (2 * block)
         grid = factor.reshape(batch, pairs, 2, block, pairs, 2, block)
