@@ -1,9 +1,12 @@
 """The papers' optimizers: what the update does comes first, then Optax's rule. Chains only."""
 
+from collections.abc import Sequence
+
 import optax
 
 from cqjax.capture.plan import Plan
 from cqjax.transforms.back_matching import Factors, scale_by_back_matching
+from cqjax.transforms.chain import ChainLayer
 from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
 from cqjax.transforms.layerwise_rates import scale_by_lsalr
 from cqjax.transforms.nlms import scale_by_nlms
@@ -178,7 +181,7 @@ def back_matching_sgd(
     nesterov: bool = True,
     weight_decay: float = 0.0,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Sequence[ChainLayer] | None = None,
     factors: Factors = "chain",
     refresh_every: int = 100,
     decay: float = 0.9,

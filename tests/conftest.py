@@ -2,7 +2,18 @@
 
 import os
 
+import pytest
+
 # Two CPU devices, so that sharded programs are more than a formality. Read when JAX starts.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )
+
+
+@pytest.fixture
+def float64():
+    """The test, in float64."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield

@@ -132,7 +132,7 @@ class _Following:
                 for (source, reader), part in self._reads.items()
                 if source == i and reader in reached
             ]
-            pooled[i] = max([*parts, *([loss[i].pooled] if i in loss else [])])
+            pooled[i] = max([*parts, loss[i].pooled] if i in loss else parts)
         new = {i: number for number, i in enumerate(sorted(reached))}
         kept = tuple(
             dataclasses.replace(
@@ -255,9 +255,7 @@ class _Following:
         inner = (*loops, eqn.params["length"])
         while True:
             results = self._body(body, inputs, position, inner)
-            again = [
-                _joined([inputs[consts + i], results[i]]) if i < carry else {} for i in range(carry)
-            ]
+            again = [_joined([inputs[consts + i], results[i]]) for i in range(carry)]
             if again == inputs[consts : consts + carry]:
                 return [*results[:carry], *map(_lost, results[carry:])]
             inputs[consts : consts + carry] = again
@@ -321,9 +319,7 @@ def _joined(traces: Sequence[_Traces]) -> _Traces:
     joined: dict[int, _Trace] = {}
     for known in traces:
         for i, trace in known.items():
-            joined[i] = max(
-                joined.get(i, trace), trace, key=lambda t: (t.axes is not None, t.pooled)
-            )
+            joined[i] = max(joined.get(i, trace), trace, key=lambda t: (t.axes is not None, t.left))
     return joined
 
 

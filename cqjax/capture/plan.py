@@ -52,7 +52,9 @@ class Plan:
       blocks: one for each weight that is solved for.
       batch_size: N, the number of terms that the loss averages over; None where unknown.
       layers: which layer feeds which, and which parameters are theirs.
-      elsewhere: paths of parameters that enter something besides products and sums.
+      unmatched: paths of parameters of layers that back-matching does not know: neither weights
+        of a product, nor of a normalisation, nor merely added. The signal passes there as in
+        backpropagation.
       signal: what is propagated from layer to layer.
     """
 
@@ -60,7 +62,7 @@ class Plan:
     blocks: tuple[Block, ...]
     batch_size: int | jax.Array | None
     layers: Layers
-    elsewhere: tuple[str, ...]
+    unmatched: tuple[str, ...]
     signal: Signal
 
     def __str__(self) -> str:
@@ -70,15 +72,6 @@ class Plan:
     def uncovered(self) -> dict[str, tuple[str, ...]]:
         """Why, for each parameter that keeps its gradient without having been asked to."""
         return {p.path: p.notes for p in self.parameters if p.status == "uncovered"}
-
-    def unmatched(self) -> tuple[str, ...]:
-        """Paths of parameters of layers that back-matching does not know.
-
-        They are neither weights of a product, nor of a normalisation, nor merely added: the signal
-        passes there as in backpropagation.
-        """
-        known = {path for node in self.layers.flow.nodes for path in node.paths}
-        return tuple(p for p in self.elsewhere if p not in known)
 
 
 def make_plan(
@@ -127,9 +120,14 @@ def make_plan(
         if status in ("covered", "skipped"):
             notes = _not_per_example(path, blocks, batch_size)
         parameters.append(Parameter(path, shape, classes, status, notes))
-    elsewhere = tuple(p for p in shapes if any(use.primitive != "add" for use in walk.uses[p]))
+    known = {path for node in flow.nodes for path in node.paths}
+    unmatched = tuple(
+        path
+        for path in shapes
+        if path not in known and any(use.primitive != "add" for use in walk.uses[path])
+    )
     made = make_layers(flow, blocks, taken, shapes)
-    return Plan(tuple(parameters), blocks, batch_size, made, elsewhere, signal)
+    return Plan(tuple(parameters), blocks, batch_size, made, unmatched, signal)
 
 
 def _not_per_example(

@@ -26,7 +26,7 @@ def table(plan: Plan) -> str:
     size = plan.batch_size if plan.batch_size is not None else "not inferred"
     total = f"{covered} of {len(rows)} parameters covered; batch size {size}"
     if plan.signal == "matched":
-        unmatched = ", ".join(plan.unmatched()) or "no layer with parameters"
+        unmatched = ", ".join(plan.unmatched) or "no layer with parameters"
         total += f"\nsignal: matched; as in backpropagation through {unmatched}"
     return "\n".join((*lines, total))
 

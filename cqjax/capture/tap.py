@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 
 from cqjax.capture import jaxprs
 from cqjax.capture.block import Block
-from cqjax.capture.sites import Position
+from cqjax.capture.sites import Position, Site
 from cqjax.capture.statistics import Statistic
 
 Shaped = tuple[tuple[int, ...], Any]
@@ -49,7 +49,7 @@ class Tap:
     stacked: tuple[bool, ...]
     loops: tuple[int, ...]
 
-    def zero(self) -> Statistic:
+    def zero(self) -> Any:
         """The probe."""
         one = jax.eval_shape(
             self.statistic, jax.ShapeDtypeStruct(*self.x), jax.ShapeDtypeStruct(*self.z)
@@ -77,7 +77,7 @@ Rule = Callable[[core.JaxprEqn, list[Any], Body], list[Any]]
 def taps(blocks: Sequence[Block]) -> dict[Position, Tap]:
     """A tap for each site, which takes what its block captures."""
 
-    def tap(block: Block, site: Any) -> Tap:
+    def tap(block: Block, site: Site) -> Tap:
         return Tap(
             lambda x, dz: block.statistic(site, x, dz),
             site.operand,
@@ -93,7 +93,7 @@ def taps(blocks: Sequence[Block]) -> dict[Position, Tap]:
 class Evaluation:
     """Evaluates a jaxpr like `jax.core.eval_jaxpr`, tapping equations on its way."""
 
-    def __init__(self, taps: Mapping[Position, Tap], rules: Mapping[Position, Rule] | None = None):
+    def __init__(self, taps: Mapping[Position, Tap], rules: Mapping[Position, Rule]):
         """Prepares the evaluation of a program.
 
         Args:
@@ -101,8 +101,8 @@ class Evaluation:
           rules: how some of its equations are evaluated.
         """
         self._taps = taps
-        self._rules = rules or {}
-        self._bodies = {at[:i] for at in (*taps, *self._rules) for i in range(1, len(at))}
+        self._rules = rules
+        self._bodies = {at[:i] for at in (*taps, *rules) for i in range(1, len(at))}
 
     def __call__(
         self,

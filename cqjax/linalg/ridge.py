@@ -1,7 +1,7 @@
 """Damped symmetric solves: factorised together where shapes are equal, repaired where they fail."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -74,7 +74,7 @@ def solve(systems: Sequence[System]) -> tuple[list[Solution], jax.Array]:
     if not systems:
         return [], jnp.zeros((), jnp.int32)
     dampings = [_each(s.damping, s.matrix) for s in systems]
-    stacks = _stacks(systems)
+    stacks = _grouped(map(_right_key, systems))
     first = _attempt(systems, dampings, stacks)
     solvable = [jnp.asarray(s.solvable) for s in systems if s.solvable is not True]
     finite = [jnp.isfinite(values).all() for values in first]
@@ -94,21 +94,27 @@ def solve(systems: Sequence[System]) -> tuple[list[Solution], jax.Array]:
     return list(solutions), repaired
 
 
-Stacks = list[list[int]]
-"""Numbers of systems whose matrices have one shape, and whose right-hand sides have one."""
+_Groups = list[list[int]]
 
 
-def _stacks(systems: Sequence[System]) -> Stacks:
-    stacks: dict[object, list[int]] = {}
-    for i, system in enumerate(systems):
-        matrix, right = system.matrix, system.right
-        key = (matrix.shape[1:], matrix.dtype, right.shape[1:], right.dtype)
-        stacks.setdefault(key, []).append(i)
-    return list(stacks.values())
+def _grouped(keys: Iterable[object]) -> _Groups:
+    """The numbers of equal keys, together."""
+    groups: dict[object, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _matrix_key(system: System) -> object:
+    return system.matrix.shape[1:], system.matrix.dtype
+
+
+def _right_key(system: System) -> object:
+    return _matrix_key(system), system.right.shape[1:], system.right.dtype
 
 
 def _attempt(
-    systems: Sequence[System], dampings: Sequence[jax.Array], stacks: Stacks
+    systems: Sequence[System], dampings: Sequence[jax.Array], stacks: _Groups
 ) -> list[jax.Array]:
     """The solutions, a batch for each stack."""
     inverses = _inverse_factors(systems, dampings)
@@ -119,32 +125,26 @@ def _attempt(
         forward = jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
         gain = jnp.concatenate([_each(systems[i].gain, systems[i].matrix) for i in members])
         scaled = gain[:, None, None] * inverse
-        solutions.append(jnp.einsum("bji,bjo->bio", scaled, forward, precision="highest"))
+        solution = jnp.einsum("bji,bjo->bio", scaled, forward, precision=lax.Precision.HIGHEST)
+        solutions.append(solution)
     return solutions
 
 
-def _inverse_factors(
-    systems: Sequence[System], dampings: Sequence[jax.Array]
-) -> dict[int, jax.Array]:
+def _inverse_factors(systems: Sequence[System], dampings: Sequence[jax.Array]) -> list[jax.Array]:
     """L⁻¹ of A + λI = LLᵀ for each system: one batch for all matrices of the same shape."""
-    groups: dict[object, list[int]] = {}
-    for i, system in enumerate(systems):
-        groups.setdefault((system.matrix.shape[1:], system.matrix.dtype), []).append(i)
-    inverses: dict[int, jax.Array] = {}
-    for members in groups.values():
+    groups, inverses = _grouped(map(_matrix_key, systems)), []
+    for members in groups:
         matrices = jnp.concatenate([systems[i].matrix for i in members])
         damping = jnp.concatenate([dampings[i] for i in members])[:, None, None]
         damped = matrices + damping * jnp.eye(matrices.shape[-1], dtype=matrices.dtype)[None]
-        sizes = [systems[i].matrix.shape[0] for i in members]
-        parts = jnp.split(inverse_factor(damped), np.cumsum(sizes)[:-1])
-        inverses |= dict(zip(members, parts, strict=True))
-    return inverses
+        inverses.append(inverse_factor(damped))
+    return _unstacked(inverses, groups, systems)
 
 
 def _repaired(
     systems: Sequence[System],
     dampings: Sequence[jax.Array],
-    stacks: Stacks,
+    stacks: _Groups,
     first: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
     """Solutions and dampings, those that failed tried again; which failed then; how many had."""
@@ -167,7 +167,7 @@ def _repaired(
 
 
 def _unstacked(
-    values: Sequence[jax.Array], stacks: Stacks, systems: Sequence[System]
+    values: Sequence[jax.Array], stacks: _Groups, systems: Sequence[System]
 ) -> list[jax.Array]:
     """Each system's part of the stacks."""
     parts: dict[int, jax.Array] = {}

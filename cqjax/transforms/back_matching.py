@@ -15,6 +15,7 @@ from cqjax.capture.signals import Signals, signals
 from cqjax.linalg.gram import accumulator
 from cqjax.transforms import chain
 from cqjax.transforms.chain import ChainLayer
+from cqjax.transforms.incoming import is_masked
 
 PyTree = Any
 ValueFn = Callable[[PyTree], jax.Array]
@@ -81,14 +82,12 @@ def back_matching_rates(
       Zhang, Chen and Liu, Train feedforward neural network with layer-wise adaptive rate via
       approximating back-matching propagation (seed 004), Algorithm 1, Eqs. 34 to 37, supplement.
     """
-    tree = _Tree(params)
-    if not isinstance(plan, Plan | Captures):
-        return tree.like(chain.rates(plan, tree.arrays))
     if value_fn is None:
-        inverse = chain.inverse_factors(plan.layers, tree.arrays)
-    else:
-        inverse = _measured(plan.layers, signals(value_fn, params, plan.layers.flow))
-    return tree.like(_rates(plan, inverse, measured=value_fn is not None))
+        return _like(params, _chain_rates(plan, params))
+    if not isinstance(plan, Plan | Captures):
+        raise ValueError("value_fn measures the layers of a plan; expected one, not a description")
+    inverse = _measured(plan.layers, signals(value_fn, params, plan.layers.flow))
+    return _like(params, _rates(plan, inverse, measured=True))
 
 
 class ScaleByBackMatchingState(NamedTuple):
@@ -110,7 +109,7 @@ class ScaleByBackMatchingState(NamedTuple):
 
 
 def scale_by_back_matching(
-    plan: Plan | None = None,
+    plan: Plan | Sequence[ChainLayer] | None = None,
     *,
     factors: Factors = "chain",
     refresh_every: int = 100,
@@ -122,8 +121,9 @@ def scale_by_back_matching(
     best to decay the weights before, and to apply momentum after it: `back_matching_sgd`.
 
     Args:
-      plan: `cqjax.plan(loss_fn)(params, ...)`; shapes of arguments are enough. Without it, `update`
-        takes the keyword argument `captures`.
+      plan: `cqjax.plan(loss_fn)(params, ...)`, for which shapes of arguments are enough; or the
+        layers of a chain from the bottom to the top. Without it, `update` takes the keyword
+        argument `captures`.
       factors: "chain" computes m from the weights, at each update, where each layer feeds one
         other. "measured" measures it, for any graph: `update` then takes the keyword argument
         `value_fn`, the loss of the batch as a function of the parameters alone. It is called, for
@@ -162,18 +162,20 @@ def scale_by_back_matching(
         raise ValueError(f"refresh_every={refresh_every}: expected a whole number, one or more")
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(f"decay={decay}: expected a number from 0 to below 1")
-    if factors == "measured" and plan is None:
+    if factors == "measured" and not isinstance(plan, Plan):
         raise ValueError('factors="measured" needs plan=, made by cqjax.plan(loss_fn)(params, ...)')
+    measured = plan if factors == "measured" and isinstance(plan, Plan) else None
 
     def init(params: optax.Params) -> ScaleByBackMatchingState:
-        units = () if factors == "chain" or plan is None else plan.layers.units
+        units = () if measured is None else measured.layers.units
         dtype = accumulator(jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
 
         def zeros() -> tuple[jax.Array, ...]:
             return tuple(jnp.zeros(_stacked(unit), dtype) for unit in units)
 
-        counts = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return ScaleByBackMatchingState(counts[0], zeros(), zeros(), counts[1])
+        return ScaleByBackMatchingState(
+            jnp.zeros((), jnp.int32), zeros(), zeros(), jnp.zeros((), jnp.int32)
+        )
 
     def update(
         updates: optax.Updates,
@@ -195,17 +197,18 @@ def scale_by_back_matching(
             raise ValueError(
                 "scale_by_back_matching: no parameters; call update(grads, state, params)"
             )
-        tree, layers = _Tree(params), source.layers
-        if factors == "measured":
-            state = _refreshed(state, layers, params, value_fn, refresh_every, decay)
+        if measured is None:
+            rates = _chain_rates(source, params)
+        else:
+            state = _refreshed(state, measured.layers, params, value_fn, refresh_every, decay)
             inverse = [
                 jnp.where(weight > 0, average / jnp.where(weight > 0, weight, 1), 1)
                 for average, weight in zip(state.average, state.weight, strict=True)
             ]
-        else:
-            inverse = chain.inverse_factors(layers, tree.arrays)
-        rates = tree.like(_rates(source, inverse, measured=factors == "measured"))
-        updates = jax.tree.map(lambda rate, u: (rate * u).astype(u.dtype), rates, updates)
+            rates = _rates(measured, inverse, measured=True)
+        updates = jax.tree.map(
+            lambda rate, u: (rate * u).astype(u.dtype), _like(params, rates), updates
+        )
         return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -229,8 +232,7 @@ def _refreshed(
             'scale_by_back_matching(factors="measured"): no loss to measure with. Call '
             "update(grads, state, params, value_fn=lambda params: loss_fn(params, ...))"
         )
-
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in _leaves(params)):
+    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(
             'scale_by_back_matching(factors="measured"): some parameters are masked, and the loss '
             "needs all. Place it outside of the mask; skip= of cqjax.plan leaves some alone"
@@ -249,28 +251,30 @@ def _refreshed(
     return lax.cond(state.count % refresh_every == 0, measure, lambda: state)
 
 
-def _leaves(params: PyTree) -> list[Any]:
-    return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
-
-
 def _measured(layers: Layers, measured: Sequence[Signals]) -> list[jax.Array]:
     """⟨δb, δ'b⟩ / ‖δb‖² of each unit: (), or (L,) for weights that are scanned over."""
     inverse = []
     for unit in layers.units:
         stacked = [] if unit.block is None else [level for level, _ in unit.block.view.loops]
-        totals = []
-        for other in ("matched", "gradient"):
-            total = jnp.zeros(())
-            for i in unit.nodes:
-                signal = measured[i]
-                dtype = accumulator(signal.gradient.dtype)
-                product = signal.gradient.astype(dtype) * getattr(signal, other).astype(dtype)
-                kept = [axis for axis in range(product.ndim) if axis not in stacked]
-                total += jnp.sum(product, kept)
-            totals.append(total)
-        received = totals[1] > 0
-        inverse.append(jnp.where(received, totals[0] / jnp.where(received, totals[1], 1), 0))
+        matching, received = jnp.zeros(()), jnp.zeros(())
+        for gradient, matched in (measured[i] for i in unit.nodes):
+            dtype = accumulator(gradient.dtype)
+            summed = [axis for axis in range(gradient.ndim) if axis not in stacked]
+            gradient = gradient.astype(dtype)
+            matching += jnp.sum(gradient * matched.astype(dtype), summed)
+            received += jnp.sum(jnp.square(gradient), summed)
+        inverse.append(jnp.where(received > 0, matching / jnp.where(received > 0, received, 1), 0))
     return inverse
+
+
+def _chain_rates(
+    source: Plan | Captures | Sequence[ChainLayer], params: PyTree
+) -> dict[str, jax.Array]:
+    """1/(m s) of the layers of a chain."""
+    if isinstance(source, Plan | Captures):
+        inverse = chain.inverse_factors(source.layers, _arrays(params))
+        return _rates(source, inverse, measured=False)
+    return chain.rates(source, _arrays(params))
 
 
 def _rates(
@@ -314,14 +318,12 @@ def _batch_size(source: Plan | Captures) -> Any:
     return source.batch_size
 
 
-class _Tree:
+def _arrays(params: PyTree) -> dict[str, jax.Array]:
     """Parameters by path."""
+    return {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
 
-    def __init__(self, params: PyTree):
-        keyed, self._structure = jax.tree_util.tree_flatten_with_path(params)
-        self.arrays: Mapping[str, jax.Array] = {path_of(keys): leaf for keys, leaf in keyed}
 
-    def like(self, rates: Mapping[str, jax.Array]) -> PyTree:
-        """The tree with the rates, 1 by default, in the parameters' place."""
-        one = jnp.ones(())
-        return jax.tree.unflatten(self._structure, [rates.get(path, one) for path in self.arrays])
+def _like(params: PyTree, rates: Mapping[str, jax.Array]) -> PyTree:
+    """A tree like the parameters', of their rates; 1 where there is none."""
+    one = jnp.ones(())
+    return jax.tree.map_with_path(lambda keys, _: rates.get(path_of(keys), one), params)

@@ -59,7 +59,7 @@ class Incoming:
                 f"{method}: captures is a {type(captures).__name__}; expected the last result of "
                 "cqjax.value_and_grad"
             )
-        keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_masked)
+        keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
         self._paths = [path_of(keys) for keys, _ in keyed]
         self._leaves = dict(zip(self._paths, (leaf for _, leaf in keyed), strict=True))
         self.captures = [c for c in captures.blocks if self._concerns(c.block, method)]
@@ -84,13 +84,13 @@ class Incoming:
                     f"updates ({', '.join(self._paths)}): they were captured for other parameters"
                 )
             leaf = self._leaves[path]
-            if not _masked(leaf) and leaf.shape != shape:
+            if not is_masked(leaf) and leaf.shape != shape:
                 raise ValueError(
                     f"{method}: {path} has shape {leaf.shape} in the updates and {shape} in the "
                     "captures; take both from the same call of cqjax.value_and_grad (and the "
                     "same jax.vmap)"
                 )
-        masked = {path for path in block.view.paths if _masked(self._leaves[path])}
+        masked = {path for path in block.view.paths if is_masked(self._leaves[path])}
         if masked and len(masked) < len(block.view.paths):
             raise ValueError(
                 f"{method}: of the parameters {', '.join(block.view.paths)}, which form one "
@@ -101,7 +101,7 @@ class Incoming:
     def has_bias(self, block: Block) -> bool:
         """Whether the block's bias is updated together with its weight."""
         bias = block.bias
-        return bias is not None and not any(_masked(self._leaves[p]) for p in bias.view.paths)
+        return bias is not None and not any(is_masked(self._leaves[p]) for p in bias.view.paths)
 
     def is_gradient(self, capture: Capture) -> bool:
         """Whether the updates are the gradient, as far as tracing can tell: the same arrays."""
@@ -118,7 +118,7 @@ class Incoming:
         return jnp.stack(differ).any()
 
     def _updated(self, block: Block) -> list[str]:
-        return [path for path in block.paths if not _masked(self._leaves[path])]
+        return [path for path in block.paths if not is_masked(self._leaves[path])]
 
     def matrices(self, block: Block) -> Matrices:
         """The block's part of the updates, in at least float32."""
@@ -226,5 +226,6 @@ def _matrices(block: Block, arrays: Mapping[str, jax.Array], bias: bool) -> Matr
     )
 
 
-def _masked(leaf: Any) -> bool:
+def is_masked(leaf: Any) -> bool:
+    """Whether `optax.masked` has taken a parameter's place."""
     return isinstance(leaf, optax.MaskedNode)

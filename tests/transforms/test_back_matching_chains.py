@@ -67,6 +67,7 @@ POOLS = {
     "with an axis more": lambda x: max_pool(x[:, None][:, 0]),
     "reshaped": lambda x: x.reshape(len(x), 4, 2, 4, 2, -1).max((2, 4)),
     "every other": lambda x: x[:, ::2, ::2],
+    "less its mean": lambda x: max_pool(x.mean((1, 2), keepdims=True) - x),
 }
 MEANS = {
     "summed axis by axis": lambda x: x.mean(-2).mean(-2),
@@ -209,3 +210,41 @@ def test_a_value_function_of_another_loss():
         cqjax.back_matching_rates(plan, wider, value_fn=lambda p: LOSSES["at once"](p, x, y))
     with pytest.raises(TypeError, match="returns a pair"):
         cqjax.back_matching_rates(plan, params, value_fn=lambda p: (jnp.sum(outputs(p, x)), 1.0))
+
+
+def test_a_description_in_the_place_of_a_plan():
+    params, x, y = tokens()
+    layers = [cqjax.ChainLayer("a", 3, 5, shared=10.0), cqjax.ChainLayer("c", 5, 1, shared=10.0)]
+    want = rates(LOSSES["at once"], params, x, y)
+    assert_equal(cqjax.back_matching_rates(layers, params), want)
+    tx = cqjax.scale_by_back_matching(layers)
+    ones = jax.tree.map(jnp.ones_like, params)
+    got, _ = jax.jit(tx.update)(ones, tx.init(params), params)
+    assert_equal(got, jax.tree.map(jnp.full_like, params, want))
+    tx = cqjax.back_matching_sgd(0.5, None, plan=layers)
+    got, _ = tx.update(ones, tx.init(params), params)
+    assert_equal(got, jax.tree.map(lambda p, r: jnp.full_like(p, -0.5 * r), params, want))
+    with pytest.raises(ValueError, match="needs plan="):
+        cqjax.scale_by_back_matching(layers, factors="measured")
+    with pytest.raises(ValueError, match="not a description"):
+        cqjax.back_matching_rates(layers, params, value_fn=lambda p: outputs(p, x).sum())
+
+
+class Unknown(nn.Module):
+    """A layer with parameters that is neither a product nor a normalisation of Flax."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        shift = self.param("shift", nn.initializers.zeros, x.shape[-1:])
+        return x * scale + shift
+
+
+def test_layers_that_are_not_known_are_named():
+    net = nn.Sequential([nn.Dense(7), Unknown(), nn.LayerNorm(), nn.Dense(2)])
+    x = jax.random.normal(KEYS[0], (6, 3))
+    params = net.init(KEYS[1], x)["params"]
+    plan = cqjax.plan(lambda p, x: jnp.mean(net.apply({"params": p}, x) ** 2), signal="matched")
+    plan = plan(params, x)
+    assert plan.unmatched == ("layers_1/scale",)
+    assert str(plan).endswith("signal: matched; as in backpropagation through layers_1/scale")

@@ -15,11 +15,7 @@ from back_matching_networks import CASES, assert_close, flatten, jit, problem
 
 import cqjax
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def numpy_tree(tree):

@@ -21,11 +21,7 @@ from flax import traverse_util
 
 import cqjax
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def reference(layers, params, x, y, damping=None):

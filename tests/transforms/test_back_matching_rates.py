@@ -22,11 +22,7 @@ from back_matching_networks import (
 
 import cqjax
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class ConvNet(nn.Module):

@@ -8,11 +8,7 @@ from linear_layer import CHANGES, assert_close, direction, expected, problem, sq
 
 import cqjax
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("bias", [False, True])

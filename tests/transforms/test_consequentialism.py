@@ -11,11 +11,7 @@ from linear_layer import assert_close, direction, expected, problem, squared_err
 
 import cqjax
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 SHAPES = [(3, 7, 2), (5, 5, 3), (9, 4, 2), (1, 6, 2), (6, 1, 2), (4, 3, 1), (1, 1, 1)]

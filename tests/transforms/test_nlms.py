@@ -10,11 +10,7 @@ from linear_layer import assert_close, direction, problem, squared_error
 
 import cqjax
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("bias", [False, True])

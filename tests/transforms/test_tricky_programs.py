@@ -11,11 +11,7 @@ from linear_layer import assert_close
 
 import cqjax
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def sq(z):
