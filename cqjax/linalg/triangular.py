@@ -1,4 +1,4 @@
-"""Inverse Cholesky factors, by matrix products but for small blocks.
+"""Inverses of symmetric matrices, by matrix products but for small blocks.
 
 LAPACK's triangular solves, and its factorisations of more than about 200 rows, run in threads of
 their own, which on a CPU fight XLA's for the cores: a step can then take ten times as long as its
@@ -12,6 +12,17 @@ from jax import lax
 BLOCK = 128
 """Rows that LAPACK factorises at once."""
 
+_LOOPED = 32
+"""Rows of a triangle up to which doubling is a loop, which is compiled once."""
+
+
+def inverse(matrix: jax.Array) -> jax.Array:
+    """A⁻¹ = L⁻ᵀL⁻¹ of symmetric positive definite A = LLᵀ: (B, m, m); NaN where it is not.
+
+    Only the lower triangle is read.
+    """
+    return _gram_of_lower(inverse_factor(matrix))
+
 
 def inverse_factor(matrix: jax.Array) -> jax.Array:
     """L⁻¹ of symmetric positive definite matrices LLᵀ: (B, m, m); NaN where they are not.
@@ -22,7 +33,7 @@ def inverse_factor(matrix: jax.Array) -> jax.Array:
     size = matrix.shape[-1]
     if size <= BLOCK:
         return inverse_lower(jnp.linalg.cholesky(matrix, symmetrize_input=False))
-    half = BLOCK << ((size - 1) // BLOCK).bit_length() - 1
+    half = _half(size)
     first = inverse_factor(matrix[:, :half, :half])
     across = _product(matrix[:, half:, :half], first.mT)
     second = inverse_factor(matrix[:, half:, half:] - _product(across, across.mT))
@@ -41,8 +52,11 @@ def inverse_lower(factor: jax.Array) -> jax.Array:
     padded = 1 << (size - 1).bit_length()
     grown = jnp.eye(padded, dtype=factor.dtype)[None].repeat(batch, 0)
     factor = grown.at[:, :size, :size].set(factor)
-    inverses = 1 / jnp.diagonal(factor, axis1=1, axis2=2)[..., None, None]
-    block = 1
+    block = min(padded, _LOOPED)
+    pairs = padded // block
+    diagonal = jnp.diagonal(factor.reshape(batch, pairs, block, pairs, block), axis1=1, axis2=3)
+    small = jnp.moveaxis(diagonal, -1, 1).reshape(-1, block, block)
+    inverses = _inverse_small(small).reshape(batch, pairs, block, block)
     while block < padded:
         pairs = padded // (2 * block)
         grid = factor.reshape(batch, pairs, 2, block, pairs, 2, block)
@@ -53,6 +67,39 @@ def inverse_lower(factor: jax.Array) -> jax.Array:
         inverses = jnp.concatenate([top, jnp.concatenate([c, d], -1)], -2)
         block *= 2
     return inverses[:, 0, :size, :size]
+
+
+def _inverse_small(factor: jax.Array) -> jax.Array:
+    """`inverse_lower` in a loop over whole matrices M: M - M C M, C being what the blocks lack."""
+    size = factor.shape[-1]
+    row, column = jnp.arange(size)[:, None], jnp.arange(size)
+    one = jnp.eye(size, dtype=factor.dtype)
+    start = one / jnp.diagonal(factor, axis1=1, axis2=2)[..., None]
+
+    def double(level: jax.Array, inverse: jax.Array) -> jax.Array:
+        pair = (row >> (level + 1)) == (column >> (level + 1))
+        below = jnp.where(pair & ((row >> level) > (column >> level)), factor, 0)
+        return inverse - _product(inverse, _product(below, inverse))
+
+    return lax.fori_loop(0, (size - 1).bit_length(), double, start)
+
+
+def _gram_of_lower(factor: jax.Array) -> jax.Array:
+    """LᵀL of lower triangular matrices L: (B, m, m)."""
+    size = factor.shape[-1]
+    if size <= BLOCK:
+        return _product(factor.mT, factor)
+    half = _half(size)
+    first, second = factor[:, :half, :half], factor[:, half:, half:]
+    below = factor[:, half:, :half]
+    corner = _gram_of_lower(first) + _product(below.mT, below)
+    across = _product(below.mT, second)
+    return jnp.block([[corner, across], [across.mT, _gram_of_lower(second)]])
+
+
+def _half(size: int) -> int:
+    """The largest size less than `size` that is `BLOCK` times a power of two."""
+    return BLOCK << ((size - 1) // BLOCK).bit_length() - 1
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

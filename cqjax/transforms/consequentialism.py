@@ -156,7 +156,7 @@ class _Problem(NamedTuple):
     """A block's linear system, and the update that its solution makes."""
 
     system: ridge.System
-    update: Callable[[ridge.Solution], Matrices]
+    update: Callable[[ridge.Inverse], tuple[Matrices, jax.Array]]
 
 
 def _solve(
@@ -177,27 +177,27 @@ def _solve(
             problems[i] = _dual(incoming, capture, damping, relative)
         else:
             problems[i] = _dual_of_changed(incoming, capture, damping, relative)
-    solutions, repaired = ridge.solve([problem.system for problem in problems.values()])
-    for (i, problem), solution in zip(problems.items(), solutions, strict=True):
-        results[i] = problem.update(solution)
-    return incoming.replaced(results), fallbacks + repaired
+    inverses = ridge.inverses([problem.system for problem in problems.values()])
+    for (i, problem), inverse in zip(problems.items(), inverses, strict=True):
+        results[i], failed = problem.update(inverse)
+        fallbacks += jnp.sum(inverse.repaired | failed, dtype=jnp.int32)
+    return incoming.replaced(results), fallbacks
 
 
 def _system(
     block: Block,
     matrix: jax.Array,
-    right: jax.Array,
     bias: bool,
     damping: Any,
     relative: Any,
     gain: Any,
 ) -> ridge.System:
-    """(A + λI) S = N R with A = XXᵀ or XᵀX, (B, m, m)."""
+    """N (A + λI)⁻¹ with A = XXᵀ or XᵀX, (B, m, m)."""
     rank = min(block.rows, block.features + bias)
     if not (isinstance(relative, int | float) and relative == 0):
         trace = jnp.trace(matrix, axis1=1, axis2=2)
         damping = damping + relative * ridge.mean_eigenvalue(trace, rank)
-    return ridge.System(matrix, damping, right, rank, gain)
+    return ridge.System(matrix, damping, rank, gain)
 
 
 def _primal(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
@@ -208,11 +208,11 @@ def _primal(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -
     right = weight if added is None else jnp.concatenate([weight, added[:, None]], 1)
     xx = capture.second_moment()[:, :d, :d]
 
-    def update(solution: ridge.Solution) -> Matrices:
-        u = solution.value
-        return Matrices(u[:, : block.features], u[:, -1] if bias else None)
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        u, failed = ridge.solve(inverse, right)
+        return Matrices(u[:, : block.features], u[:, -1] if bias else None), failed
 
-    system = _system(block, xx, right, bias, damping, relative, incoming.batch_size)
+    system = _system(block, xx, bias, damping, relative, incoming.batch_size)
     return _Problem(system, update)
 
 
@@ -223,11 +223,12 @@ def _dual(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> 
     h = rows.h if bias else None
     dz = rows.dz.astype(gram.accumulator(rows.dz.dtype))
 
-    def update(solution: ridge.Solution) -> Matrices:
-        return product(rows.x, solution.value, h)
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        s, failed = ridge.solve(inverse, dz)
+        return product(rows.x, s, h), failed
 
     xx, n = gram.outer(rows.x, h), incoming.batch_size
-    return _Problem(_system(capture.block, xx, dz, bias, damping, relative, n), update)
+    return _Problem(_system(capture.block, xx, bias, damping, relative, n), update)
 
 
 def _dual_of_changed(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
@@ -245,21 +246,21 @@ def _dual_of_changed(incoming: Incoming, capture: Capture, damping: Any, relativ
     if h is not None and rest.bias is not None:
         moved += h[..., None].astype(dz.dtype) * rest.bias[:, None]
 
-    def update(solution: ridge.Solution) -> Matrices:
-        of_gradient, of_rest = jnp.split(solution.value, 2, -1)
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        solution, failed = ridge.solve(inverse, jnp.concatenate([dz, moved], -1))
+        of_gradient, of_rest = jnp.split(solution, 2, -1)
         scaled = product(rows.x, along(scale, of_gradient) * of_gradient, h)
         spanned = product(rows.x, of_rest, h)
 
         def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
-            outside = (n * r - s) / along(solution.damping, r)
+            outside = (n * r - s) / along(inverse.damping, r)
             u = u + jnp.where(along(present, r), outside, 0)
-            return jnp.where(solution.failed, plain, u)
+            return jnp.where(along(failed, u), plain, u)
 
-        return jax.tree.map(total, scaled, rest, spanned, finite(handed))
+        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), failed
 
-    right = jnp.concatenate([dz, moved], -1)
-    system = _system(block, gram.outer(rows.x, h), right, bias, damping, relative, n)
-    solvable = jnp.all((jnp.asarray(system.damping) > 0) | ~present)
+    system = _system(block, gram.outer(rows.x, h), bias, damping, relative, n)
+    solvable = (jnp.asarray(system.damping) > 0) | ~present
     return _Problem(system._replace(solvable=solvable), update)
 
 
