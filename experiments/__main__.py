@@ -5,17 +5,17 @@ from collections.abc import Sequence
 
 import tyro
 
+from experiments.benchmarks.bench import Bench
 from experiments.data import DataError
 from experiments.lenet import LeNet
 from experiments.quickstart import Quickstart
 from experiments.rates import Rates
-from experiments.step_time import StepTime
 
 EXPERIMENTS = {
     "quickstart": Quickstart,
     "lenet": LeNet,
     "rates": Rates,
-    "step-time": StepTime,
+    "bench": Bench,
 }
 
 

@@ -155,9 +155,27 @@ class Transformer(nn.Module):
         x = nn.Dense(self.width)(rows)
         x += self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         for _ in range(self.depth):
-            x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
-            x += nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
+            x = _block(x, self.heads)
         return nn.Dense(self.classes)(nn.LayerNorm()(x).mean(axis=1))
+
+
+class TransformerBlock(nn.Module):
+    """One block of a pre-normalised transformer, without anything around it."""
+
+    heads: int = 8
+    """Heads of the attention."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Take sequences `(n, length, width)` to such."""
+        return _block(x, self.heads)
+
+
+def _block(x: jax.Array, heads: int) -> jax.Array:
+    """Self-attention, then two dense layers."""
+    width = x.shape[-1]
+    x += nn.MultiHeadDotProductAttention(heads)(nn.LayerNorm()(x))
+    return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
 
 
 def _normalise(x: jax.Array, train: bool) -> jax.Array:

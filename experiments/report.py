@@ -5,6 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.training import Curve
@@ -29,7 +31,7 @@ def print_table(console: Console, title: str, rows: Sequence[Mapping[str, str]])
     for number, heading in enumerate(rows[0]):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(escape, row.values()))
     console.print(table)
 
 
@@ -40,7 +42,8 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
         ["---", *["---:"] * (len(rows[0]) - 1)],
         *(row.values() for row in rows),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 class Line(NamedTuple):
@@ -108,8 +111,18 @@ def environment() -> dict[str, Any]:
         "versions": {package: version(package) for package in packages},
         "system": platform.platform(),
         "device": f"{device.platform}: {device.device_kind}",
+        "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _cpu() -> str:
+    """The processor's model, where the system says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

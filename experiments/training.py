@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,11 +110,17 @@ def gradient_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> S
     return step
 
 
-def capturing_step(loss_fn: LossFn, optimizer: optax.GradientTransformationExtraArgs) -> Step:
+def capturing_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformationExtraArgs,
+    solver: Literal["auto", "primal", "dual"] = "auto",
+) -> Step:
     """A step that also hands the optimizer what cqjax captures."""
 
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        differentiate = cqjax.value_and_grad(loss_fn, has_aux=True, batch_size=len(labels))
+        differentiate = cqjax.value_and_grad(
+            loss_fn, has_aux=True, solver=solver, batch_size=len(labels)
+        )
         (loss, model_state), grads, captures = differentiate(
             state.params, state.model_state, images, labels
         )

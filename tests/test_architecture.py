@@ -11,7 +11,7 @@ ROOT = pathlib.Path(cqjax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = ("linalg", "capture", "transforms", "aliases", "propagation", "losses")
 """A module may import from its own layer and from those before it."""
-SHARED = ("cqjax.transforms.incoming", "cqjax.transforms.chain")
+SHARED = tuple(f"cqjax.transforms.{name}" for name in ("incoming", "chain", "solves", "across"))
 """What several transformations may import."""
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cqjax.capture.matrix_form import Layout, Lookup
 from cqjax.capture.sites import Bias, Site
@@ -15,6 +16,24 @@ from cqjax.capture.views import View
 from cqjax.linalg import gram
 
 Solver = Literal["dual", "primal", "diagonal"]
+
+
+class Cost(NamedTuple):
+    """How a loss's statistics are taken: what that and their solves may cost.
+
+    Attributes:
+      solver: "dual", "primal", or "auto" for the cheaper.
+      max_dim: the largest matrix to be inverted; None for no limit.
+      block_size: of the diagonal blocks of a larger XᵀX; None for no solve at all.
+      subsample: XᵀX comes from one in so many rows.
+      precision: of the products with X.
+    """
+
+    solver: Literal["auto", "primal", "dual"] = "auto"
+    max_dim: int | None = None
+    block_size: int | None = None
+    subsample: int = 1
+    precision: lax.PrecisionLike = "highest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +50,10 @@ class Block:
       shapes: shapes of the parameters involved.
       exact: whether the loss uses these parameters in these sites only, so that their gradient
         is XᵀZ̄.
+      parts: how many parts the features are in, each with an XᵀX of its own that is one of the B;
+        a bias is then solved for alone.
+      subsample: XᵀX comes from one in so many rows.
+      precision: of the products with X.
     """
 
     sites: tuple[Site, ...]
@@ -38,6 +61,9 @@ class Block:
     bias: Bias | None
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     exact: bool
+    parts: int = 1
+    subsample: int = 1
+    precision: lax.PrecisionLike = "highest"
 
     @property
     def view(self) -> View:
@@ -62,7 +88,12 @@ class Block:
     @property
     def rows(self) -> int:
         """n, over all sites and trips."""
-        return sum(site.shared_trips * site.form.output.shape[1] for site in self.sites)
+        return _rows(self.sites)
+
+    @property
+    def rows_with_bias(self) -> int:
+        """How many of the rows add the bias."""
+        return _rows(site for site in self.sites if site.bias is not None)
 
     @property
     def features(self) -> int:
@@ -84,7 +115,7 @@ class Block:
         Dual: XXᵀ, its factorisation, and a solve of Z̄; the product with Xᵀ is the weight
         gradient's. Primal: XᵀX, its factorisation, and a solve of the gradient.
         """
-        n, d, o = self.rows, self.features + (self.bias is not None), self.outputs
+        n, d, o = self.rows, self.size("primal"), self.outputs
         if solver == "diagonal":
             return self.batch * (n + d * o)
         if solver == "dual":
@@ -94,12 +125,39 @@ class Block:
             for site in self.sites
             if not isinstance(site.form, Lookup)
         )
-        return moment + self.batch * (d**3 / 3 + 2 * d * d * o)
+        return moment / self.subsample + self.batch * (d**3 / 3 + 2 * d * d * o)
+
+    def size(self, solver: Solver) -> int:
+        """Rows of the matrix that a solver inverts."""
+        if solver == "dual":
+            return self.rows
+        return self.features + (self.bias is not None and self.parts == 1)
 
     def relative_flops(self) -> float:
         """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
         own = 6 * self.batch * self.rows * self.features * self.outputs
         return self.flops(self.solver) / own
+
+    def parts_of(self, size: int) -> int | None:
+        """The least number of equal parts that leaves each at most `size` features, if any does.
+
+        A convolution's parts have all the window's offsets of some of the channels.
+        """
+        form = self.sites[0].form
+        assert not isinstance(form, Lookup)
+        numbers = (n for n in range(1, form.channels + 1) if form.channels % n == 0)
+        return next((n for n in numbers if self.features // n <= size), None)
+
+    def split(self, parts: int) -> "Block":
+        """The block with diagonal blocks of XᵀX in its place: see `parts`."""
+
+        def split(site: Site) -> Site:
+            assert not isinstance(site.form, Lookup)
+            return dataclasses.replace(site, form=site.form.split(parts))
+
+        return dataclasses.replace(
+            self, sites=tuple(map(split, self.sites)), solver="primal", parts=parts
+        )
 
     def weight_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """The weight, of the parameters' arrays: (B, d, o)."""
@@ -132,7 +190,7 @@ class Block:
         if isinstance(form, Lookup):
             return Counts(form.counts(x, gram.accumulator(site.z[1])))
         h = None
-        if self.bias is not None:
+        if self.bias is not None and self.parts == 1:
             h = jnp.full((), site.bias is not None, x.dtype)
         if self.solver == "dual":
             rows = form.rows(x)
@@ -140,7 +198,7 @@ class Block:
             return Rows(rows, form.output.pack(dz), ones)
         if self.deferred(site):
             return Inputs(x, h)
-        return Gram(form.second_moment(x, h))
+        return Gram(form.second_moment(x, h, self.subsample, self.precision))
 
     def deferred(self, site: Site) -> bool:
         """Whether XᵀX is left to who wants it: where the backward pass keeps x, for a product."""
@@ -166,6 +224,10 @@ class Block:
             return value.reshape(self.batch, *value.shape[len(stacked) + 1 :])
 
         return jax.tree.map(fold, statistic)
+
+
+def _rows(sites: Iterable[Site]) -> int:
+    return sum(site.shared_trips * site.form.output.shape[1] for site in sites)
 
 
 def _unpack(view: View, layout: Layout, matrix: jax.Array) -> jax.Array:

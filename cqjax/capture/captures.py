@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cqjax.capture.block import Block
 from cqjax.capture.layers import Layers
-from cqjax.capture.matrix_form import Lookup
+from cqjax.capture.matrix_form import Lookup, one_in
 from cqjax.capture.sites import Site
 from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic
 from cqjax.linalg import gram
@@ -62,11 +62,14 @@ class Capture:
 
         A lookup's is diagonal: its diagonal, (B, d), is returned.
         """
-        parts = map(_second_moment, self.block.sites, self.sites)
+        parts = (
+            _second_moment(self.block, site, statistic)
+            for site, statistic in zip(self.block.sites, self.sites, strict=True)
+        )
         return functools.reduce(jnp.add, parts)
 
 
-def _second_moment(site: Site, statistic: Statistic) -> jax.Array:
+def _second_moment(block: Block, site: Site, statistic: Statistic) -> jax.Array:
     match statistic:
         case Counts():
             return statistic.counts
@@ -74,9 +77,13 @@ def _second_moment(site: Site, statistic: Statistic) -> jax.Array:
             return statistic.xx
         case Inputs():
             assert not isinstance(site.form, Lookup)
-            return site.form.second_moment(statistic.x, statistic.h)
+            return site.form.second_moment(
+                statistic.x, statistic.h, block.subsample, block.precision
+            )
         case Rows():
-            return gram.inner(statistic.x, statistic.h)
+            rows, weight = one_in(block.subsample, statistic.x, 1)
+            h = None if statistic.h is None else one_in(block.subsample, statistic.h, 1)[0]
+            return weight * gram.inner(rows, h, block.precision)
 
 
 @functools.partial(

@@ -1,13 +1,13 @@
 """From a walk's record to blocks: which sites are solved for together, and which cannot be."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence, Set
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from cqjax.capture.block import Block
+from cqjax.capture.block import Block, Cost, Solver
 from cqjax.capture.matrix_form import Lookup
 from cqjax.capture.sites import Site
 from cqjax.capture.views import View
@@ -18,7 +18,7 @@ Uses = dict[str, list[str]]
 
 
 def make_blocks(
-    walk: Walk, taken: Set[str], shapes: Shapes, solver: Literal["auto", "primal", "dual"]
+    walk: Walk, taken: Set[str], shapes: Shapes, cost: Cost
 ) -> tuple[tuple[Block, ...], Uses]:
     """Groups the sites by their weights.
 
@@ -26,7 +26,7 @@ def make_blocks(
       walk: the walk over the loss.
       taken: paths of the parameters to capture.
       shapes: the parameters' shapes, by path.
-      solver: "auto" takes the cheaper solution for each weight.
+      cost: how they may be solved for.
 
     Returns:
       The blocks, and for each parameter what it does besides.
@@ -40,7 +40,8 @@ def make_blocks(
             _drop(site, "is joined with a parameter that is skipped", uses)
     groups = _without_conflicts(_groups(taken_sites), shapes, uses)
     groups = _with_one_bias(groups, taken, uses)
-    return tuple(_block(sites, shapes, uses, solver) for sites in groups), uses
+    blocks = [_block(sites, shapes, uses, cost) for sites in groups]
+    return tuple(block for block in blocks if block is not None), uses
 
 
 def _note(uses: Uses, view: View, reason: str) -> None:
@@ -130,8 +131,9 @@ def _block(
     sites: Sequence[Site],
     shapes: Shapes,
     uses: Uses,
-    solver: Literal["auto", "primal", "dual"],
-) -> Block:
+    cost: Cost,
+) -> Block | None:
+    """The sites' block; None, which is noted, if no matrix that may be inverted is small enough."""
     bias = next((site.bias for site in sites if site.bias is not None), None)
     paths = dict.fromkeys((*sites[0].view.paths, *(bias.view.paths if bias else ())))
     block = Block(
@@ -140,8 +142,19 @@ def _block(
         bias=bias,
         shapes=tuple((path, shapes[path]) for path in paths),
         exact=not any(uses[path] for path in paths),
+        subsample=cost.subsample,
+        precision=cost.precision,
     )
     if isinstance(sites[0].form, Lookup):
         return block
-    cheaper = "primal" if block.flops("primal") < block.flops("dual") else "dual"
-    return dataclasses.replace(block, solver=cheaper if solver == "auto" else solver)
+    solvers: tuple[Solver, ...] = ("dual", "primal") if cost.solver == "auto" else (cost.solver,)
+    limit = math.inf if cost.max_dim is None else cost.max_dim
+    small: list[Solver] = [solver for solver in solvers if block.size(solver) <= limit]
+    if small:
+        return dataclasses.replace(block, solver=min(small, key=block.flops))
+    if cost.block_size is not None and (parts := block.parts_of(cost.block_size)):
+        return block.split(parts)
+    size = min(block.size(solver) for solver in solvers)
+    for site in sites:
+        _drop(site, f"needs the inverse of a matrix of {size} rows, more than max_dim", uses)
+    return None

@@ -48,6 +48,16 @@ class Layout:
         permuted = matrix.reshape([self.sizes[i] for i in self._order])
         return permuted.transpose(inverse).reshape(shape)
 
+    def split(self, axis: int, parts: int) -> "Layout":
+        """The layout with the contiguous parts of an axis as products of their own."""
+        sizes = (*self.sizes[:axis], parts, self.sizes[axis] // parts, *self.sizes[axis + 1 :])
+
+        def moved(group: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(i + (i >= axis) for i in group)
+
+        batch, *others = map(moved, self.groups)
+        return Layout(sizes, ((*batch, axis), *others))
+
     @property
     def _order(self) -> tuple[int, ...]:
         return tuple(itertools.chain(*self.groups))
@@ -73,11 +83,29 @@ class Product:
         """X: (B, n, d)."""
         return self.inputs.pack(x)
 
-    def second_moment(self, x: jax.Array, h: jax.Array | None) -> jax.Array:
-        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
-        rows = self.rows(x)
+    @property
+    def channels(self) -> int:
+        """Length of the axis of features that `split` acts on: the longest."""
+        return max((self.weight.sizes[i] for i in self.weight.groups[1]), default=1)
+
+    def split(self, parts: int) -> "Product":
+        """The form in which each part of the features, of equal size, is a product of its own."""
+        features = self.weight.groups[1]
+        longest = [self.weight.sizes[i] for i in features].index(self.channels)
+        weight = self.weight.split(features[longest], parts)
+        inputs = self.inputs.split(self.inputs.groups[2][longest], parts)
+        return dataclasses.replace(self, weight=weight, inputs=inputs)
+
+    def second_moment(
+        self, x: jax.Array, h: jax.Array | None, subsample: int, precision: lax.PrecisionLike
+    ) -> jax.Array:
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ().
+
+        Estimated from one in `subsample` rows.
+        """
+        rows, weight = one_in(subsample, self.rows(x), 1)
         column = None if h is None else jnp.broadcast_to(h, rows.shape[:2]).astype(rows.dtype)
-        return gram.inner(rows, column)
+        return weight * gram.inner(rows, column, precision)
 
     def moment_flops(self, shape: tuple[int, ...], features: int) -> float:
         """Operations of `second_moment` for an input of this shape, the bias among the features."""
@@ -106,17 +134,32 @@ class Convolution:
 
     def rows(self, x: jax.Array) -> jax.Array:
         """The im2col matrix: (B, n, d), d running over the window, then over the channels."""
-        return windows.patches(self._channels_last(x), self.window, self.output.shape[0])
+        return windows.patches(self._channels_last(x), self.window, self.weight.shape[0])
 
-    def second_moment(self, x: jax.Array, h: jax.Array | None) -> jax.Array:
-        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
-        return conv_gram.inner(self._channels_last(x), self.window, self.output.shape[0], h)
+    @property
+    def channels(self) -> int:
+        """Input channels of a group: the features that `split` acts on."""
+        return self.weight.sizes[self.weight.groups[1][-1]]
+
+    def split(self, parts: int) -> "Convolution":
+        """The form in which each part of the channels, of equal size, is a group of its own."""
+        return dataclasses.replace(self, weight=self.weight.split(self.weight.groups[1][-1], parts))
+
+    def second_moment(
+        self, x: jax.Array, h: jax.Array | None, subsample: int, precision: lax.PrecisionLike
+    ) -> jax.Array:
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ().
+
+        Estimated from one in `subsample` examples.
+        """
+        examples, weight = one_in(subsample, self._channels_last(x), 0)
+        return weight * conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
 
     def moment_flops(self, shape: tuple[int, ...], features: int) -> float:
         """Operations of `second_moment` for an input of this shape."""
         del features
         channels_last = tuple(shape[i] for i in self._order)
-        return conv_gram.flops(channels_last, self.window, self.output.shape[0])
+        return conv_gram.flops(channels_last, self.window, self.weight.shape[0])
 
     def _channels_last(self, x: jax.Array) -> jax.Array:
         return x.transpose(self._order)
@@ -179,6 +222,12 @@ def matrix_form(eqn: core.JaxprEqn, weight: int) -> Form | str:
     if eqn.primitive is primitives.gather_p and weight == 0:
         return _lookup(eqn)
     return f"enters `{eqn.primitive.name}`, which is no matrix product"
+
+
+def one_in(number: int, array: jax.Array, axis: int) -> tuple[jax.Array, float]:
+    """One in `number` entries along an axis, and how many of them each then stands for."""
+    taken = lax.slice_in_dim(array, 0, None, number, axis)
+    return taken, array.shape[axis] / max(1, taken.shape[axis])
 
 
 def _product(eqn: core.JaxprEqn, weight: int) -> Form | str:

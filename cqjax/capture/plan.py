@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from cqjax.capture.block import Block
+from cqjax.capture.block import Block, Cost
 from cqjax.capture.coverage import make_blocks
 from cqjax.capture.flow import Flow
 from cqjax.capture.layers import Layers, make_layers
@@ -82,7 +82,7 @@ def make_plan(
     *,
     only: Sequence[Selector] | None,
     skip: Sequence[Selector],
-    solver: Literal["auto", "primal", "dual"],
+    cost: Cost,
     batch_size: int | jax.Array | None,
     signal: Signal,
 ) -> Plan:
@@ -95,7 +95,7 @@ def make_plan(
       layers: the classes of the Flax layers that own them.
       only: if given, selects the parameters to capture.
       skip: selects parameters to leave alone.
-      solver: "auto" takes the cheaper solution for each weight.
+      cost: how the weights may be solved for.
       batch_size: N.
       signal: what is propagated.
 
@@ -106,7 +106,7 @@ def make_plan(
         _check_layers_known(walk, layers)
     taken = set(shapes) if only is None else _select(only, "only", shapes, layers)
     taken -= _select(skip, "skip", shapes, layers)
-    blocks, uses = make_blocks(walk, taken, shapes, solver)
+    blocks, uses = make_blocks(walk, taken, shapes, cost)
     solved = {path for block in blocks for path in block.paths}
     parameters = []
     for path, shape in shapes.items():

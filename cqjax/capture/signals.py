@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cqjax.capture import matching, tap, tracing
+from cqjax.capture.block import Cost
 from cqjax.capture.flow import Flow, Node
 from cqjax.capture.sites import Position
 
@@ -37,7 +38,7 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
       ValueError: the loss has other layers.
       TypeError: it is not a real scalar.
     """
-    trace = tracing.tracer(value_fn, None, (), "auto", None, "mean")
+    trace = tracing.tracer(value_fn, None, (), Cost(), None, "mean")
     traced = trace(params, (), {})
     if isinstance(traced.outputs, tuple | list):
         raise TypeError("value_fn returns a pair; expected the loss alone: lambda p: loss_fn(p)[0]")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cqjax.capture import linen
+from cqjax.capture.block import Cost
 from cqjax.capture.captures import path_of
 from cqjax.capture.flow import follow_layers
 from cqjax.capture.plan import Plan, Selector, Signal, make_plan
@@ -36,7 +37,7 @@ def tracer(
     loss_fn: Callable[..., Any],
     only: Selector | Sequence[Selector] | None,
     skip: Selector | Sequence[Selector],
-    solver: Literal["auto", "primal", "dual"],
+    cost: Cost,
     batch_size: int | jax.Array | None,
     loss_reduction: Literal["mean", "sum"],
     signal: Signal = "gradient",
@@ -46,7 +47,7 @@ def tracer(
     Raises:
       ValueError: an option is not one of those listed.
     """
-    check(solver, ("auto", "primal", "dual"), "solver")
+    _check_cost(cost)
     check(loss_reduction, ("mean", "sum"), "loss_reduction")
     check(signal, ("gradient", "matched"), "signal")
     if batch_size is not None and jnp.ndim(batch_size):
@@ -76,7 +77,7 @@ def tracer(
             classes,
             only=None if only is None else _sequence(only),
             skip=_sequence(skip),
-            solver=solver,
+            cost=cost,
             batch_size=1 if loss_reduction == "sum" else inferred,
             signal=signal,
         )
@@ -176,6 +177,24 @@ def check_loss(outputs: PyTree, has_aux: bool) -> None:
     if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise TypeError(
             f"the loss has shape {loss.shape} and dtype {loss.dtype}; expected a real scalar"
+        )
+
+
+def _check_cost(cost: Cost) -> None:
+    """Refuses what cannot be meant.
+
+    Raises:
+      ValueError: names the option.
+    """
+    check(cost.solver, ("auto", "primal", "dual"), "solver")
+    for name in ("max_dim", "block_size", "subsample"):
+        value = getattr(cost, name)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name}={value}: expected a positive integer")
+    if cost.block_size is not None and (cost.max_dim is None or cost.block_size > cost.max_dim):
+        raise ValueError(
+            f"block_size={cost.block_size} with max_dim={cost.max_dim}: expected max_dim, the size "
+            "from which on a matrix is split into blocks, and block_size no larger than it"
         )
 
 

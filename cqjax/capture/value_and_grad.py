@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cqjax.capture import matching, tap, tracing
+from cqjax.capture.block import Cost
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.plan import Plan, Selector, Signal
 
@@ -26,6 +28,10 @@ def value_and_grad(
     batch_size: int | jax.Array | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
     signal: Signal = "gradient",
+    max_dim: int | None = None,
+    block_size: int | None = None,
+    subsample: int = 1,
+    precision: lax.PrecisionLike = "highest",
 ) -> Callable[..., tuple[Any, PyTree, Captures]]:
     """`jax.value_and_grad` with respect to the first argument, and what it met on the way.
 
@@ -57,6 +63,16 @@ def value_and_grad(
       signal: "matched" for back-matching's signal in the place of the gradient with respect to
         each layer's output: see `back_matching_value_and_grad`. The gradients of the parameters,
         and Z̄, come from it.
+      max_dim: the largest matrix to be inverted; None for no limit. The dual inverts one of as many
+        rows as the weight's product has, the primal one of as many as it has features. A weight for
+        which both are larger keeps its gradient,
+      block_size: unless this is given: it is then solved for as if diagonal blocks of at most so
+        many features were all there is of XᵀX, and a bias were a layer of its own. The blocks are
+        of equal size, and a convolution's have the whole window of some channels.
+      subsample: the primal takes XᵀX from one in so many rows, or examples of a convolution, and
+        multiplies it accordingly. (Rows that were captured are all used in the dual.)
+      precision: of the products with X on accelerators: of XᵀX, XXᵀ and, for the dual, that of Xᵀ
+        with the solution; as in `jax.lax.dot_general`. Solves always have the highest.
 
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of
@@ -87,7 +103,8 @@ def value_and_grad(
       weight updates over mini-batches (seed 000), Algorithms 1 to 3.
     """
     tracing.check(on_uncovered, ("fallback", "warn", "error"), "on_uncovered")
-    trace = tracing.tracer(loss_fn, only, skip, solver, batch_size, loss_reduction, signal)
+    cost = Cost(solver, max_dim, block_size, subsample, precision)
+    trace = tracing.tracer(loss_fn, only, skip, cost, batch_size, loss_reduction, signal)
 
     @functools.wraps(loss_fn)
     def evaluate(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Captures]:
@@ -135,6 +152,10 @@ def plan(
     batch_size: int | jax.Array | None = None,
     loss_reduction: Literal["mean", "sum"] = "mean",
     signal: Signal = "gradient",
+    max_dim: int | None = None,
+    block_size: int | None = None,
+    subsample: int = 1,
+    precision: lax.PrecisionLike = "highest",
 ) -> Callable[..., Plan]:
     """What `value_and_grad` with the same arguments captures, and what it costs.
 
@@ -150,6 +171,10 @@ def plan(
       loss_reduction: as for `value_and_grad`.
       signal: as for `value_and_grad`; with "matched" the table names what its signal passes as in
         backpropagation.
+      max_dim: as for `value_and_grad`.
+      block_size: as for `value_and_grad`.
+      subsample: as for `value_and_grad`.
+      precision: as for `value_and_grad`.
 
     Returns:
       A function with `loss_fn`'s arguments that returns a `Plan`, which prints as a table.
@@ -169,7 +194,8 @@ def plan(
       >>> plan.uncovered()
       {'scale': ('enters `mul`, which is no matrix product',)}
     """
-    trace = tracing.tracer(loss_fn, only, skip, solver, batch_size, loss_reduction, signal)
+    cost = Cost(solver, max_dim, block_size, subsample, precision)
+    trace = tracing.tracer(loss_fn, only, skip, cost, batch_size, loss_reduction, signal)
 
     @functools.wraps(loss_fn)
     def describe(params: PyTree, *args: Any, **kwargs: Any) -> Plan:

@@ -30,7 +30,11 @@ Padding = Sequence[tuple[int, int]]
 
 
 def inner(
-    x: jax.Array, window: Window, groups: int = 1, h: jax.Array | float | None = None
+    x: jax.Array,
+    window: Window,
+    groups: int = 1,
+    h: jax.Array | float | None = None,
+    precision: lax.PrecisionLike = gram.HIGHEST,
 ) -> jax.Array:
     """XᵀX for the `windows.patches` X of x, or [X, h]ᵀ[X, h]; whichever way costs less.
 
@@ -39,15 +43,16 @@ def inner(
       window: how the convolution's window moves over it.
       groups: parts that the channels are split into, each with an X of its own.
       h: a constant further feature, the same in every row; None for none.
+      precision: of the products.
 
     Returns:
       (groups, d, d), or (groups, d+1, d+1) with h, in at least float32. The largest array needed is
       of the size of x or of XᵀX, unless the patches themselves are the cheaper way.
     """
     if correlation_cost(x.shape, window, groups) < patches_cost(x.shape, window, groups):
-        product = correlation(x, window, groups)
+        product = correlation(x, window, groups, precision)
     else:
-        product = gram.inner(windows.patches(x, window, groups))
+        product = gram.inner(windows.patches(x, window, groups), precision=precision)
     if h is None:
         return product
     h = jnp.asarray(h, product.dtype)
@@ -64,7 +69,9 @@ def flops(shape: tuple[int, ...], window: Window, groups: int = 1) -> float:
     return cheaper(shape, window, groups, word=0)
 
 
-def correlation(x: jax.Array, window: Window, groups: int = 1) -> jax.Array:
+def correlation(
+    x: jax.Array, window: Window, groups: int = 1, precision: lax.PrecisionLike = gram.HIGHEST
+) -> jax.Array:
     """XᵀX for the `windows.patches` X of x, (groups, d, d), by way of the autocorrelation.
 
     Exact but for rounding, whose errors are relative to the trace of XᵀX rather than to each entry.
@@ -77,7 +84,7 @@ def correlation(x: jax.Array, window: Window, groups: int = 1) -> jax.Array:
         total = jnp.zeros((features, features), x.dtype)
         for axes in windows.in_blocks(x.shape[1:-1], window):
             blocks = windows.gather(x, axes, window)
-            part = _gram(blocks, [a.window for a in axes], [a.padding for a in axes])
+            part = _gram(blocks, [a.window for a in axes], [a.padding for a in axes], precision)
             total += windows.ungather(part, axes, window)
         return total
 
@@ -117,23 +124,27 @@ def _cost(shape: Sequence[int], window: Sequence[int], padding: Padding, word: f
     return cost
 
 
-def _gram(x: jax.Array, window: Sequence[int], padding: Padding) -> jax.Array:
+def _gram(
+    x: jax.Array, window: Sequence[int], padding: Padding, precision: lax.PrecisionLike
+) -> jax.Array:
     """Σ_p x[p + u] x[p + v]ᵀ, p moving by 1: (*window, channels, *window, channels).
 
     Args:
       x: (batch, *spatial, channels).
       window: the number of offsets u along each axis.
       padding: zeros before and after each axis; none is negative.
+      precision: of the products.
     """
     channels, ndim = x.shape[-1], len(window)
     if not window:
-        return gram.inner(x[None])[0]
-    product = _toeplitz(_autocorrelation(x, window), window)
+        return gram.inner(x[None], precision=precision)[0]
+    product = _toeplitz(_autocorrelation(x, window, precision), window)
     for axis, way, depth, others, around in _edges(window, padding):
         both = axis, ndim + 1 + axis
         strip = _pad(x, (axis + 1,), *(0, depth - x.shape[axis + 1])[::way])
         strip = jnp.moveaxis(strip, axis + 1, -2)
-        edge = _gram(strip.reshape(*strip.shape[:-2], depth * channels), others, around)
+        strip = strip.reshape(*strip.shape[:-2], depth * channels)
+        edge = _gram(strip, others, around, precision)
         edge = edge.reshape(2 * (*others, depth, channels))
         edge = jnp.moveaxis(edge, (ndim - 1, 2 * ndim), both)
         shifted = (_pad(edge, both, *(at, -at)[::way]) for at in range(depth))
@@ -172,14 +183,19 @@ def _pad(x: jax.Array, axes: Sequence[int], before: int, after: int) -> jax.Arra
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-def _autocorrelation(x: jax.Array, window: Sequence[int]) -> jax.Array:
+def _autocorrelation(
+    x: jax.Array, window: Sequence[int], precision: lax.PrecisionLike
+) -> jax.Array:
     """Σ_q x[q + Δ] x[q]ᵀ: (channels, *Δ, channels), Δ from 1 - k to k - 1 along each axis."""
-    half = _correlation(x, x, [(0, window[0] - 1), *((k - 1, k - 1) for k in window[1:])])
+    reach = [(0, window[0] - 1), *((k - 1, k - 1) for k in window[1:])]
+    half = _correlation(x, x, reach, precision)
     mirrored = jnp.flip(half[:, 1:], tuple(range(1, half.ndim - 1))).swapaxes(0, -1)
     return jnp.concatenate([mirrored, half], 1)
 
 
-def _correlation(x: jax.Array, y: jax.Array, reach: Sequence[tuple[int, int]]) -> jax.Array:
+def _correlation(
+    x: jax.Array, y: jax.Array, reach: Sequence[tuple[int, int]], precision: lax.PrecisionLike
+) -> jax.Array:
     """Σ_q x[q + Δ] y[q]ᵀ: (channels, *Δ, channels), Δ from -before to after along each axis.
 
     On the CPU, XLA is fast at convolutions along one or two axes in the layout used here. It brings
@@ -191,7 +207,7 @@ def _correlation(x: jax.Array, y: jax.Array, reach: Sequence[tuple[int, int]]) -
         padded = _pad(x, (1,), before, after)
         shifted = [padded[:, at : at + y.shape[1]] for at in range(before + after + 1)]
         y, *shifted = (z.reshape(-1, *z.shape[2:]) for z in (y, *shifted))
-        return jnp.stack([_correlation(x, y, reach[1:]) for x in shifted], 1)
+        return jnp.stack([_correlation(x, y, reach[1:], precision) for x in shifted], 1)
     spatial, last = tuple(range(1, ndim + 1)), ndim + 1
     return lax.conv_general_dilated(
         x.transpose(last, *spatial, 0),
@@ -201,7 +217,7 @@ def _correlation(x: jax.Array, y: jax.Array, reach: Sequence[tuple[int, int]]) -
         dimension_numbers=lax.ConvDimensionNumbers(
             (0, last, *spatial), (last, ndim, *range(ndim)), (0, last, *spatial)
         ),
-        precision=lax.Precision.HIGHEST,
+        precision=precision,
     )
 
 

@@ -41,7 +41,7 @@ class Inverse(NamedTuple):
       value: c (A + λI)⁻¹, (B, m, m).
       damping: the λ of this inverse, (B,).
       repaired: (B,) bool, whether the first attempt failed.
-      failed: (B,) bool, whether the second did too; the value means nothing then.
+      failed: (B,) bool, whether the second did too; the value is I then.
     """
 
     value: jax.Array
@@ -71,44 +71,45 @@ def inverses(systems: Sequence[System]) -> list[Inverse]:
         groups.setdefault((system.matrix.shape[1:], system.matrix.dtype), []).append(i)
     results: dict[int, Inverse] = {}
     for members in groups.values():
-        stack = [_each_own(systems[i]) for i in members]
-        joined = _inverse(jax.tree.map(lambda *parts: jnp.concatenate(parts), *stack))
+        stack = zip(*(_each_own(systems[i]) for i in members), strict=True)
+        joined = _inverse(*map(jnp.concatenate, stack))
         ends = np.cumsum([len(systems[i].matrix) for i in members])[:-1]
         parts = zip(*(jnp.split(leaf, ends) for leaf in joined), strict=True)
         results |= dict(zip(members, (Inverse(*part) for part in parts), strict=True))
     return [results[i] for i in range(len(systems))]
 
 
-def _each_own(system: System) -> System:
+def _each_own(system: System) -> tuple[jax.Array, ...]:
     """The system with numbers (B,), one for each of its matrices."""
+    matrix = system.matrix
 
     def own(value: jax.Array | float, dtype: jnp.dtype) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(value).astype(dtype), system.matrix.shape[:1])
+        return jnp.broadcast_to(jnp.asarray(value).astype(dtype), matrix.shape[:1])
 
-    numbers = (own(value, system.matrix.dtype) for value in system[1:-1])
-    return System(system.matrix, *numbers, own(system.solvable, jnp.dtype(bool)))
+    numbers = (own(value, matrix.dtype) for value in system[1:-1])
+    return (matrix, *numbers, own(system.solvable, jnp.dtype(bool)))
 
 
 @functools.partial(jax.jit, inline=True)
-def _inverse(system: System) -> Inverse:
-    matrix, damping, rank, gain, solvable = system
+def _inverse(
+    matrix: jax.Array, damping: jax.Array, rank: jax.Array, gain: jax.Array, solvable: jax.Array
+) -> Inverse:
     diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
     more = REPAIR_DAMPING * mean_eigenvalue(diagonal.sum(-1), rank)
-    one = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    one = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
 
     def attempt(last: Inverse, number: jax.Array) -> Inverse:
         raised = damping + jnp.where(number > 0, more, 0)
-        value = triangular.inverse(matrix + raised[:, None, None] * one)
+        value = triangular.inverse(matrix + _wide(raised) * one)
         good = jnp.isfinite(value).all((1, 2)) & jnp.isfinite(diagonal).all(-1)
-        new = Inverse(
-            gain[:, None, None] * value,
-            raised,
-            jnp.broadcast_to(number > 0, good.shape),
-            ~(good & (solvable | (number > 0))),
-        )
+        good &= solvable | (number > 0)
+        value = jnp.where(_wide(good), _wide(gain) * value, one)
+        repaired = jnp.broadcast_to(number > 0, good.shape)
         return Inverse(
-            *(jnp.where(last.failed.reshape(-1, *(1,) * (n.ndim - 1)), n, o) for n, o in
-              zip(new, last, strict=True))
+            jnp.where(_wide(last.failed), value, last.value),
+            jnp.where(last.failed, raised, last.damping),
+            jnp.where(last.failed, repaired, last.repaired),
+            last.failed & ~good,
         )
 
     def trip(last: Inverse, number: jax.Array) -> tuple[Inverse, None]:
@@ -119,22 +120,24 @@ def _inverse(system: System) -> Inverse:
     return lax.scan(trip, none_yet, jnp.arange(2))[0]
 
 
+def _wide(numbers: jax.Array) -> jax.Array:
+    return numbers[:, None, None]
+
+
 class Solution(NamedTuple):
     """An inverse, applied.
 
     Attributes:
-      value: S = c (A + λI)⁻¹ R, (B, m, o); where there is none R, with zeros for its entries that
-        are not finite.
-      failed: (B,) bool, whether there is none: there is no inverse, or S is not finite.
+      value: S, (B, m, o).
+      failed: (B,) bool, whether the right-hand side was not finite, and so S is not.
     """
 
     value: jax.Array
     failed: jax.Array
 
 
-def solve(inverse: Inverse, right: jax.Array) -> Solution:
-    """Applies an inverse to right-hand sides R, (B, m, o)."""
-    value = jnp.einsum("bij,bjo->bio", inverse.value, right, precision=lax.Precision.HIGHEST)
-    failed = inverse.failed | ~jnp.isfinite(value).all((1, 2))
-    plain = jnp.where(jnp.isfinite(right), right, 0)
-    return Solution(jnp.where(failed[:, None, None], plain, value), failed)
+def solve(inverse: jax.Array, right: jax.Array) -> Solution:
+    """Applies inverses, (B, m, m), to right-hand sides, (B, m, o)."""
+    value = jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
+    any_row = value[:, 0]  # what is not finite in a column of R leaves no entry of S's finite
+    return Solution(value, ~jnp.isfinite(any_row).all(-1))

@@ -72,13 +72,14 @@ def inverse_lower(factor: jax.Array) -> jax.Array:
 def _inverse_small(factor: jax.Array) -> jax.Array:
     """`inverse_lower` in a loop over whole matrices M: M - M C M, C being what the blocks lack."""
     size = factor.shape[-1]
-    row, column = jnp.arange(size)[:, None], jnp.arange(size)
-    one = jnp.eye(size, dtype=factor.dtype)
+    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None]
+    one = jnp.eye(size, dtype=factor.dtype)[None]
     start = one / jnp.diagonal(factor, axis1=1, axis2=2)[..., None]
 
     def double(level: jax.Array, inverse: jax.Array) -> jax.Array:
         pair = (row >> (level + 1)) == (column >> (level + 1))
-        below = jnp.where(pair & ((row >> level) > (column >> level)), factor, 0)
+        lower = pair & ((row >> level) > (column >> level))
+        below = jnp.where(lower[None], factor, 0)
         return inverse - _product(inverse, _product(below, inverse))
 
     return lax.fori_loop(0, (size - 1).bit_length(), double, start)

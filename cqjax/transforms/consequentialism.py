@@ -1,7 +1,8 @@
 """Consequentialism: updates chosen by what they do to each layer's outputs (seed 000)."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -9,18 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
-from cqjax.linalg import gram, ridge
-from cqjax.transforms.incoming import (
-    Incoming,
-    Matrices,
-    along,
-    check_number,
-    decomposed,
-    finite,
-    product,
-)
+from cqjax.capture.plan import Plan
+from cqjax.linalg import ridge
+from cqjax.transforms import across, solves
+from cqjax.transforms.across import Moment
+from cqjax.transforms.incoming import Incoming, Matrices, check_number
+from cqjax.transforms.solves import Damping
+
+_Kept = TypeVar("_Kept")
 
 Schedule = float | jax.Array | Callable[[chex.Numeric], chex.Numeric]
 
@@ -32,14 +30,25 @@ class ScaleByConsequentialismState(NamedTuple):
       count: () int32, the number of updates so far.
       fallbacks: () int32, how often a layer's solve failed: it was then repeated with more damping,
         and if that failed too, the layer kept its plain update.
+      moments: with `ema_decay`, the moving average of each weight's XᵀX / N.
+      inverses: with `update_every`, N (XᵀX + λI)⁻¹, (B, d, d), of the weights that are not solved
+        for anew in each step.
     """
 
     count: chex.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     fallbacks: jax.Array
+    moments: dict[str, Moment]
+    inverses: dict[str, jax.Array]
 
 
 def scale_by_consequentialism(
-    damping: Schedule = 1e-3, *, relative_damping: Schedule = 0.0
+    damping: Schedule = 1e-3,
+    *,
+    relative_damping: Schedule = 0.0,
+    plan: Plan | None = None,
+    update_every: int | None = None,
+    ema_decay: float | None = None,
+    capture_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each layer's gradient by the ridge pseudoinverse's update.
 
@@ -82,6 +91,15 @@ def scale_by_consequentialism(
         3e-2 for convolutions.
       relative_damping: added to λ, in units of the mean of those eigenvalues of XᵀX that may differ
         from zero: carries over between layers, scales of inputs and batch sizes.
+      plan: with one of the following, what will be captured: `cqjax.plan` of the same loss and
+        arguments as `cqjax.value_and_grad`.
+      update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next; in between,
+        the inverse is kept and applied to each batch's gradient. Without `ema_decay` that is of one
+        batch's rows, which must be many more than the features, and weights whose solve costs less
+        than that product are solved for anew in every update.
+      ema_decay: in [0, 1): the solves take the moving average of XᵀX, with its bias from starting
+        at zero corrected, by the primal for all weights.
+      capture_every: with `ema_decay`, updates from one batch that enters the average to the next.
 
     Returns:
       A transformation whose `update` takes the keyword argument `captures`.
@@ -111,10 +129,16 @@ def scale_by_consequentialism(
     """
     check_number(damping, "damping")
     check_number(relative_damping, "relative_damping")
+    _check_across(plan, update_every, ema_decay, capture_every)
 
     def init(params: optax.Params) -> ScaleByConsequentialismState:
-        del params
-        return ScaleByConsequentialismState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        moments, inverses = {}, {}
+        if plan is not None and ema_decay is not None:
+            moments = across.no_moments(plan, params)
+        if plan is not None and update_every is not None:
+            inverses = across.no_inverses(plan, params, update_every, ema_decay is not None)
+        count, fallbacks = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return ScaleByConsequentialismState(count, fallbacks, moments, inverses)
 
     def update(
         updates: optax.Updates,
@@ -126,10 +150,20 @@ def scale_by_consequentialism(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         incoming = Incoming(updates, captures, "scale_by_consequentialism")
-        dampings = (_at(damping, state.count), _at(relative_damping, state.count))
-        updates, fallbacks = _precondition(incoming, *dampings)
+        across.check(state.moments, state.inverses, incoming)
+        now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
+        moments, inverses, failures = state.moments, state.inverses, jnp.zeros((), jnp.int32)
+        if ema_decay is not None:
+            average = functools.partial(across.averaged, moments, incoming, ema_decay)
+            moments = _every(capture_every, state.count, average, moments)
+        if inverses:
+            renew = functools.partial(across.renewed, inverses, moments, incoming, now)
+            kept = inverses, failures
+            inverses, failures = _every(update_every, state.count, renew, kept)
+        updates, failed = _precondition(incoming, now, moments, inverses)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, ScaleByConsequentialismState(count, state.fallbacks + fallbacks)
+        fallbacks = state.fallbacks + failures + failed
+        return updates, ScaleByConsequentialismState(count, fallbacks, moments, inverses)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -138,146 +172,78 @@ def _at(value: Schedule, count: jax.Array) -> Any:
     return value(count) if callable(value) else value
 
 
+def _every(period: int | None, count: jax.Array, renew: Callable[[], _Kept], kept: _Kept) -> _Kept:
+    """Something new in every so many updates, and the first; else what there is."""
+    if period is None or period == 1:
+        return renew()
+    return lax.cond(count % period == 0, renew, lambda: kept)
+
+
+def _check_across(plan: Plan | None, update_every: Any, ema_decay: Any, capture_every: Any) -> None:
+    """Refuses options that cannot be meant, or not without a plan.
+
+    Raises:
+      ValueError: names the option.
+    """
+    periods = {"update_every": update_every, "capture_every": capture_every}
+    for name, value in periods.items():
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(
+                f"{name}={value}: expected a positive Python integer (with "
+                f'optax.inject_hyperparams: static_args="{name}")'
+            )
+    if isinstance(ema_decay, int | float) and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay={ema_decay}: expected at least 0 and less than 1")
+    if capture_every is not None and ema_decay is None:
+        raise ValueError(
+            f"capture_every={capture_every} without ema_decay: it says how often the moving "
+            "average is given a batch; update_every takes the batch that it comes with"
+        )
+    if plan is None and (update_every is not None or ema_decay is not None):
+        raise ValueError(
+            "update_every and ema_decay keep statistics between updates, of which init must know "
+            "the shapes: pass plan=cqjax.plan(loss_fn)(params, *args)"
+        )
+
+
 def _precondition(
-    incoming: Incoming, damping: Any, relative: Any
+    incoming: Incoming,
+    damping: Damping,
+    moments: Mapping[str, Moment],
+    inverses: Mapping[str, jax.Array],
 ) -> tuple[optax.Updates, jax.Array]:
     """N (XᵀX + λI)⁻¹ H for every block, and how many solves failed."""
-    dual = [c for c in incoming.captures if c.block.solver == "dual" and c.block.exact]
+
+    def by_rows(label: str, capture: Capture) -> bool:
+        return capture.block.solver == "dual" and label not in {**moments, **inverses}
 
     def solve(changed: bool) -> tuple[optax.Updates, jax.Array]:
-        return _solve(incoming, damping, relative, changed)
+        results: dict[str, Matrices] = {}
+        waiting: dict[str, solves.Solve] = {}
+        failures = jnp.zeros((), jnp.int32)
+        for label, capture in incoming.captures.items():
+            if label in inverses:
+                kept = inverses[label]
+                results[label], failed = solves.preconditioned(incoming, capture, damping, kept)
+                failures += jnp.sum(failed, dtype=jnp.int32)
+            elif by_rows(label, capture):
+                exact = capture.block.exact and not changed
+                solve = solves.dual if exact else solves.dual_of_changed
+                waiting[label] = solve(incoming, capture, damping)
+            else:
+                xx = across.second_moment(moments, incoming, label)
+                if capture.block.solver == "diagonal":
+                    results[label], failed = solves.diagonal(incoming, capture, damping, xx)
+                    failures += failed.astype(jnp.int32)
+                else:
+                    waiting[label] = solves.primal(incoming, capture, damping, xx)
+        found = ridge.inverses([solve.system for solve in waiting.values()])
+        for (label, solve), inverse in zip(waiting.items(), found, strict=True):
+            results[label], failed = solve.update(inverse)
+            failures += jnp.sum(inverse.repaired | failed, dtype=jnp.int32)
+        return incoming.replaced(results), failures
 
-    if all(map(incoming.is_gradient, dual)):
+    pure = [c for label, c in incoming.captures.items() if by_rows(label, c) and c.block.exact]
+    if all(map(incoming.is_gradient, pure)):
         return solve(False)
-    return lax.cond(incoming.changed(dual), lambda: solve(True), lambda: solve(False))
-
-
-class _Problem(NamedTuple):
-    """A block's linear system, and the update that its solution makes."""
-
-    system: ridge.System
-    update: Callable[[ridge.Inverse], tuple[Matrices, jax.Array]]
-
-
-def _solve(
-    incoming: Incoming, damping: Any, relative: Any, changed: bool
-) -> tuple[optax.Updates, jax.Array]:
-    """As `_precondition`, told whether the updates may differ from the gradient."""
-    results: dict[int, Matrices] = {}
-    problems: dict[int, _Problem] = {}
-    fallbacks = jnp.zeros((), jnp.int32)
-    for i, capture in enumerate(incoming.captures):
-        block = capture.block
-        if block.solver == "diagonal":
-            results[i], failed = _diagonal(incoming, capture, damping, relative)
-            fallbacks += failed.astype(jnp.int32)
-        elif block.solver == "primal":
-            problems[i] = _primal(incoming, capture, damping, relative)
-        elif block.exact and not changed:
-            problems[i] = _dual(incoming, capture, damping, relative)
-        else:
-            problems[i] = _dual_of_changed(incoming, capture, damping, relative)
-    inverses = ridge.inverses([problem.system for problem in problems.values()])
-    for (i, problem), inverse in zip(problems.items(), inverses, strict=True):
-        results[i], failed = problem.update(inverse)
-        fallbacks += jnp.sum(inverse.repaired | failed, dtype=jnp.int32)
-    return incoming.replaced(results), fallbacks
-
-
-def _system(
-    block: Block,
-    matrix: jax.Array,
-    bias: bool,
-    damping: Any,
-    relative: Any,
-    gain: Any,
-) -> ridge.System:
-    """N (A + λI)⁻¹ with A = XXᵀ or XᵀX, (B, m, m)."""
-    rank = min(block.rows, block.features + bias)
-    if not (isinstance(relative, int | float) and relative == 0):
-        trace = jnp.trace(matrix, axis1=1, axis2=2)
-        damping = damping + relative * ridge.mean_eigenvalue(trace, rank)
-    return ridge.System(matrix, damping, rank, gain)
-
-
-def _primal(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
-    """U = N (XᵀX + λI)⁻¹ H."""
-    block, bias = capture.block, incoming.has_bias(capture.block)
-    weight, added = incoming.matrices(block)
-    d = block.features + bias
-    right = weight if added is None else jnp.concatenate([weight, added[:, None]], 1)
-    xx = capture.second_moment()[:, :d, :d]
-
-    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
-        u, failed = ridge.solve(inverse, right)
-        return Matrices(u[:, : block.features], u[:, -1] if bias else None), failed
-
-    system = _system(block, xx, bias, damping, relative, incoming.batch_size)
-    return _Problem(system, update)
-
-
-def _dual(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
-    """U = N Xᵀ (XXᵀ + λI)⁻¹ Z̄."""
-    bias = incoming.has_bias(capture.block)
-    rows = capture.rows()
-    h = rows.h if bias else None
-    dz = rows.dz.astype(gram.accumulator(rows.dz.dtype))
-
-    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
-        s, failed = ridge.solve(inverse, dz)
-        return product(rows.x, s, h), failed
-
-    xx, n = gram.outer(rows.x, h), incoming.batch_size
-    return _Problem(_system(capture.block, xx, bias, damping, relative, n), update)
-
-
-def _dual_of_changed(incoming: Incoming, capture: Capture, damping: Any, relative: Any) -> _Problem:
-    """U = N (XᵀX + λI)⁻¹ H for H = c G + R: the dual for G, Woodbury's identity for the rest R.
-
-    (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ.
-    """
-    block, bias = capture.block, incoming.has_bias(capture.block)
-    handed, n = incoming.matrices(block), incoming.batch_size
-    scale, rest, present = decomposed(handed, incoming.gradient(capture))
-    rows = capture.rows()
-    h = rows.h if bias else None
-    dz = rows.dz.astype(gram.accumulator(rows.dz.dtype))
-    moved = jnp.einsum("bnd,bdo->bno", rows.x.astype(dz.dtype), rest.weight, precision="highest")
-    if h is not None and rest.bias is not None:
-        moved += h[..., None].astype(dz.dtype) * rest.bias[:, None]
-
-    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
-        solution, failed = ridge.solve(inverse, jnp.concatenate([dz, moved], -1))
-        of_gradient, of_rest = jnp.split(solution, 2, -1)
-        scaled = product(rows.x, along(scale, of_gradient) * of_gradient, h)
-        spanned = product(rows.x, of_rest, h)
-
-        def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
-            outside = (n * r - s) / along(inverse.damping, r)
-            u = u + jnp.where(along(present, r), outside, 0)
-            return jnp.where(along(failed, u), plain, u)
-
-        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), failed
-
-    system = _system(block, gram.outer(rows.x, h), bias, damping, relative, n)
-    solvable = (jnp.asarray(system.damping) > 0) | ~present
-    return _Problem(system._replace(solvable=solvable), update)
-
-
-def _diagonal(
-    incoming: Incoming, capture: Capture, damping: Any, relative: Any
-) -> tuple[Matrices, jax.Array]:
-    """U = N H / (counts + λ), row by row: a lookup's XᵀX is the diagonal of counts.
-
-    Returns:
-      U, or what is finite of H where U is not; and whether that happened.
-    """
-    block = capture.block
-    (weight, _), counts = incoming.matrices(block), capture.second_moment()
-    damping += relative * ridge.mean_eigenvalue(counts.sum(-1), min(block.rows, block.features))
-    divisor = counts + along(jnp.broadcast_to(damping, counts.shape[:1]), counts)
-    u = jnp.where(weight == 0, 0, incoming.batch_size * weight / divisor[..., None])
-    failed = ~jnp.isfinite(u).all()
-    return jax.tree.map(
-        lambda u, h: jnp.where(failed, h, u), Matrices(u, None), finite(Matrices(weight, None))
-    ), failed
+    return lax.cond(incoming.changed(pure), lambda: solve(True), lambda: solve(False))

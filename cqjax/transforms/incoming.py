@@ -5,8 +5,9 @@ changed it. Where a method computes from rows, and not from the updates, this mo
 become of the gradient, so that it is not lost.
 """
 
+import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +17,7 @@ import optax
 
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures, path_of
-from cqjax.linalg.gram import accumulator
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from cqjax.linalg.gram import HIGHEST, accumulator
 
 
 class Matrices(NamedTuple):
@@ -61,8 +60,14 @@ class Incoming:
             )
         keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
         self._paths = [path_of(keys) for keys, _ in keyed]
+        self._masked = masked_paths(updates)
         self._leaves = dict(zip(self._paths, (leaf for _, leaf in keyed), strict=True))
-        self.captures = [c for c in captures.blocks if self._concerns(c.block, method)]
+        labels = labelled([capture.block for capture in captures.blocks])
+        self.captures = {
+            label: capture
+            for label, capture in zip(labels, captures.blocks, strict=True)
+            if self._concerns(capture.block, method)
+        }
         if captures.batch_size is None and self.captures:
             raise ValueError(
                 f"{method}: the batch size could not be inferred, since the loss's arguments do "
@@ -84,13 +89,13 @@ class Incoming:
                     f"updates ({', '.join(self._paths)}): they were captured for other parameters"
                 )
             leaf = self._leaves[path]
-            if not is_masked(leaf) and leaf.shape != shape:
+            if path not in self._masked and leaf.shape != shape:
                 raise ValueError(
                     f"{method}: {path} has shape {leaf.shape} in the updates and {shape} in the "
                     "captures; take both from the same call of cqjax.value_and_grad (and the "
                     "same jax.vmap)"
                 )
-        masked = {path for path in block.view.paths if is_masked(self._leaves[path])}
+        masked = self._masked.intersection(block.view.paths)
         if masked and len(masked) < len(block.view.paths):
             raise ValueError(
                 f"{method}: of the parameters {', '.join(block.view.paths)}, which form one "
@@ -100,8 +105,11 @@ class Incoming:
 
     def has_bias(self, block: Block) -> bool:
         """Whether the block's bias is updated together with its weight."""
-        bias = block.bias
-        return bias is not None and not any(is_masked(self._leaves[p]) for p in bias.view.paths)
+        return block.bias is not None and self._masked.isdisjoint(block.bias.view.paths)
+
+    def joint_bias(self, block: Block) -> bool:
+        """Whether it is solved for in one system with its weight."""
+        return joint_bias(block, self._masked)
 
     def is_gradient(self, capture: Capture) -> bool:
         """Whether the updates are the gradient, as far as tracing can tell: the same arrays."""
@@ -118,7 +126,7 @@ class Incoming:
         return jnp.stack(differ).any()
 
     def _updated(self, block: Block) -> list[str]:
-        return [path for path in block.paths if not is_masked(self._leaves[path])]
+        return [path for path in block.paths if path not in self._masked]
 
     def matrices(self, block: Block) -> Matrices:
         """The block's part of the updates, in at least float32."""
@@ -132,21 +140,33 @@ class Incoming:
         rows = capture.rows()
         return product(rows.x, rows.dz, rows.h if bias else None)
 
-    def replaced(self, results: Mapping[int, Matrices]) -> optax.Updates:
-        """The updates, with the results of `self.captures[i]` in the place of its parameters'.
+    def replaced(self, results: Mapping[str, Matrices]) -> optax.Updates:
+        """The updates, with the results for `self.captures` in the place of their parameters'.
 
-        Entries of a parameter that no block covers keep their update.
+        Entries of a parameter that no block covers keep their update. Those of the results that
+        are not finite become zero.
         """
         leaves = dict(self._leaves)
-        for i, (weight, bias) in results.items():
-            block = self.captures[i].block
+        for label, (weight, bias) in results.items():
+            block = self.captures[label].block
             if not block.view.whole:
                 weight = weight - self.matrices(block).weight
             for path, new in block.scatter(weight, bias).items():
                 if path in block.view.paths and not block.view.whole:
                     new += leaves[path].astype(new.dtype)
+                new = jnp.where(jnp.isfinite(new), new, 0)
                 leaves[path] = new.astype(leaves[path].dtype)
         return jax.tree.unflatten(self._tree, [leaves[path] for path in self._paths])
+
+
+def labelled(blocks: Sequence[Block]) -> list[str]:
+    """A name for each block: its own, numbered where slices of one parameter are several blocks."""
+    names, seen = [block.name for block in blocks], collections.Counter[str]()
+    labels = []
+    for name in names:
+        labels.append(f"{name}[{seen[name]}]" if names.count(name) > 1 else name)
+        seen[name] += 1
+    return labels
 
 
 def check_number(value: Any, name: str) -> None:
@@ -159,16 +179,14 @@ def check_number(value: Any, name: str) -> None:
         raise ValueError(f"{name}={value}: expected a finite number, zero or more")
 
 
-def product(x: jax.Array, z: jax.Array, h: jax.Array | None) -> Matrices:
-    """[X, h]ᵀZ of rows x: (B, n, d), z: (B, n, o) and h: (B, n), or XᵀZ where h is None.
-
-    What is not finite in x counts as zero.
-    """
-    x = jnp.where(jnp.isfinite(x), x, 0).astype(z.dtype)
-    weight = jnp.einsum("bnd,bno->bdo", x, z, precision=_HIGHEST)
+def product(
+    x: jax.Array, z: jax.Array, h: jax.Array | None, precision: jax.lax.PrecisionLike = HIGHEST
+) -> Matrices:
+    """[X, h]ᵀZ of rows x: (B, n, d), z: (B, n, o) and h: (B, n), or XᵀZ where h is None."""
+    weight = jnp.einsum("bnd,bno->bdo", x.astype(z.dtype), z, precision=precision)
     if h is None:
         return Matrices(weight, None)
-    return Matrices(weight, jnp.einsum("bn,bno->bo", h.astype(z.dtype), z, precision=_HIGHEST))
+    return Matrices(weight, jnp.einsum("bn,bno->bo", h.astype(z.dtype), z, precision=precision))
 
 
 class Decomposed(NamedTuple):
@@ -211,10 +229,10 @@ def finite(matrices: Matrices) -> Matrices:
 
 
 def _inner(a: Matrices, b: Matrices) -> jax.Array:
-    total = jnp.einsum("bdo,bdo->b", a.weight, b.weight, precision=_HIGHEST)
+    total = jnp.einsum("bdo,bdo->b", a.weight, b.weight, precision=HIGHEST)
     if a.bias is None or b.bias is None:
         return total
-    return total + jnp.einsum("bo,bo->b", a.bias, b.bias, precision=_HIGHEST)
+    return total + jnp.einsum("bo,bo->b", a.bias, b.bias, precision=HIGHEST)
 
 
 def _matrices(block: Block, arrays: Mapping[str, jax.Array], bias: bool) -> Matrices:
@@ -224,6 +242,17 @@ def _matrices(block: Block, arrays: Mapping[str, jax.Array], bias: bool) -> Matr
     return Matrices(
         exact(block.weight_matrix(arrays)), exact(block.bias_matrix(arrays)) if bias else None
     )
+
+
+def joint_bias(block: Block, masked: Set[str]) -> bool:
+    """Whether a block has a bias that is solved for in one system with its weight."""
+    return block.bias is not None and block.parts == 1 and masked.isdisjoint(block.bias.view.paths)
+
+
+def masked_paths(tree: optax.Params) -> frozenset[str]:
+    """The paths at which `optax.masked` has taken a parameter's place."""
+    keyed = jax.tree.leaves_with_path(tree, is_leaf=is_masked)
+    return frozenset(path_of(keys) for keys, leaf in keyed if is_masked(leaf))
 
 
 def is_masked(leaf: Any) -> bool:

@@ -79,7 +79,8 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         incoming = Incoming(updates, captures, "scale_by_nlms")
         results = {
-            i: _normalised(incoming, capture, eps) for i, capture in enumerate(incoming.captures)
+            label: _normalised(incoming, capture, eps)
+            for label, capture in incoming.captures.items()
         }
         return incoming.replaced(results), state
 

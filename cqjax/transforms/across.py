@@ -1,0 +1,162 @@
+"""Statistics that outlive a batch: moving averages of XᵀX, and inverses that are kept."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cqjax.capture.block import Block
+from cqjax.capture.captures import Capture
+from cqjax.capture.plan import Plan
+from cqjax.linalg import gram, ridge
+from cqjax.transforms.incoming import Incoming, joint_bias, labelled, masked_paths
+from cqjax.transforms.solves import Damping, primal_system
+
+
+class Moment(NamedTuple):
+    """A moving average of XᵀX / N.
+
+    Attributes:
+      total: (B, d, d), or a lookup's diagonal (B, d): the sum of what came in, each times the share
+        that is left of it.
+      weight: (B,), the sum of these shares: the average is the quotient of the two.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+
+def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
+    """Averages of nothing yet, for every weight that is not masked."""
+    moments = {}
+    for label, block in _unmasked(plan, params).items():
+        size = block.size("primal")
+        square = () if block.solver == "diagonal" else (size,)
+        total = jnp.zeros((block.batch, size, *square), _dtype(block))
+        moments[label] = Moment(total, jnp.zeros(block.batch, _dtype(block)))
+    return moments
+
+
+def no_inverses(
+    plan: Plan, params: optax.Params, update_every: int, averaged: bool
+) -> dict[str, jax.Array]:
+    """Identities for the weights that are worth keeping an inverse for, as are all averages.
+
+    Without averages a weight is solved for anew in each step if that costs less.
+    """
+    masked, inverses = masked_paths(params), {}
+    for label, block in _unmasked(plan, params).items():
+        if block.solver != "diagonal" and (averaged or _cheaper_kept(block, update_every)):
+            size = block.features + joint_bias(block, masked)
+            one = jnp.eye(size, dtype=_dtype(block))
+            inverses[label] = jnp.broadcast_to(one, (block.batch, size, size))
+    return inverses
+
+
+def _unmasked(plan: Plan, params: optax.Params) -> dict[str, Block]:
+    masked = masked_paths(params)
+    labels = zip(labelled(plan.blocks), plan.blocks, strict=True)
+    return {label: block for label, block in labels if masked.isdisjoint(block.view.paths)}
+
+
+def _dtype(block: Block) -> jnp.dtype:
+    return gram.accumulator(block.sites[0].z[1])
+
+
+def _cheaper_kept(block: Block, update_every: int) -> bool:
+    """Whether a step costs less with an inverse that is renewed every so many steps."""
+    product = 2 * block.batch * block.size("primal") ** 2 * block.outputs
+    renewed = block.flops("primal") - product
+    return product + renewed / update_every < block.flops(block.solver)
+
+
+def averaged(
+    moments: Mapping[str, Moment], incoming: Incoming, decay: chex.Numeric
+) -> dict[str, Moment]:
+    """The averages with this batch's moments; without those that are not finite."""
+
+    def added(average: Moment, capture: Capture) -> Moment:
+        moment = capture.second_moment() / incoming.batch_size
+        axes = tuple(range(1, moment.ndim))
+        good = jnp.isfinite(moment).all(axes)
+        total = jnp.where(
+            jnp.expand_dims(good, axes), decay * average.total + (1 - decay) * moment, average.total
+        )
+        weight = jnp.where(good, decay * average.weight + (1 - decay), average.weight)
+        return Moment(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
+
+    return {label: added(moments[label], incoming.captures[label]) for label in moments}
+
+
+def second_moment(moments: Mapping[str, Moment], incoming: Incoming, label: str) -> jax.Array:
+    """A weight's XᵀX: N times its average, or the batch's where there is none."""
+    if label not in moments:
+        return incoming.captures[label].second_moment()
+    total, weight = moments[label]
+    axes = tuple(range(1, total.ndim))
+    return incoming.batch_size * total / jnp.expand_dims(weight, axes)
+
+
+def renewed(
+    inverses: Mapping[str, jax.Array],
+    moments: Mapping[str, Moment],
+    incoming: Incoming,
+    damping: Damping,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The inverses of what the moments are now; the old where there is none.
+
+    Returns:
+      The inverses, and how many solves failed.
+    """
+    systems = [
+        primal_system(
+            incoming, incoming.captures[label], damping, second_moment(moments, incoming, label)
+        )
+        for label in inverses
+    ]
+    kept, failures = {}, jnp.zeros((), jnp.int32)
+    for (label, old), new in zip(inverses.items(), ridge.inverses(systems), strict=True):
+        kept[label] = jnp.where(jnp.expand_dims(new.failed, (1, 2)), old, new.value)
+        failures += jnp.sum(new.repaired, dtype=jnp.int32)
+    return kept, failures
+
+
+def check(
+    moments: Mapping[str, Moment], inverses: Mapping[str, jax.Array], incoming: Incoming
+) -> None:
+    """Refuses captures for which the state was not made.
+
+    Raises:
+      ValueError: names the weight, and what is wrong.
+    """
+    remedy = "make the plan with the same loss and arguments as cqjax.value_and_grad"
+    kept = {label: average.total.shape for label, average in moments.items()}
+    for label in {**moments, **inverses}:
+        if label not in incoming.captures:
+            raise ValueError(
+                f"scale_by_consequentialism: the state has statistics of {label}, which was not "
+                f"captured; {remedy}"
+            )
+    for label, capture in incoming.captures.items():
+        if moments and label not in moments:
+            raise ValueError(
+                f"scale_by_consequentialism: {label} was captured, but is not in the plan that the "
+                f"state was made with; {remedy}"
+            )
+        block, shapes = capture.block, []
+        if label in moments:
+            size = block.size("primal")
+            square = () if block.solver == "diagonal" else (size,)
+            shapes.append((kept[label], (block.batch, size, *square)))
+        if label in inverses:
+            size = block.features + incoming.joint_bias(block)
+            shapes.append((inverses[label].shape, (block.batch, size, size)))
+        for got, expected in shapes:
+            if got != expected:
+                raise ValueError(
+                    f"scale_by_consequentialism: the state has statistics of shape {got} for "
+                    f"{label}; expected {expected}: {remedy}"
+                )

@@ -1,0 +1,153 @@
+"""The update that each block's solve makes: N (XᵀX + λI)⁻¹ H for whatever update H came in.
+
+First every solve says which matrix is to be inverted, so that all can be inverted together, and
+before the backward pass where they come of the inputs alone; then it makes its update.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cqjax.capture.captures import Capture
+from cqjax.linalg import gram, ridge
+from cqjax.transforms.incoming import Incoming, Matrices, along, decomposed, finite, product
+
+
+class Damping(NamedTuple):
+    """λ, and what is added to it in units of the mean eigenvalue."""
+
+    absolute: Any
+    relative: Any
+
+    def of(self, matrix: jax.Array, rank: int) -> Any:
+        """The damping of a matrix, (B, m, m), of which `rank` eigenvalues may differ from zero."""
+        if isinstance(self.relative, int | float) and self.relative == 0:
+            return self.absolute
+        trace = jnp.trace(matrix, axis1=1, axis2=2)
+        return self.absolute + self.relative * ridge.mean_eigenvalue(trace, rank)
+
+
+class Solve(NamedTuple):
+    """A matrix to be inverted, and the update that its inverse makes.
+
+    The update comes with (B,) bool, whether something in it may not be finite.
+    """
+
+    system: ridge.System
+    update: Callable[[ridge.Inverse], tuple[Matrices, jax.Array]]
+
+
+def primal(incoming: Incoming, capture: Capture, damping: Damping, xx: jax.Array) -> Solve:
+    """U = N (XᵀX + λI)⁻¹ H, for a second moment of the block."""
+
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        return preconditioned(incoming, capture, damping, inverse.value)
+
+    return Solve(primal_system(incoming, capture, damping, xx), update)
+
+
+def primal_system(
+    incoming: Incoming, capture: Capture, damping: Damping, xx: jax.Array
+) -> ridge.System:
+    """N (XᵀX + λI)⁻¹, for a second moment of the block."""
+    block = capture.block
+    size = block.features + incoming.joint_bias(block)
+    rank = min(block.rows, size)
+    xx = xx[:, :size, :size]
+    return ridge.System(xx, damping.of(xx, rank), rank, incoming.batch_size)
+
+
+def preconditioned(
+    incoming: Incoming, capture: Capture, damping: Damping, inverse: jax.Array
+) -> tuple[Matrices, jax.Array]:
+    """The inverse's product with the updates."""
+    block = capture.block
+    weight, bias = incoming.matrices(block)
+    if bias is not None and incoming.joint_bias(block):
+        u, failed = ridge.solve(inverse, jnp.concatenate([weight, bias[:, None]], 1))
+        return Matrices(u[:, : block.features], u[:, -1]), failed
+    u, failed = ridge.solve(inverse, weight)
+    if bias is not None:
+        ones = block.rows_with_bias * (1 + damping.relative)
+        bias *= incoming.batch_size / (ones + damping.absolute)
+    return Matrices(u, bias), failed
+
+
+def dual(incoming: Incoming, capture: Capture, damping: Damping) -> Solve:
+    """U = N Xᵀ (XXᵀ + λI)⁻¹ Z̄, where the updates are the gradient."""
+    block = capture.block
+    rows, h, dz = _rows(incoming, capture)
+
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        s, failed = ridge.solve(inverse.value, dz)
+        return product(rows, s, h, block.precision), failed
+
+    return Solve(_dual_system(incoming, capture, damping), update)
+
+
+def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> Solve:
+    """U = N (XᵀX + λI)⁻¹ H for H = c G + R: the dual for G, Woodbury's identity for the rest R.
+
+    (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ.
+    """
+    block, n = capture.block, incoming.batch_size
+    handed = incoming.matrices(block)
+    scale, rest, present = decomposed(handed, incoming.gradient(capture))
+    rows, h, dz = _rows(incoming, capture)
+    moved = jnp.einsum("bnd,bdo->bno", rows.astype(dz.dtype), rest.weight, precision=gram.HIGHEST)
+    if h is not None and rest.bias is not None:
+        moved += h[..., None].astype(dz.dtype) * rest.bias[:, None]
+
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        solution, failed = ridge.solve(inverse.value, jnp.concatenate([dz, moved], -1))
+        failed |= inverse.failed
+        of_gradient, of_rest = jnp.split(solution, 2, -1)
+        scaled = product(rows, along(scale, of_gradient) * of_gradient, h, block.precision)
+        spanned = product(rows, of_rest, h, block.precision)
+
+        def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
+            outside = (n * r - s) / along(inverse.damping, r)
+            u = u + jnp.where(along(present, r), outside, 0)
+            return jnp.where(along(failed, u), plain, u)
+
+        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), failed
+
+    system = _dual_system(incoming, capture, damping)
+    solvable = (jnp.asarray(system.damping) > 0) | ~present
+    return Solve(system._replace(solvable=solvable), update)
+
+
+def diagonal(
+    incoming: Incoming, capture: Capture, damping: Damping, counts: jax.Array
+) -> tuple[Matrices, jax.Array]:
+    """U = N H / (counts + λ), row by row: a lookup's XᵀX is the diagonal of counts.
+
+    Returns:
+      U, or H where U is not finite; and whether that happened, () bool.
+    """
+    block = capture.block
+    weight, _ = incoming.matrices(block)
+    mean = ridge.mean_eigenvalue(counts.sum(-1), min(block.rows, block.features))
+    added = jnp.broadcast_to(damping.absolute + damping.relative * mean, counts.shape[:1])
+    divisor = counts + along(added, counts)
+    u = jnp.where(weight == 0, 0, incoming.batch_size * weight / divisor[..., None])
+    failed = ~jnp.isfinite(u).all()
+    return Matrices(jnp.where(failed, weight, u), None), failed
+
+
+def _dual_system(incoming: Incoming, capture: Capture, damping: Damping) -> ridge.System:
+    """N (XXᵀ + λI)⁻¹."""
+    block = capture.block
+    rows, h, _ = _rows(incoming, capture)
+    xx = gram.outer(rows, h, block.precision)
+    rank = min(block.rows, block.features + incoming.has_bias(block))
+    return ridge.System(xx, damping.of(xx, rank), rank, incoming.batch_size)
+
+
+def _rows(incoming: Incoming, capture: Capture) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """X, h where the bias is solved for too, and Z̄ in at least float32."""
+    rows = capture.rows()
+    h = rows.h if incoming.has_bias(capture.block) else None
+    return rows.x, h, rows.dz.astype(gram.accumulator(rows.dz.dtype))

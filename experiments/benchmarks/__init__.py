@@ -1,0 +1,1 @@
+"""What cqjax costs beside other optimizers and other routes: ``python -m experiments bench``."""

@@ -1,0 +1,144 @@
+"""The optimizers whose steps are timed."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+import cqjax
+from cqjax.linalg import conv_gram
+from experiments.benchmarks import kfac
+from experiments.benchmarks.timing import PERIOD, RATE, Program, Training
+from experiments.benchmarks.workloads import (
+    ADAM,
+    CSGD,
+    EVERY_10,
+    KFAC,
+    MUON,
+    PATCHES,
+    PINV,
+    SGD,
+    Task,
+)
+from experiments.training import State, capturing_step, gradient_step
+
+COMMON = (SGD, ADAM, MUON, CSGD, KFAC)
+"""Those that every network is trained by; the first is the one to compare with."""
+
+
+class Stepper(Protocol):
+    """An optimizer at work; each call takes a step, and returns arrays to wait for."""
+
+    program: Program
+    loss: Any
+    state: State
+
+    def __call__(self) -> Any:
+        """Take a step."""
+        ...
+
+
+def _gradient(
+    optimizer: Callable[[], optax.GradientTransformation],
+) -> Callable[[Task, int], Stepper]:
+    def build(task: Task, compiles: int) -> Stepper:
+        tx = optimizer()
+        step = gradient_step(task.loss_fn, tx)
+        return Training(step, tx.init, task.start, task.batch, compiles)
+
+    return build
+
+
+def _muon() -> optax.GradientTransformation:
+    return contrib.muon(RATE, muon_weight_dimension_numbers=_matrices)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of each kernel are a matrix's rows and columns; the rest is left to Adam."""
+
+    def axes(path: Any, array: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        if array.ndim < 2:
+            return None
+        split = path[-2].key in ("query", "key", "value")  # (features, heads, outputs)
+        inputs = 1 if split else array.ndim - 1
+        every = tuple(range(array.ndim))
+        return contrib.MuonDimensionNumbers(every[:inputs], every[inputs:])
+
+    return jax.tree.map_with_path(axes, params)
+
+
+def _csgd(task: Task, compiles: int) -> Stepper:
+    """C-SGD, exact in every step."""
+    tx = cqjax.csgd(RATE, task.workload.damping)
+    step = capturing_step(task.loss_fn, tx)
+    return Training(step, tx.init, task.start, task.batch, compiles)
+
+
+def _every_10(task: Task, compiles: int) -> Stepper:
+    """C-SGD that factorises in every tenth step."""
+    plan = cqjax.plan(task.loss_fn, batch_size=len(task.batch[1]))(*task.start, *task.batch)
+    first = cqjax.scale_by_consequentialism(task.workload.damping, plan=plan, update_every=PERIOD)
+    tx = optax.chain(first, optax.sgd(RATE))
+    step = capturing_step(task.loss_fn, tx)
+    return Training(step, tx.init, task.start, task.batch, compiles)
+
+
+def _by_patches(task: Task, compiles: int) -> Stepper:
+    """C-SGD, with every convolution's Gram by way of its patches.
+
+    There is no argument for that: while the step is traced, the other way is made out to be dear.
+    """
+    with mock.patch.object(conv_gram, "correlation_cost", lambda *args, **options: math.inf):
+        return _csgd(task, compiles)
+
+
+def _pinv(task: Task, compiles: int) -> Stepper:
+    """The paper's formula as it is first written, without damping: one `pinv` per layer."""
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        captures: cqjax.Captures | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del params, extra_args
+        assert captures is not None and captures.batch_size is not None
+        new = {}
+        for layer in updates:
+            (capture,) = captures[f"{layer}/kernel"]
+            rows = capture.rows()
+            assert rows.h is not None
+            x = jnp.concatenate([rows.x, rows.h[..., None]], -1)[0]
+            u = captures.batch_size * jnp.linalg.pinv(x) @ rows.dz[0]
+            new[layer] = {"kernel": u[:-1], "bias": u[-1]}
+        return new, state
+
+    first = optax.GradientTransformationExtraArgs(optax.identity().init, update)
+    tx = optax.chain(first, optax.sgd(RATE))
+    step = capturing_step(task.loss_fn, tx, solver="dual")
+    return Training(step, tx.init, task.start, task.batch, compiles)
+
+
+def _kfac(task: Task, compiles: int) -> Stepper:
+    del compiles
+    return kfac.Training(task)
+
+
+PEERS: dict[str, Callable[[Task, int], Stepper]] = {
+    SGD: _gradient(lambda: optax.sgd(RATE)),
+    ADAM: _gradient(lambda: optax.adam(RATE)),
+    MUON: _gradient(_muon),
+    CSGD: _csgd,
+    EVERY_10: _every_10,
+    PATCHES: _by_patches,
+    PINV: _pinv,
+    KFAC: _kfac,
+}
+"""Traces, compiles (so often) and starts an optimizer on a task."""
