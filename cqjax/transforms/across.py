@@ -1,12 +1,14 @@
 """Statistics that outlive a batch: moving averages of XᵀX, and inverses that are kept."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture
@@ -14,6 +16,8 @@ from cqjax.capture.plan import Plan
 from cqjax.linalg import gram, ridge
 from cqjax.transforms.incoming import Incoming, joint_bias, labelled, masked_paths
 from cqjax.transforms.solves import Damping, primal_system
+
+_Kept = TypeVar("_Kept")
 
 
 class Moment(NamedTuple):
@@ -73,10 +77,27 @@ def _cheaper_kept(block: Block, update_every: int) -> bool:
     return product + renewed / update_every < block.flops(block.solver)
 
 
+def every(
+    period: int | None, count: jax.Array, renew: Callable[[], _Kept], kept: _Kept
+) -> _Kept:
+    """Something new in every so many updates, and the first; else what there is."""
+    if period is None or period == 1:
+        return renew()
+    return lax.cond(count % period == 0, renew, lambda: kept)
+
+
 def averaged(
-    moments: Mapping[str, Moment], incoming: Incoming, decay: chex.Numeric
+    moments: Mapping[str, Moment],
+    incoming: Incoming,
+    decay: chex.Numeric,
+    period: int | None,
+    count: jax.Array,
 ) -> dict[str, Moment]:
-    """The averages with this batch's moments; without those that are not finite."""
+    """The averages, every so often with this batch's moments; without those that are not finite.
+
+    Each weight has a condition of its own, which XLA can take when its inputs are there: all in one
+    would keep them till the end.
+    """
 
     def added(average: Moment, capture: Capture) -> Moment:
         moment = capture.second_moment() / incoming.batch_size
@@ -88,7 +109,10 @@ def averaged(
         weight = jnp.where(good, decay * average.weight + (1 - decay), average.weight)
         return Moment(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
 
-    return {label: added(moments[label], incoming.captures[label]) for label in moments}
+    def maybe(label: str, average: Moment) -> Moment:
+        return every(period, count, lambda: added(average, incoming.captures[label]), average)
+
+    return {label: maybe(label, average) for label, average in moments.items()}
 
 
 def second_moment(moments: Mapping[str, Moment], incoming: Incoming, label: str) -> jax.Array:
@@ -105,23 +129,34 @@ def renewed(
     moments: Mapping[str, Moment],
     incoming: Incoming,
     damping: Damping,
+    period: int,
+    count: jax.Array,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The inverses of what the moments are now; the old where there is none.
+    """The inverses, every so often of what the moments are then; the old where there is none.
 
     Returns:
       The inverses, and how many solves failed.
     """
-    systems = [
-        primal_system(
-            incoming, incoming.captures[label], damping, second_moment(moments, incoming, label)
-        )
-        for label in inverses
-    ]
-    kept, failures = {}, jnp.zeros((), jnp.int32)
-    for (label, old), new in zip(inverses.items(), ridge.inverses(systems), strict=True):
-        kept[label] = jnp.where(jnp.expand_dims(new.failed, (1, 2)), old, new.value)
-        failures += jnp.sum(new.repaired, dtype=jnp.int32)
-    return kept, failures
+
+    def system(label: str, old: jax.Array) -> jax.Array:
+        xx = functools.partial(second_moment, moments, incoming, label)
+        size = old.shape[-1]
+        return every(period, count, lambda: xx()[:, :size, :size], jnp.zeros_like(old))
+
+    matrices = {label: system(label, old) for label, old in inverses.items()}
+
+    def renew() -> tuple[dict[str, jax.Array], jax.Array]:
+        systems = [
+            primal_system(incoming, incoming.captures[label], damping, xx)
+            for label, xx in matrices.items()
+        ]
+        kept, failures = {}, jnp.zeros((), jnp.int32)
+        for (label, old), new in zip(inverses.items(), ridge.inverses(systems), strict=True):
+            kept[label] = jnp.where(jnp.expand_dims(new.failed, (1, 2)), old, new.value)
+            failures += jnp.sum(new.repaired, dtype=jnp.int32)
+        return kept, failures
+
+    return every(period, count, renew, (dict(inverses), jnp.zeros((), jnp.int32)))
 
 
 def check(

@@ -1,8 +1,7 @@
 """Consequentialism: updates chosen by what they do to each layer's outputs (seed 000)."""
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,8 +16,6 @@ from cqjax.transforms import across, solves
 from cqjax.transforms.across import Moment
 from cqjax.transforms.incoming import Incoming, Matrices, check_number
 from cqjax.transforms.solves import Damping
-
-_Kept = TypeVar("_Kept")
 
 Schedule = float | jax.Array | Callable[[chex.Numeric], chex.Numeric]
 
@@ -154,12 +151,11 @@ def scale_by_consequentialism(
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
         moments, inverses, failures = state.moments, state.inverses, jnp.zeros((), jnp.int32)
         if ema_decay is not None:
-            average = functools.partial(across.averaged, moments, incoming, ema_decay)
-            moments = _every(capture_every, state.count, average, moments)
-        if inverses:
-            renew = functools.partial(across.renewed, inverses, moments, incoming, now)
-            kept = inverses, failures
-            inverses, failures = _every(update_every, state.count, renew, kept)
+            moments = across.averaged(moments, incoming, ema_decay, capture_every, state.count)
+        if update_every is not None:
+            inverses, failures = across.renewed(
+                inverses, moments, incoming, now, update_every, state.count
+            )
         updates, failed = _precondition(incoming, now, moments, inverses)
         count = jnp.asarray(optax.safe_increment(state.count))
         fallbacks = state.fallbacks + failures + failed
@@ -170,13 +166,6 @@ def scale_by_consequentialism(
 
 def _at(value: Schedule, count: jax.Array) -> Any:
     return value(count) if callable(value) else value
-
-
-def _every(period: int | None, count: jax.Array, renew: Callable[[], _Kept], kept: _Kept) -> _Kept:
-    """Something new in every so many updates, and the first; else what there is."""
-    if period is None or period == 1:
-        return renew()
-    return lax.cond(count % period == 0, renew, lambda: kept)
 
 
 def _check_across(plan: Plan | None, update_every: Any, ema_decay: Any, capture_every: Any) -> None:
