@@ -112,20 +112,20 @@ class Block:
     def flops(self, solver: Solver) -> float:
         """Floating-point operations that a solver adds to the layer's own.
 
-        Dual: XXᵀ, its factorisation, and a solve of Z̄; the product with Xᵀ is the weight
-        gradient's. Primal: XᵀX, its factorisation, and a solve of the gradient.
+        Dual: XXᵀ, its inverse, and the inverse's product with Z̄; that with Xᵀ is the weight
+        gradient's. Primal: XᵀX, its inverse, and the inverse's product with the gradient.
         """
         n, d, o = self.rows, self.size("primal"), self.outputs
         if solver == "diagonal":
             return self.batch * (n + d * o)
         if solver == "dual":
-            return self.batch * (2 * n * n * d + n**3 / 3 + 2 * n * n * o)
+            return self.batch * (2 * n * n * d + 2 * n**3 + 2 * n * n * o)
         moment = sum(
             math.prod(site.loops) * site.form.moment_flops(site.x[0], d)
             for site in self.sites
             if not isinstance(site.form, Lookup)
         )
-        return moment / self.subsample + self.batch * (d**3 / 3 + 2 * d * d * o)
+        return moment / self.subsample + self.batch * (2 * d**3 + 2 * d * d * o)
 
     def size(self, solver: Solver) -> int:
         """Rows of the matrix that a solver inverts."""

@@ -13,6 +13,7 @@ the contribution is a Gram matrix of the same kind, with an axis less. The same 
 Dilations and strides are undone beforehand (`windows.in_blocks`).
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -25,6 +26,12 @@ from cqjax.linalg.windows import Window
 
 WORD = 100
 """Floating-point operations in the time that a number takes to memory and back, roughly."""
+
+SUMMED = 1 << 14
+"""Positions that one convolution sums over, if that leaves no more than `PARTS` convolutions: in
+float32, where they are many more, their sum is less accurate than that of partial sums."""
+
+PARTS = 8
 
 Padding = Sequence[tuple[int, int]]
 
@@ -119,9 +126,18 @@ def _cost(shape: Sequence[int], window: Sequence[int], padding: Padding, word: f
     cost = 2 * math.prod(shape) * shape[-1] * differences
     cost += word * (3 * math.prod(shape) + features**2)
     for axis, _, depth, others, around in _edges(window, padding):
-        strip = [*shape[: axis + 1], *shape[axis + 2 : -1], depth * shape[-1]]
-        cost += _cost(strip, others, around, word)
+        strip = (*shape[: axis + 1], *shape[axis + 2 : -1], depth * shape[-1])
+        if len(others) > 1:
+            cost += _cost(strip, others, around, word)
+        else:
+            cost += patches_cost(strip, _moving(others, around), word=word)
     return cost
+
+
+def _moving(shape: Sequence[int], padding: Padding) -> Window:
+    """A window that moves by 1, undilated."""
+    ones = (1,) * len(shape)
+    return Window(tuple(shape), ones, tuple(padding), ones, ones)
 
 
 def _gram(
@@ -144,7 +160,10 @@ def _gram(
         strip = _pad(x, (axis + 1,), *(0, depth - x.shape[axis + 1])[::way])
         strip = jnp.moveaxis(strip, axis + 1, -2)
         strip = strip.reshape(*strip.shape[:-2], depth * channels)
-        edge = _gram(strip, others, around, precision)
+        if len(others) > 1:
+            edge = _gram(strip, others, around, precision)
+        else:
+            edge = gram.inner(windows.patches(strip, _moving(others, around)), None, precision)
         edge = edge.reshape(2 * (*others, depth, channels))
         edge = jnp.moveaxis(edge, (ndim - 1, 2 * ndim), both)
         shifted = (_pad(edge, both, *(at, -at)[::way]) for at in range(depth))
@@ -188,7 +207,9 @@ def _autocorrelation(
 ) -> jax.Array:
     """Σ_q x[q + Δ] x[q]ᵀ: (channels, *Δ, channels), Δ from 1 - k to k - 1 along each axis."""
     reach = [(0, window[0] - 1), *((k - 1, k - 1) for k in window[1:])]
-    half = _correlation(x, x, reach, precision)
+    few = max(SUMMED // max(1, math.prod(x.shape[1:-1])), -(-len(x) // PARTS), 1)
+    parts = [x[start : start + few] for start in range(0, max(1, len(x)), few)]
+    half = functools.reduce(jnp.add, [_correlation(p, p, reach, precision) for p in parts])
     mirrored = jnp.flip(half[:, 1:], tuple(range(1, half.ndim - 1))).swapaxes(0, -1)
     return jnp.concatenate([mirrored, half], 1)
 
