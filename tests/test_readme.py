@@ -7,19 +7,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 @pytest.fixture(scope="module")
 def names():
-    """What the README's code defines: the first block, then the others in the same session."""
-    first, *others = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    """What the README's code defines: the first block, then all others in the same session."""
+    first, *others = blocks(README)
     names = {}
     exec(compile(first, str(README), "exec"), names)
     session = dict(names)
-    for code in others:
-        exec(compile(code, str(README), "exec"), session)
+    for code in (*others, *blocks(ROOT / "docs" / "speed.md")):
+        exec(compile(code, "documentation", "exec"), session)
     return names
+
+
+def blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
 def test_example(names):

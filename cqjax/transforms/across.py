@@ -47,13 +47,14 @@ def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
 def no_inverses(
     plan: Plan, params: optax.Params, update_every: int, averaged: bool
 ) -> dict[str, jax.Array]:
-    """Identities for the weights that are worth keeping an inverse for, as are all averages.
+    """Identities for the weights of which an inverse is kept: with averages, of all.
 
-    Without averages a weight is solved for anew in each step if that costs less.
+    Without, a weight is solved for anew in each step if that costs less, or if it has fewer rows
+    than features: what the old rows did not span would be divided by λ alone.
     """
     masked, inverses = masked_paths(params), {}
     for label, block in _unmasked(plan, params).items():
-        if block.solver != "diagonal" and (averaged or _cheaper_kept(block, update_every)):
+        if block.solver != "diagonal" and (averaged or _worth_keeping(block, update_every)):
             size = block.features + joint_bias(block, masked)
             one = jnp.eye(size, dtype=_dtype(block))
             inverses[label] = jnp.broadcast_to(one, (block.batch, size, size))
@@ -67,19 +68,18 @@ def _unmasked(plan: Plan, params: optax.Params) -> dict[str, Block]:
 
 
 def _dtype(block: Block) -> jnp.dtype:
-    return gram.accumulator(block.sites[0].z[1])
+    site = block.sites[0]
+    return gram.accumulator((site.z if block.solver == "diagonal" else site.x)[1])
 
 
-def _cheaper_kept(block: Block, update_every: int) -> bool:
-    """Whether a step costs less with an inverse that is renewed every so many steps."""
+def _worth_keeping(block: Block, update_every: int) -> bool:
     product = 2 * block.batch * block.size("primal") ** 2 * block.outputs
     renewed = block.flops("primal") - product
-    return product + renewed / update_every < block.flops(block.solver)
+    cheaper = product + renewed / update_every < block.flops(block.solver)
+    return cheaper and block.rows >= block.features
 
 
-def every(
-    period: int | None, count: jax.Array, renew: Callable[[], _Kept], kept: _Kept
-) -> _Kept:
+def every(period: int | None, count: jax.Array, renew: Callable[[], _Kept], kept: _Kept) -> _Kept:
     """Something new in every so many updates, and the first; else what there is."""
     if period is None or period == 1:
         return renew()
@@ -141,7 +141,8 @@ def renewed(
     def system(label: str, old: jax.Array) -> jax.Array:
         xx = functools.partial(second_moment, moments, incoming, label)
         size = old.shape[-1]
-        return every(period, count, lambda: xx()[:, :size, :size], jnp.zeros_like(old))
+        none = jnp.zeros_like(old)
+        return every(period, count, lambda: xx()[:, :size, :size].astype(old.dtype), none)
 
     matrices = {label: system(label, old) for label, old in inverses.items()}
 
@@ -152,7 +153,8 @@ def renewed(
         ]
         kept, failures = {}, jnp.zeros((), jnp.int32)
         for (label, old), new in zip(inverses.items(), ridge.inverses(systems), strict=True):
-            kept[label] = jnp.where(jnp.expand_dims(new.failed, (1, 2)), old, new.value)
+            failed = jnp.expand_dims(new.failed, (1, 2))
+            kept[label] = jnp.where(failed, old, new.value.astype(old.dtype))
             failures += jnp.sum(new.repaired, dtype=jnp.int32)
         return kept, failures
 

@@ -77,10 +77,11 @@ def scale_by_consequentialism(
     rows do not span all features 1/λ magnifies the rounding: `solver="dual"` starts from the rows.
 
     Parameters that were not captured pass through unchanged. Call it under `jax.jit`, together with
-    `cqjax.value_and_grad`. Solves are in float32 (float64 for
-    float64 models) at the highest precision. One that fails is repeated with its damping raised by
-    1e-2 of the mean eigenvalue; if that fails, the layer gets its plain update, with zeros for
-    entries that are not finite. The state counts such events.
+    `cqjax.value_and_grad`. Solves are in float32 (float64 for float64 models) at the highest
+    precision. One that fails is repeated with its damping raised by 1e-2 of the mean eigenvalue; if
+    that fails, the layer keeps the inverse that it has from earlier (`update_every`), or else gets
+    its plain update. Entries of the result that are not finite become zero. The state counts such
+    events.
 
     Args:
       damping: λ ≥ 0, in units of the squared length of an input row; a number or a schedule of the
@@ -91,19 +92,19 @@ def scale_by_consequentialism(
       plan: with one of the following, what will be captured: `cqjax.plan` of the same loss and
         arguments as `cqjax.value_and_grad`.
       update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next; in between,
-        the inverse is kept and applied to each batch's gradient. Without `ema_decay` that is of one
-        batch's rows, which must be many more than the features, and weights whose solve costs less
-        than that product are solved for anew in every update.
-      ema_decay: in [0, 1): the solves take the moving average of XᵀX, with its bias from starting
-        at zero corrected, by the primal for all weights.
+        the inverse is kept and applied to each batch's gradient. Without `ema_decay` it is that of
+        one batch; weights with fewer rows than features, and those whose exact solve costs less
+        than the product with an inverse, are then solved for anew in every update.
+      ema_decay: in [0, 1): the solves take the moving average of XᵀX / N, times N, with its bias
+        from starting at zero corrected, by the primal for all weights.
       capture_every: with `ema_decay`, updates from one batch that enters the average to the next.
 
     Returns:
       A transformation whose `update` takes the keyword argument `captures`.
 
     Raises:
-      ValueError: a damping is negative or NaN; in `update`, there are no captures, they belong to
-        other parameters, or the batch size is unknown.
+      ValueError: an argument cannot be meant, or needs a plan; in `update`, there are no captures,
+        they belong to other parameters or another plan, or the batch size is unknown.
       TypeError: in `update`, `captures` is something else.
 
     Examples:
