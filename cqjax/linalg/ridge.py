@@ -1,7 +1,7 @@
 """Damped inverses: factorised together where shapes are equal, repaired where that fails."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -66,17 +66,29 @@ def inverses(systems: Sequence[System]) -> list[Inverse]:
     its mean eigenvalue. The second attempt costs nothing unless it is needed (under `vmap`, where a
     condition becomes a selection, it always runs).
     """
+    return [Inverse(*parts) for parts in _together(_inverse, list(map(_each_own, systems)))]
+
+
+def all_finite(rows: Sequence[jax.Array]) -> list[jax.Array]:
+    """For each of these arrays, (B, o), which of its rows are finite: (B,) bool."""
+    found = _together(lambda x: (jnp.isfinite(x).all(-1),), [(row,) for row in rows])
+    return [finite for (finite,) in found]
+
+
+def _together(
+    function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Sequence[jax.Array]]
+) -> list[list[jax.Array]]:
+    """A function's results for each of these arguments, arrays (B, ...), equal shapes in one call."""
     groups: dict[object, list[int]] = {}
-    for i, system in enumerate(systems):
-        groups.setdefault((system.matrix.shape[1:], system.matrix.dtype), []).append(i)
-    results: dict[int, Inverse] = {}
+    for i, (first, *_) in enumerate(arguments):
+        groups.setdefault((first.shape[1:], first.dtype), []).append(i)
+    results: dict[int, list[jax.Array]] = {}
     for members in groups.values():
-        stack = zip(*(_each_own(systems[i]) for i in members), strict=True)
-        joined = _inverse(*map(jnp.concatenate, stack))
-        ends = np.cumsum([len(systems[i].matrix) for i in members])[:-1]
-        parts = zip(*(jnp.split(leaf, ends) for leaf in joined), strict=True)
-        results |= dict(zip(members, (Inverse(*part) for part in parts), strict=True))
-    return [results[i] for i in range(len(systems))]
+        stacks = map(jnp.concatenate, zip(*(arguments[i] for i in members), strict=True))
+        ends = np.cumsum([len(arguments[i][0]) for i in members])[:-1]
+        parts = zip(*(jnp.split(result, ends) for result in function(*stacks)), strict=True)
+        results |= dict(zip(members, map(list, parts), strict=True))
+    return [results[i] for i in range(len(arguments))]
 
 
 def _each_own(system: System) -> tuple[jax.Array, ...]:
@@ -124,20 +136,10 @@ def _wide(numbers: jax.Array) -> jax.Array:
     return numbers[:, None, None]
 
 
-class Solution(NamedTuple):
-    """An inverse, applied.
+def solve(inverse: jax.Array, right: jax.Array) -> jax.Array:
+    """Applies inverses, (B, m, m), to right-hand sides, (B, m, o).
 
-    Attributes:
-      value: S, (B, m, o).
-      failed: (B,) bool, whether the right-hand side was not finite, and so S is not.
+    What is not finite in a column of a right-hand side leaves no entry of the result's finite: any
+    row of it shows that.
     """
-
-    value: jax.Array
-    failed: jax.Array
-
-
-def solve(inverse: jax.Array, right: jax.Array) -> Solution:
-    """Applies inverses, (B, m, m), to right-hand sides, (B, m, o)."""
-    value = jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
-    any_row = value[:, 0]  # what is not finite in a column of R leaves no entry of S's finite
-    return Solution(value, ~jnp.isfinite(any_row).all(-1))
+    return jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)

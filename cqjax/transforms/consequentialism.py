@@ -210,12 +210,14 @@ def _precondition(
     def solve(changed: bool) -> tuple[optax.Updates, jax.Array]:
         results: dict[str, Matrices] = {}
         waiting: dict[str, solves.Solve] = {}
+        rows: dict[str, jax.Array] = {}
         failures = jnp.zeros((), jnp.int32)
         for label, capture in incoming.captures.items():
             if label in inverses:
                 kept = inverses[label]
-                results[label], failed = solves.preconditioned(incoming, capture, damping, kept)
-                failures += jnp.sum(failed, dtype=jnp.int32)
+                results[label], rows[label] = solves.preconditioned(
+                    incoming, capture, damping, kept
+                )
             elif by_rows(label, capture):
                 exact = capture.block.exact and not changed
                 solve = solves.dual if exact else solves.dual_of_changed
@@ -228,9 +230,12 @@ def _precondition(
                 else:
                     waiting[label] = solves.primal(incoming, capture, damping, xx)
         found = ridge.inverses([solve.system for solve in waiting.values()])
-        for (label, solve), inverse in zip(waiting.items(), found, strict=True):
-            results[label], failed = solve.update(inverse)
-            failures += jnp.sum(inverse.repaired | failed, dtype=jnp.int32)
+        inverted = dict(zip(waiting, found, strict=True))
+        for label, inverse in inverted.items():
+            results[label], rows[label] = waiting[label].update(inverse)
+        for label, good in zip(rows, ridge.all_finite(list(rows.values())), strict=True):
+            failed = ~good | inverted[label].repaired if label in inverted else ~good
+            failures += jnp.sum(failed, dtype=jnp.int32)
         return incoming.replaced(results), failures
 
     pure = [c for label, c in incoming.captures.items() if by_rows(label, c) and c.block.exact]

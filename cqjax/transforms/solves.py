@@ -32,7 +32,7 @@ class Damping(NamedTuple):
 class Solve(NamedTuple):
     """A matrix to be inverted, and the update that its inverse makes.
 
-    The update comes with (B,) bool, whether something in it may not be finite.
+    With the update comes a row of the solution, (B, o), in which it would show if it is not finite.
     """
 
     system: ridge.System
@@ -62,17 +62,17 @@ def primal_system(
 def preconditioned(
     incoming: Incoming, capture: Capture, damping: Damping, inverse: jax.Array
 ) -> tuple[Matrices, jax.Array]:
-    """The inverse's product with the updates."""
+    """The inverse's product with the updates, and a row of it."""
     block = capture.block
     weight, bias = incoming.matrices(block)
     if bias is not None and incoming.joint_bias(block):
-        u, failed = ridge.solve(inverse, jnp.concatenate([weight, bias[:, None]], 1))
-        return Matrices(u[:, : block.features], u[:, -1]), failed
-    u, failed = ridge.solve(inverse, weight)
+        u = ridge.solve(inverse, jnp.concatenate([weight, bias[:, None]], 1))
+        return Matrices(u[:, : block.features], u[:, -1]), u[:, 0]
+    u = ridge.solve(inverse, weight)
     if bias is not None:
         ones = block.rows_with_bias * (1 + damping.relative)
         bias *= incoming.batch_size / (ones + damping.absolute)
-    return Matrices(u, bias), failed
+    return Matrices(u, bias), u[:, 0]
 
 
 def dual(incoming: Incoming, capture: Capture, damping: Damping) -> Solve:
@@ -81,8 +81,8 @@ def dual(incoming: Incoming, capture: Capture, damping: Damping) -> Solve:
     rows, h, dz = _rows(incoming, capture)
 
     def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
-        s, failed = ridge.solve(inverse.value, dz)
-        return product(rows, s, h, block.precision), failed
+        s = ridge.solve(inverse.value, dz)
+        return product(rows, s, h, block.precision), s[:, 0]
 
     return Solve(_dual_system(incoming, capture, damping), update)
 
@@ -101,8 +101,8 @@ def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> S
         moved += h[..., None].astype(dz.dtype) * rest.bias[:, None]
 
     def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
-        solution, failed = ridge.solve(inverse.value, jnp.concatenate([dz, moved], -1))
-        failed |= inverse.failed
+        solution = ridge.solve(inverse.value, jnp.concatenate([dz, moved], -1))
+        failed = inverse.failed | ~jnp.isfinite(solution[:, 0]).all(-1)
         of_gradient, of_rest = jnp.split(solution, 2, -1)
         scaled = product(rows, along(scale, of_gradient) * of_gradient, h, block.precision)
         spanned = product(rows, of_rest, h, block.precision)
@@ -112,7 +112,7 @@ def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> S
             u = u + jnp.where(along(present, r), outside, 0)
             return jnp.where(along(failed, u), plain, u)
 
-        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), failed
+        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), solution[:, 0]
 
     system = _dual_system(incoming, capture, damping)
     solvable = (jnp.asarray(system.damping) > 0) | ~present
