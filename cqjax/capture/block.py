@@ -18,6 +18,11 @@ from cqjax.linalg import gram
 Solver = Literal["dual", "primal", "diagonal"]
 
 
+SPANNING = 2
+"""Rows for each feature with which an inverse is of use for other rows. Of independent rows it is
+then twice too large in the mean; with as many rows as features, without bound."""
+
+
 class Cost(NamedTuple):
     """How a loss's statistics are taken: what that and their solves may cost.
 
@@ -51,9 +56,10 @@ class Block:
       exact: whether the loss uses these parameters in these sites only, so that their gradient
         is XᵀZ̄.
       parts: how many parts the features are in, each with an XᵀX of its own that is one of the B;
-        a bias is then solved for alone.
+        a bias is then solved for alone. None where XᵀX is whole.
       subsample: XᵀX comes from one in so many rows.
       precision: of the products with X.
+      max_dim: the largest matrix to be inverted; None for no limit.
     """
 
     sites: tuple[Site, ...]
@@ -61,9 +67,10 @@ class Block:
     bias: Bias | None
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     exact: bool
-    parts: int = 1
+    parts: int | None = None
     subsample: int = 1
     precision: lax.PrecisionLike = "highest"
+    max_dim: int | None = None
 
     @property
     def view(self) -> View:
@@ -131,12 +138,25 @@ class Block:
         """Rows of the matrix that a solver inverts."""
         if solver == "dual":
             return self.rows
-        return self.features + (self.bias is not None and self.parts == 1)
+        return self.features + (self.bias is not None and self.parts is None)
 
     def relative_flops(self) -> float:
         """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
         own = 6 * self.batch * self.rows * self.features * self.outputs
         return self.flops(self.solver) / own
+
+    def small(self, solver: Solver) -> bool:
+        """Whether a solver may invert its matrix."""
+        return self.max_dim is None or self.size(solver) <= self.max_dim
+
+    @property
+    def spans(self) -> bool:
+        """Whether a batch's rows surely span the features: there are `SPANNING` times as many.
+
+        Else XᵀX + λI from other rows is nearly singular along some of a batch's own: its inverse
+        would make updates too large there, up to a factor of its eigenvalues over λ.
+        """
+        return self.rows >= SPANNING * self.features
 
     def parts_of(self, size: int) -> int | None:
         """The least number of equal parts that leaves each at most `size` features, if any does.
@@ -190,7 +210,7 @@ class Block:
         if isinstance(form, Lookup):
             return Counts(form.counts(x, gram.accumulator(site.z[1])))
         h = None
-        if self.bias is not None and self.parts == 1:
+        if self.bias is not None and self.parts is None:
             h = jnp.full((), site.bias is not None, x.dtype)
         if self.solver == "dual":
             rows = form.rows(x)

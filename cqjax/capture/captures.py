@@ -81,9 +81,16 @@ def _second_moment(block: Block, site: Site, statistic: Statistic) -> jax.Array:
                 statistic.x, statistic.h, block.subsample, block.precision
             )
         case Rows():
-            rows, weight = one_in(block.subsample, statistic.x, 1)
-            h = None if statistic.h is None else one_in(block.subsample, statistic.h, 1)[0]
-            return weight * gram.inner(rows, h, block.precision)
+            assert not isinstance(site.form, Lookup)
+            together = site.form.together
+
+            def taken(rows: jax.Array) -> jax.Array:
+                batch, n, *features = rows.shape
+                groups = rows.reshape(batch, n // together, together, *features)
+                return one_in(block.subsample, groups, 1)[0].reshape(batch, -1, *features)
+
+            x, h = taken(statistic.x), None if statistic.h is None else taken(statistic.h)
+            return statistic.x.shape[1] / max(1, x.shape[1]) * gram.inner(x, h, block.precision)
 
 
 @functools.partial(

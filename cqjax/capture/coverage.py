@@ -1,13 +1,12 @@
 """From a walk's record to blocks: which sites are solved for together, and which cannot be."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence, Set
 
 import jax
 import jax.numpy as jnp
 
-from cqjax.capture.block import Block, Cost, Solver
+from cqjax.capture.block import SPANNING, Block, Cost, Solver
 from cqjax.capture.matrix_form import Lookup
 from cqjax.capture.sites import Site
 from cqjax.capture.views import View
@@ -142,19 +141,25 @@ def _block(
         bias=bias,
         shapes=tuple((path, shapes[path]) for path in paths),
         exact=not any(uses[path] for path in paths),
-        subsample=cost.subsample,
         precision=cost.precision,
+        max_dim=cost.max_dim,
     )
     if isinstance(sites[0].form, Lookup):
         return block
     solvers: tuple[Solver, ...] = ("dual", "primal") if cost.solver == "auto" else (cost.solver,)
-    limit = math.inf if cost.max_dim is None else cost.max_dim
-    small: list[Solver] = [solver for solver in solvers if block.size(solver) <= limit]
+    block = _subsampled(block, cost.subsample)
+    small: list[Solver] = [solver for solver in solvers if block.small(solver)]
     if small:
         return dataclasses.replace(block, solver=min(small, key=block.flops))
     if cost.block_size is not None and (parts := block.parts_of(cost.block_size)):
-        return block.split(parts)
+        return _subsampled(block.split(parts), cost.subsample)
     size = min(block.size(solver) for solver in solvers)
     for site in sites:
         _drop(site, f"needs the inverse of a matrix of {size} rows, more than max_dim", uses)
     return None
+
+
+def _subsampled(block: Block, subsample: int) -> Block:
+    """The block with XᵀX from one in `subsample` rows, or more: enough to span the features."""
+    most = max(1, block.rows // (SPANNING * max(1, block.features)))
+    return dataclasses.replace(block, subsample=min(subsample, most))

@@ -84,12 +84,19 @@ class Product:
         return self.inputs.pack(x)
 
     @property
+    def together(self) -> int:
+        """How many successive rows are taken together where some are taken."""
+        return 1
+
+    @property
     def channels(self) -> int:
         """Length of the axis of features that `split` acts on: the longest."""
         return max((self.weight.sizes[i] for i in self.weight.groups[1]), default=1)
 
     def split(self, parts: int) -> "Product":
         """The form in which each part of the features, of equal size, is a product of its own."""
+        if parts == 1:
+            return self
         features = self.weight.groups[1]
         longest = [self.weight.sizes[i] for i in features].index(self.channels)
         weight = self.weight.split(features[longest], parts)
@@ -135,6 +142,11 @@ class Convolution:
     def rows(self, x: jax.Array) -> jax.Array:
         """The im2col matrix: (B, n, d), d running over the window, then over the channels."""
         return windows.patches(self._channels_last(x), self.window, self.weight.shape[0])
+
+    @property
+    def together(self) -> int:
+        """How many successive rows are taken together where some are taken: an example's."""
+        return math.prod(self.output.sizes[i] for i in self.output.groups[1][1:])
 
     @property
     def channels(self) -> int:

@@ -70,7 +70,8 @@ def value_and_grad(
         many features were all there is of XᵀX, and a bias were a layer of its own. The blocks are
         of equal size, and a convolution's have the whole window of some channels.
       subsample: the primal takes XᵀX from one in so many rows, or examples of a convolution, and
-        multiplies it accordingly. (Rows that were captured are all used in the dual.)
+        multiplies it accordingly; from more, where fewer than twice as many rows as features would
+        be left. (Rows that were captured are all used in the dual.)
       precision: of the products with X on accelerators: of XᵀX, XXᵀ and, for the dual, that of Xᵀ
         with the solution; as in `jax.lax.dot_general`. Solves always have the highest.
 

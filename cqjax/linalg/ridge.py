@@ -78,7 +78,7 @@ def all_finite(rows: Sequence[jax.Array]) -> list[jax.Array]:
 def _together(
     function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Sequence[jax.Array]]
 ) -> list[list[jax.Array]]:
-    """A function's results for each of these arguments, arrays (B, ...), equal shapes in one call."""
+    """A function's results for each of these arrays, (B, ...): equal shapes in one call."""
     groups: dict[object, list[int]] = {}
     for i, (first, *_) in enumerate(arguments):
         groups.setdefault((first.shape[1:], first.dtype), []).append(i)

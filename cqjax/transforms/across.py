@@ -34,9 +34,11 @@ class Moment(NamedTuple):
 
 
 def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
-    """Averages of nothing yet, for every weight that is not masked."""
+    """Averages of nothing yet, for all weights but those masked or with too large an XᵀX."""
     moments = {}
     for label, block in _unmasked(plan, params).items():
+        if not block.small("primal"):
+            continue
         size = block.size("primal")
         square = () if block.solver == "diagonal" else (size,)
         total = jnp.zeros((block.batch, size, *square), _dtype(block))
@@ -47,14 +49,14 @@ def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
 def no_inverses(
     plan: Plan, params: optax.Params, update_every: int, averaged: bool
 ) -> dict[str, jax.Array]:
-    """Identities for the weights of which an inverse is kept: with averages, of all.
+    """Identities for the weights of which an inverse is kept.
 
-    Without, a weight is solved for anew in each step if that costs less, or if it has fewer rows
-    than features: what the old rows did not span would be divided by λ alone.
+    It must be of use for other rows, and without averages cost less than a solve in each step.
     """
     masked, inverses = masked_paths(params), {}
     for label, block in _unmasked(plan, params).items():
-        if block.solver != "diagonal" and (averaged or _worth_keeping(block, update_every)):
+        useful = block.solver != "diagonal" and block.spans and block.small("primal")
+        if useful and (averaged or _cheaper_kept(block, update_every)):
             size = block.features + joint_bias(block, masked)
             one = jnp.eye(size, dtype=_dtype(block))
             inverses[label] = jnp.broadcast_to(one, (block.batch, size, size))
@@ -72,11 +74,10 @@ def _dtype(block: Block) -> jnp.dtype:
     return gram.accumulator((site.z if block.solver == "diagonal" else site.x)[1])
 
 
-def _worth_keeping(block: Block, update_every: int) -> bool:
+def _cheaper_kept(block: Block, update_every: int) -> bool:
     product = 2 * block.batch * block.size("primal") ** 2 * block.outputs
     renewed = block.flops("primal") - product
-    cheaper = product + renewed / update_every < block.flops(block.solver)
-    return cheaper and block.rows >= block.features
+    return product + renewed / update_every < block.flops(block.solver)
 
 
 def every(period: int | None, count: jax.Array, renew: Callable[[], _Kept], kept: _Kept) -> _Kept:
@@ -95,6 +96,7 @@ def averaged(
 ) -> dict[str, Moment]:
     """The averages, every so often with this batch's moments; without those that are not finite.
 
+    Where a batch does not span the features, each one enters.
     Each weight has a condition of its own, which XLA can take when its inputs are there: all in one
     would keep them till the end.
     """
@@ -110,7 +112,9 @@ def averaged(
         return Moment(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
 
     def maybe(label: str, average: Moment) -> Moment:
-        return every(period, count, lambda: added(average, incoming.captures[label]), average)
+        capture = incoming.captures[label]
+        due = period if capture.block.spans else 1
+        return every(due, count, lambda: added(average, capture), average)
 
     return {label: maybe(label, average) for label, average in moments.items()}
 
@@ -131,11 +135,11 @@ def renewed(
     damping: Damping,
     period: int,
     count: jax.Array,
-) -> tuple[dict[str, jax.Array], jax.Array]:
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The inverses, every so often of what the moments are then; the old where there is none.
 
     Returns:
-      The inverses, and how many solves failed.
+      The inverses, and (B,) bool, whether the attempt at one failed.
     """
 
     def system(label: str, old: jax.Array) -> jax.Array:
@@ -146,23 +150,27 @@ def renewed(
 
     matrices = {label: system(label, old) for label, old in inverses.items()}
 
-    def renew() -> tuple[dict[str, jax.Array], jax.Array]:
+    def renew() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         systems = [
-            primal_system(incoming, incoming.captures[label], damping, xx)
+            primal_system(incoming, incoming.captures[label], damping, xx, label in moments)
             for label, xx in matrices.items()
         ]
-        kept, failures = {}, jnp.zeros((), jnp.int32)
+        kept, repaired = {}, {}
         for (label, old), new in zip(inverses.items(), ridge.inverses(systems), strict=True):
             failed = jnp.expand_dims(new.failed, (1, 2))
             kept[label] = jnp.where(failed, old, new.value.astype(old.dtype))
-            failures += jnp.sum(new.repaired, dtype=jnp.int32)
-        return kept, failures
+            repaired[label] = new.repaired
+        return kept, repaired
 
-    return every(period, count, renew, (dict(inverses), jnp.zeros((), jnp.int32)))
+    never = {label: jnp.zeros(len(old), bool) for label, old in inverses.items()}
+    return every(period, count, renew, (dict(inverses), never))
 
 
 def check(
-    moments: Mapping[str, Moment], inverses: Mapping[str, jax.Array], incoming: Incoming
+    moments: Mapping[str, Moment],
+    inverses: Mapping[str, jax.Array],
+    incoming: Incoming,
+    averages: bool,
 ) -> None:
     """Refuses captures for which the state was not made.
 
@@ -178,7 +186,7 @@ def check(
                 f"captured; {remedy}"
             )
     for label, capture in incoming.captures.items():
-        if moments and label not in moments:
+        if averages and capture.block.small("primal") and label not in moments:
             raise ValueError(
                 f"scale_by_consequentialism: {label} was captured, but is not in the plan that the "
                 f"state was made with; {remedy}"

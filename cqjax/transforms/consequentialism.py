@@ -1,11 +1,13 @@
 """Consequentialism: updates chosen by what they do to each layer's outputs (seed 000)."""
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -93,11 +95,14 @@ def scale_by_consequentialism(
         arguments as `cqjax.value_and_grad`.
       update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next; in between,
         the inverse is kept and applied to each batch's gradient. Without `ema_decay` it is that of
-        one batch; weights with fewer rows than features, and those whose exact solve costs less
-        than the product with an inverse, are then solved for anew in every update.
+        one batch, and weights whose exact solve costs less than the product with an inverse are
+        solved for anew in every update. So are those with fewer than twice as many rows in a batch
+        as features: an inverse that knows other rows only would be up to 1/λ along theirs.
       ema_decay: in [0, 1): the solves take the moving average of XᵀX / N, times N, with its bias
-        from starting at zero corrected, by the primal for all weights.
-      capture_every: with `ema_decay`, updates from one batch that enters the average to the next.
+        from starting at zero corrected, by the primal for all weights (but for those whose XᵀX
+        `max_dim` forbids to invert: they are solved for by rows).
+      capture_every: with `ema_decay`, updates from one batch that enters the average to the next;
+        of weights with fewer than twice as many rows as features, each batch enters.
 
     Returns:
       A transformation whose `update` takes the keyword argument `captures`.
@@ -105,7 +110,7 @@ def scale_by_consequentialism(
     Raises:
       ValueError: an argument cannot be meant, or needs a plan; in `update`, there are no captures,
         they belong to other parameters or another plan, or the batch size is unknown.
-      TypeError: in `update`, `captures` is something else.
+      TypeError: the plan, or in `update` `captures`, is something else.
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp, optax
@@ -148,18 +153,18 @@ def scale_by_consequentialism(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         incoming = Incoming(updates, captures, "scale_by_consequentialism")
-        across.check(state.moments, state.inverses, incoming)
+        across.check(state.moments, state.inverses, incoming, ema_decay is not None)
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
-        moments, inverses, failures = state.moments, state.inverses, jnp.zeros((), jnp.int32)
+        moments, inverses, repaired = state.moments, state.inverses, {}
         if ema_decay is not None:
             moments = across.averaged(moments, incoming, ema_decay, capture_every, state.count)
         if update_every is not None:
-            inverses, failures = across.renewed(
+            inverses, repaired = across.renewed(
                 inverses, moments, incoming, now, update_every, state.count
             )
-        updates, failed = _precondition(incoming, now, moments, inverses)
+        updates, failures = _precondition(incoming, now, moments, inverses, repaired)
         count = jnp.asarray(optax.safe_increment(state.count))
-        fallbacks = state.fallbacks + failures + failed
+        fallbacks = state.fallbacks + failures
         return updates, ScaleByConsequentialismState(count, fallbacks, moments, inverses)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -174,20 +179,25 @@ def _check_across(plan: Plan | None, update_every: Any, ema_decay: Any, capture_
 
     Raises:
       ValueError: names the option.
+      TypeError: the plan is none.
     """
     periods = {"update_every": update_every, "capture_every": capture_every}
     for name, value in periods.items():
-        if value is not None and not (isinstance(value, int) and value >= 1):
+        if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
             raise ValueError(
                 f"{name}={value}: expected a positive Python integer (with "
                 f'optax.inject_hyperparams: static_args="{name}")'
             )
-    if isinstance(ema_decay, int | float) and not 0 <= ema_decay < 1:
+    if isinstance(ema_decay, int | float | np.number) and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay={ema_decay}: expected at least 0 and less than 1")
     if capture_every is not None and ema_decay is None:
         raise ValueError(
             f"capture_every={capture_every} without ema_decay: it says how often the moving "
             "average is given a batch; update_every takes the batch that it comes with"
+        )
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}; expected a Plan: cqjax.plan(loss_fn)(params, *args)"
         )
     if plan is None and (update_every is not None or ema_decay is not None):
         raise ValueError(
@@ -201,6 +211,7 @@ def _precondition(
     damping: Damping,
     moments: Mapping[str, Moment],
     inverses: Mapping[str, jax.Array],
+    repaired: Mapping[str, jax.Array],
 ) -> tuple[optax.Updates, jax.Array]:
     """N (XᵀX + λI)⁻¹ H for every block, and how many solves failed."""
 
@@ -228,14 +239,15 @@ def _precondition(
                     results[label], failed = solves.diagonal(incoming, capture, damping, xx)
                     failures += failed.astype(jnp.int32)
                 else:
-                    waiting[label] = solves.primal(incoming, capture, damping, xx)
+                    solve = solves.primal(incoming, capture, damping, xx, label in moments)
+                    waiting[label] = solve
         found = ridge.inverses([solve.system for solve in waiting.values()])
-        inverted = dict(zip(waiting, found, strict=True))
-        for label, inverse in inverted.items():
-            results[label], rows[label] = waiting[label].update(inverse)
+        failed = dict(repaired)
+        for (label, solve), inverse in zip(waiting.items(), found, strict=True):
+            results[label], rows[label] = solve.update(inverse)
+            failed[label] = inverse.repaired
         for label, good in zip(rows, ridge.all_finite(list(rows.values())), strict=True):
-            failed = ~good | inverted[label].repaired if label in inverted else ~good
-            failures += jnp.sum(failed, dtype=jnp.int32)
+            failures += jnp.sum(~good | failed[label], dtype=jnp.int32)
         return incoming.replaced(results), failures
 
     pure = [c for label, c in incoming.captures.items() if by_rows(label, c) and c.block.exact]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from cqjax.capture.captures import Capture
 from cqjax.linalg import gram, ridge
@@ -39,22 +40,24 @@ class Solve(NamedTuple):
     update: Callable[[ridge.Inverse], tuple[Matrices, jax.Array]]
 
 
-def primal(incoming: Incoming, capture: Capture, damping: Damping, xx: jax.Array) -> Solve:
+def primal(
+    incoming: Incoming, capture: Capture, damping: Damping, xx: jax.Array, averaged: bool
+) -> Solve:
     """U = N (XᵀX + λI)⁻¹ H, for a second moment of the block."""
 
     def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
         return preconditioned(incoming, capture, damping, inverse.value)
 
-    return Solve(primal_system(incoming, capture, damping, xx), update)
+    return Solve(primal_system(incoming, capture, damping, xx, averaged), update)
 
 
 def primal_system(
-    incoming: Incoming, capture: Capture, damping: Damping, xx: jax.Array
+    incoming: Incoming, capture: Capture, damping: Damping, xx: jax.Array, averaged: bool
 ) -> ridge.System:
     """N (XᵀX + λI)⁻¹, for a second moment of the block."""
     block = capture.block
     size = block.features + incoming.joint_bias(block)
-    rank = min(block.rows, size)
+    rank = size if averaged else min(block.rows, size)
     xx = xx[:, :size, :size]
     return ridge.System(xx, damping.of(xx, rank), rank, incoming.batch_size)
 
@@ -84,13 +87,13 @@ def dual(incoming: Incoming, capture: Capture, damping: Damping) -> Solve:
         s = ridge.solve(inverse.value, dz)
         return product(rows, s, h, block.precision), s[:, 0]
 
-    return Solve(_dual_system(incoming, capture, damping), update)
+    return Solve(_dual_system(incoming, capture, damping, block.precision), update)
 
 
 def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> Solve:
     """U = N (XᵀX + λI)⁻¹ H for H = c G + R: the dual for G, Woodbury's identity for the rest R.
 
-    (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ.
+    (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ, which needs the highest precision.
     """
     block, n = capture.block, incoming.batch_size
     handed = incoming.matrices(block)
@@ -104,8 +107,8 @@ def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> S
         solution = ridge.solve(inverse.value, jnp.concatenate([dz, moved], -1))
         failed = inverse.failed | ~jnp.isfinite(solution[:, 0]).all(-1)
         of_gradient, of_rest = jnp.split(solution, 2, -1)
-        scaled = product(rows, along(scale, of_gradient) * of_gradient, h, block.precision)
-        spanned = product(rows, of_rest, h, block.precision)
+        scaled = product(rows, along(scale, of_gradient) * of_gradient, h)
+        spanned = product(rows, of_rest, h)
 
         def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
             outside = (n * r - s) / along(inverse.damping, r)
@@ -114,7 +117,7 @@ def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> S
 
         return jax.tree.map(total, scaled, rest, spanned, finite(handed)), solution[:, 0]
 
-    system = _dual_system(incoming, capture, damping)
+    system = _dual_system(incoming, capture, damping, gram.HIGHEST)
     solvable = (jnp.asarray(system.damping) > 0) | ~present
     return Solve(system._replace(solvable=solvable), update)
 
@@ -137,11 +140,13 @@ def diagonal(
     return Matrices(jnp.where(failed, weight, u), None), failed
 
 
-def _dual_system(incoming: Incoming, capture: Capture, damping: Damping) -> ridge.System:
+def _dual_system(
+    incoming: Incoming, capture: Capture, damping: Damping, precision: lax.PrecisionLike
+) -> ridge.System:
     """N (XXᵀ + λI)⁻¹."""
     block = capture.block
     rows, h, _ = _rows(incoming, capture)
-    xx = gram.outer(rows, h, block.precision)
+    xx = gram.outer(rows, h, precision)
     rank = min(block.rows, block.features + incoming.has_bias(block))
     return ridge.System(xx, damping.of(xx, rank), rank, incoming.batch_size)
 
