@@ -1,6 +1,5 @@
 """From a user's loss function to its jaxpr and plan: what every evaluation starts with."""
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -190,7 +189,7 @@ def _check_cost(cost: Cost) -> None:
     check(cost.solver, ("auto", "primal", "dual"), "solver")
     for name in ("max_dim", "block_size", "subsample"):
         value = getattr(cost, name)
-        if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+        if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
             raise ValueError(f"{name}={value}: expected a positive integer")
     if cost.block_size is not None and (cost.max_dim is None or cost.block_size > cost.max_dim):
         raise ValueError(

@@ -1,6 +1,5 @@
 """Consequentialism: updates chosen by what they do to each layer's outputs (seed 000)."""
 
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -183,7 +182,7 @@ def _check_across(plan: Plan | None, update_every: Any, ema_decay: Any, capture_
     """
     periods = {"update_every": update_every, "capture_every": capture_every}
     for name, value in periods.items():
-        if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+        if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
             raise ValueError(
                 f"{name}={value}: expected a positive Python integer (with "
                 f'optax.inject_hyperparams: static_args="{name}")'

@@ -246,9 +246,9 @@ def _matrices(block: Block, arrays: Mapping[str, jax.Array], bias: bool) -> Matr
 
 def joint_bias(block: Block, masked: Set[str]) -> bool:
     """Whether a block has a bias that is solved for in one system with its weight."""
-    return (
-        block.bias is not None and block.parts is None and masked.isdisjoint(block.bias.view.paths)
-    )
+    if block.bias is None or block.parts is not None:
+        return False
+    return masked.isdisjoint(block.bias.view.paths)
 
 
 def masked_paths(tree: optax.Params) -> frozenset[str]:
