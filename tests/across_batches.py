@@ -90,20 +90,27 @@ def moment(rows):
     return ref.second_moment(rows[None], None)[0]
 
 
-def inverses(batches, damping=DAMPING, *, ema_decay=None, update_every=1, capture_every=1):
+def inverses(
+    batches, damping=DAMPING, *, ema_decay=None, update_every=1, capture_every=1, features=5
+):
     """N (XᵀX + λI)⁻¹ as it is applied to each batch's update.
 
     Args:
       batches: X of each batch. One that is not finite is not heard of.
       damping: λ, or a function of the step and XᵀX.
       ema_decay: of the average that XᵀX / N is taken from; None for the batch's own.
-      update_every: steps from one inversion to the next.
-      capture_every: steps from one batch in the average to the next.
+      update_every: steps from one inversion to the next; 1 if the first batch has too few rows.
+      capture_every: steps from one batch in the average to the next; those with too few rows are
+        all in it.
+      features: of which a batch has too few rows for others, if not twice as many; no bias.
     """
     past, inverse = [], np.eye(batches[0].shape[1])
+    if not ref.spans(len(batches[0]), features):
+        update_every = 1
     for t, rows in enumerate(batches):
         xx, n = moment(rows), len(rows)
-        if t % capture_every == 0 and np.isfinite(rows).all():
+        due = t % capture_every == 0 or not ref.spans(n, features)
+        if due and np.isfinite(rows).all():
             past.append(xx / n)
         if ema_decay is not None and past:
             xx = n * ref.average(past, ema_decay)

@@ -27,6 +27,21 @@ class Moment(NamedTuple):
     weight: tuple[int, ...]
     bias: str | None
 
+    @property
+    def spans(self):
+        """Whether the rows are twice as many as the features."""
+        return spans(self.rows, self.weight[1])
+
+
+def spans(rows, features):
+    """Whether statistics of so many rows are used for others. A bias is no feature here."""
+    return rows >= 2 * features
+
+
+def subsampled(every, rows, features):
+    """The number closest to `every` of which one in so many rows still spans the features."""
+    return max([1, *(k for k in range(1, every + 1) if k * 2 * features <= rows)])
+
 
 def second_moment(x, bias, every=1, weight=1.0):
     """Sum of the outer products of X's rows, one in `every`, for x (B, n, d)."""
@@ -43,7 +58,7 @@ def second_moments(case, params, args, every=1):
     """{site: Moment}, of all calls of the site together.
 
     With `every`, from one in so many rows of each call, or examples of a convolution, and
-    multiplied accordingly. Lookups count all.
+    multiplied accordingly; or from more, if these would not span the features. Lookups count all.
     """
     params, args = numpy_inputs(case, params, args)
     calls, moments = {}, {}
@@ -59,9 +74,9 @@ def second_moments(case, params, args, every=1):
             entries = [
                 (np.concatenate([x for x, _ in entries]), (len(entries), *entries[0][1][1:]))
             ]
-        number = 1 if site.endswith("embedding") else every
+        rows, features = sum(x.shape[1] for x, _ in entries), entries[0][1][1]
+        number = 1 if site.endswith("embedding") else subsampled(every, rows, features)
         xx = sum(_estimate(x, bias, number, len(args[-1]), case) for x, _ in entries)
-        rows = sum(x.shape[1] for x, _ in entries)
         moments[site] = Moment(xx, rows, entries[0][1], bias)
     return moments
 

@@ -99,7 +99,9 @@ def scale_by_consequentialism(
         as features: an inverse that knows other rows only would be up to 1/λ along theirs.
       ema_decay: in [0, 1): the solves take the moving average of XᵀX / N, times N, with its bias
         from starting at zero corrected, by the primal for all weights (but for those whose XᵀX
-        `max_dim` forbids to invert: they are solved for by rows).
+        `max_dim` forbids to invert: they are solved for by rows). With few rows in a batch it makes
+        the first updates larger than they would be without: most when the batches together have
+        about as many rows as features. `relative_damping` limits that.
       capture_every: with `ema_decay`, updates from one batch that enters the average to the next;
         of weights with fewer than twice as many rows as features, each batch enters.
 

@@ -1,7 +1,7 @@
 """What the precision of products does to Gram matrices, to updates and to training."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,10 +37,13 @@ class Network(NamedTuple):
     batch: int = 32
     rate: float | None = None
     """C-SGD's; the quick start's if not given."""
+    twice: bool = False
+    """Whether half of the batch is the other half again, with a fifth of its labels at random."""
 
 
 TRAINED = {
     "MLP": Network(MLP(800, 8, 10), (1e-3, 1e-4, 1e-5), "ab"),
+    "MLP, images twice": Network(MLP(800, 8, 10), (1e-3, 1e-5), "ab", twice=True),
     "ResNet-8": Network(ResNet(8, 8, batch_norm=False), (3e-2,), "a", rate=0.05),
 }
 ANALYSED = {
@@ -126,14 +129,27 @@ def _train(
         for damping, seed in itertools.product(network.dampings, range(effort.compiles)):
             start = _start(network, dataset, seed)
             state = State(*start, optimizer(damping).init(start[0]))
-            steps = PERIOD * effort.repeats
-            for batch in shuffled_batches(seed, len(labels), network.batch, steps):
-                state, _ = step(state, images[batch], labels[batch])
+            for batch, answers in _batches(network, labels, seed, PERIOD * effort.repeats):
+                state, _ = step(state, images[batch], answers)
             loss = metric(state.params, state.model_state)
             fallbacks = sum(int(n) for _, n in optax.tree.get_all_with_path(state, "fallbacks"))
             found = {"damping": damping, "seed": seed, "loss": loss, "fallbacks": fallbacks}
             results.append((found, (state.params, state.model_state)))
     return results
+
+
+def _batches(
+    network: Network, labels: np.ndarray, seed: int, steps: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every step's examples, and labels for them."""
+    rng = np.random.default_rng(seed)
+    other = np.where(rng.random(len(labels)) < 0.2, rng.permutation(labels), labels)
+    for batch in shuffled_batches(seed, len(labels), network.batch, steps):
+        if not network.twice:
+            yield batch, labels[batch]
+            continue
+        half = batch[: network.batch // 2]
+        yield np.tile(half, 2), np.concatenate([labels[half], other[half]])
 
 
 def _losses(trained: Sequence[Found]) -> list[dict[str, str]]:

@@ -27,7 +27,8 @@ _WITH_X = (*_GRAM, (solves, "product", (0, 1)))
 _ALL = (*_WITH_X, (ridge, "solve", (0, 1)), (triangular, "_product", (0, 1)))
 SCOPES = {"a": _GRAM, "b": _WITH_X, "c": _ALL}
 """Which functions round which of their arguments: (a) the Gram matrices', (b) also those of Xᵀ and
-the solution (together, what cqjax's argument `precision` is for), (c) also the solves'."""
+the solution (together, what cqjax's argument `precision` is for), (c) also the solves'. Of
+convolutions only those along one or two axes are meant."""
 
 
 def settings(scopes: str, exact: Sequence[str] = (FLOAT32,)) -> list[tuple[str, str]]:
@@ -43,9 +44,10 @@ def emulated(name: str, scope: str) -> Iterator[None]:
     is jitted must be so anew. The solves are by cqjax itself; if they change, JAX's caches are
     emptied.
     """
-    if scope == "c":
-        jax.clear_caches()
     with ExitStack() as stack:
+        if scope == "c":
+            jax.clear_caches()
+            stack.callback(jax.clear_caches)
         if name == PATCHES:
             dear = mock.patch.object(conv_gram, "correlation_cost", lambda *_, **__: math.inf)
             stack.enter_context(dear)
@@ -53,8 +55,6 @@ def emulated(name: str, scope: str) -> Iterator[None]:
             replaced = _rounding(getattr(module, function), operands, name)
             stack.enter_context(mock.patch.object(module, function, replaced))
         yield
-    if scope == "c":
-        jax.clear_caches()
 
 
 def _rounding(

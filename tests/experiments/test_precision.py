@@ -141,6 +141,17 @@ def run(tmp_path_factory):
     return json.loads((output / "bench.json").read_text()), (output / "bench.md").read_text()
 
 
+def test_images_twice_have_two_labels():
+    labels = np.arange(60, dtype=np.int32)
+    network = precision.Network(None, (), "", 8, twice=True)
+    examples, answers = map(np.array, zip(*precision._batches(network, labels, 0, 7), strict=True))
+    assert (examples[:, :4] == examples[:, 4:]).all() and (answers[:, :4] == examples[:, :4]).all()
+    assert 0 < np.mean(answers[:, 4:] != examples[:, 4:]) < 0.5
+    network = network._replace(twice=False)
+    for examples, answers in precision._batches(network, labels, 0, 7):
+        assert len(set(examples)) == 8 and (answers == examples).all()
+
+
 def test_training_has_its_numbers(run):
     results, text = run
     runs = results["parts"]["precision"]["training"]
