@@ -1,7 +1,7 @@
 """What the precision of products does to Gram matrices, to updates and to training."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from experiments.models import MLP, ResNet
 from experiments.quickstart import DEFAULTS
 from experiments.training import State, capturing_step, shuffled_batches
 
-MEASURED = 5_000  # the training loss is that of the first so many training images
+MEASURED = 2_000  # the training loss is that of the first so many training images
 
 Start = tuple[Any, Any]
 
@@ -37,17 +37,16 @@ class Network(NamedTuple):
     batch: int = 32
     rate: float | None = None
     """C-SGD's; the quick start's if not given."""
-    twice: bool = False
-    """Whether half of the batch is the other half again, with a fifth of its labels at random."""
+    twice: tuple[bool, ...] = (False,)
+    """Whether half of the batch is the other half again, with a fifth of its labels shuffled."""
 
 
 TRAINED = {
-    "MLP": Network(MLP(800, 8, 10), (1e-3, 1e-4, 1e-5), "ab"),
-    "MLP, images twice": Network(MLP(800, 8, 10), (1e-3, 1e-5), "ab", twice=True),
+    "MLP": Network(MLP(800, 8, 10), (1e-3, 1e-4, 1e-5), "ab", twice=(False, True)),
     "ResNet-8": Network(ResNet(8, 8, batch_norm=False), (3e-2,), "a", rate=0.05),
 }
 ANALYSED = {
-    "MLP, batch 32": Network(MLP(800, 8, 10), (1e-3,), "abc"),
+    "MLP, batch 32": Network(MLP(800, 8, 10), (1e-3,), "ab"),
     "MLP, batch 128": Network(MLP(800, 8, 10), (1e-3,), "abc", 128),
     "ResNet-20, batch 128": Network(ResNet(20, batch_norm=False), (3e-2,), "a", 128),
 }
@@ -126,44 +125,44 @@ def _train(
     step = jax.jit(capturing_step(loss_fn, some_damping), donate_argnums=0)
     results = []
     with emulated(format_, scope):
-        for damping, seed in itertools.product(network.dampings, range(effort.compiles)):
+        seeds = range(effort.compiles)
+        for twice, damping, seed in itertools.product(network.twice, network.dampings, seeds):
             start = _start(network, dataset, seed)
             state = State(*start, optimizer(damping).init(start[0]))
-            for batch, answers in _batches(network, labels, seed, PERIOD * effort.repeats):
+            for batch in shuffled_batches(
+                seed, len(labels), network.batch, PERIOD * effort.repeats
+            ):
+                batch, answers = _twice(batch, labels, seed) if twice else (batch, labels[batch])
                 state, _ = step(state, images[batch], answers)
             loss = metric(state.params, state.model_state)
             fallbacks = sum(int(n) for _, n in optax.tree.get_all_with_path(state, "fallbacks"))
-            found = {"damping": damping, "seed": seed, "loss": loss, "fallbacks": fallbacks}
+            found = {"twice": twice, "damping": damping, "seed": seed}
+            found |= {"loss": loss, "fallbacks": fallbacks}
             results.append((found, (state.params, state.model_state)))
     return results
 
 
-def _batches(
-    network: Network, labels: np.ndarray, seed: int, steps: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every step's examples, and labels for them."""
-    rng = np.random.default_rng(seed)
-    other = np.where(rng.random(len(labels)) < 0.2, rng.permutation(labels), labels)
-    for batch in shuffled_batches(seed, len(labels), network.batch, steps):
-        if not network.twice:
-            yield batch, labels[batch]
-            continue
-        half = batch[: network.batch // 2]
-        yield np.tile(half, 2), np.concatenate([labels[half], other[half]])
+def _twice(batch: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Half of a batch's examples, each twice, with two labels."""
+    half, rng = batch[: len(batch) // 2], np.random.default_rng([seed, *batch[:2]])
+    other = np.where(rng.random(len(half)) < 0.2, rng.permutation(labels[half]), labels[half])
+    return np.tile(half, 2), np.concatenate([labels[half], other])
 
 
 def _losses(trained: Sequence[Found]) -> list[dict[str, str]]:
     """Losses of all seeds, and how many solves failed in all."""
     rows = []
-    for keys, runs in itertools.groupby(
-        trained, lambda run: (run["network"], run["damping"], run["products"])
-    ):
+    settings_ = ("network", "twice", "damping", "products")
+    for keys, runs in itertools.groupby(trained, lambda run: [run[key] for key in settings_]):
+        network, twice, damping, products = keys
         runs = list(runs)
-        losses = ", ".join(f"{run['loss']:.4f}" for run in runs)
-        fallbacks = str(sum(run["fallbacks"] for run in runs))
-        network, damping, products = keys
         rows.append(
-            {"network": network, "λ": f"{damping:g}", "products": products}
-            | {"loss": losses, "fallbacks": fallbacks}
+            {
+                "network": f"{network}, images twice" if twice else network,
+                "λ": f"{damping:g}",
+                "products": products,
+                "loss": ", ".join(f"{run['loss']:.4g}" for run in runs),
+                "fallbacks": str(sum(run["fallbacks"] for run in runs)),
+            }
         )
     return rows

@@ -17,8 +17,8 @@ from experiments.benchmarks.bars import Table
 from experiments.benchmarks.rounding import FLOAT32, PATCHES, emulated, settings
 from experiments.classification import cross_entropy
 
-MOST = 8  # layers of a network that are looked at; the first and the last are among them
-SHOWN = 4  # of these, in the table of eigenvalues
+MOST = 5  # layers of a network that are looked at; the first and the last are among them
+SHOWN = 3  # of these, in the table of eigenvalues
 
 Found = dict[str, Any]
 T = TypeVar("T")
