@@ -1,7 +1,9 @@
 """Marks in a program: named identities around what normalises. They vanish when it is compiled."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -20,14 +22,13 @@ class Mark(NamedTuple):
     after: bool
 
 
-def before(name: str) -> str:
-    """The mark on what the normalisation `name` is applied to."""
-    return _BEFORE + name
-
-
-def after(name: str) -> str:
-    """The mark on the result of the normalisation `name`."""
-    return _AFTER + name
+def around(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], name: str) -> Any:
+    """Calls the normalisation `name` on its marked input, and marks its output."""
+    if args:
+        args = (checkpoint_name(args[0], _BEFORE + name), *args[1:])
+    elif "x" in kwargs:
+        kwargs = kwargs | {"x": checkpoint_name(kwargs["x"], _BEFORE + name)}
+    return checkpoint_name(call(*args, **kwargs), _AFTER + name)
 
 
 def mark_of(eqn: core.JaxprEqn) -> Mark | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cqjax.capture import linen
+from cqjax.capture import linen, recording
 from cqjax.capture.block import Cost
 from cqjax.capture.captures import path_of
 from cqjax.capture.flow import follow_layers
@@ -63,9 +63,9 @@ def tracer(
         keys = [key for key, _ in keyed]
         paths = [path_of(key) for key in keys]
         _check_parameters(paths, [leaf for _, leaf in keyed])
-        jaxpr, outputs, layers = _trace(loss_fn, params, args, kwargs)
+        jaxpr, outputs, owners = _trace(loss_fn, params, args, kwargs)
         classes = {
-            path: linen.layer_classes(tuple(path_of((k,)) for k in key), layers)
+            path: recording.owners_of(tuple(path_of((k,)) for k in key), owners)
             for path, key in zip(paths, keys, strict=True)
         }
         inferred = _leading_dimension((args, kwargs)) if batch_size is None else batch_size
@@ -88,7 +88,7 @@ def tracer(
 
 def _trace(
     loss_fn: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict
-) -> tuple[Any, Any, linen.Layers]:
+) -> tuple[Any, Any, recording.Owners]:
     """Traces the loss with abstract parameters, and abstract shapes among its other arguments."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -100,9 +100,9 @@ def _trace(
         )
         return loss_fn(params, *args, **kwargs)
 
-    with linen.recorded() as layers:
+    with recording.recorded() as owners, linen.intercepted():
         jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(params, abstract)
-    return jaxpr, shapes, layers
+    return jaxpr, shapes, owners
 
 
 def _sequence(selectors: Selector | Sequence[Selector]) -> Sequence[Selector]:

@@ -1,0 +1,39 @@
+"""What a framework tells of a loss while it is traced: which layer owns which parameter."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+Keys = tuple[str, ...]
+"""The keys that lead to a parameter."""
+
+Owners = dict[Keys, frozenset[type]]
+"""For each parameter, by its keys: the classes of the layers that own it."""
+
+_recording: contextvars.ContextVar[Owners] = contextvars.ContextVar("owners")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Owners]:
+    """Collects what is recorded within the context."""
+    token = _recording.set(owners := {})
+    try:
+        yield owners
+    finally:
+        _recording.reset(token)
+
+
+def record(keys: Keys, owner: type) -> None:
+    """Records a layer's class as an owner of the parameter at `keys`."""
+    owners = _recording.get()
+    owners[keys] = owners.get(keys, frozenset()) | {owner}
+
+
+def owners_of(keys: Keys, owners: Owners) -> frozenset[type]:
+    """The classes of the layers that own the parameter at `keys`.
+
+    A Linen module knows its variables' keys within what it was applied to, which may be a part of
+    the parameters: the longest that the parameter's own keys end with are meant.
+    """
+    matches = [known for known in owners if keys[len(keys) - len(known) :] == known]
+    return owners[max(matches, key=len)] if matches else frozenset()
