@@ -6,6 +6,7 @@ respect to its output; Optax transformations choose ΔW by what it does to Z = X
 
 from importlib.metadata import version
 
+from cqjax import nnx as nnx
 from cqjax.aliases import back_matching_sgd as back_matching_sgd
 from cqjax.aliases import cadam as cadam
 from cqjax.aliases import cmomentum as cmomentum

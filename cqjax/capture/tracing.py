@@ -17,6 +17,10 @@ from cqjax.capture.walk import Walk
 PyTree = Any
 
 
+class Aside:
+    """A pytree among a loss's arguments whose arrays are no batch."""
+
+
 class Traced(NamedTuple):
     """A loss, traced.
 
@@ -125,7 +129,7 @@ def _leading_dimension(arguments: PyTree) -> int | None:
     """The leading dimension of all arrays among the arguments, None if there is not just one."""
     sizes = {
         leaf.shape[0]
-        for leaf in jax.tree.leaves(arguments)
+        for leaf in jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
         if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
         and leaf.shape
         and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,121 @@
+"""`value_and_grad` and `plan` for losses of `flax.nnx` modules."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from cqjax.capture import modules
+from cqjax.capture import value_and_grad as functions
+from cqjax.capture.captures import Captures
+from cqjax.capture.plan import Plan
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param, **options: Any
+) -> Callable[..., tuple[Any, nnx.State, Captures]]:
+    """`flax.nnx.value_and_grad` with respect to the first argument, and what it met on the way.
+
+    The captures are those of `cqjax.value_and_grad`, keyed by the parameters' NNX paths
+    ("layers/0/kernel"). State that the loss changes is updated in place, once: batch statistics,
+    random streams, counts, new variables and attributes; in the first argument and in all modules
+    among the others. Call it under `nnx.jit`, or under `jax.jit` between `nnx.merge` and
+    `nnx.split`.
+
+    Args:
+      loss_fn: `loss_fn(model, *args, **kwargs)` -> scalar loss, or `(loss, aux)` if `has_aux`.
+        `model` is an `nnx.Module`, or a tuple, list or dictionary of some.
+      has_aux: whether `loss_fn` returns auxiliary data beside the loss.
+      wrt: filter of the variables to differentiate with respect to, as for `nnx.Optimizer`, which
+        must have the same: `nnx.LoRAParam`, say.
+      **options: those of `cqjax.value_and_grad`: `only` and `skip` take patterns for NNX paths and
+        classes of NNX layers; the batch size is inferred from `args` and `kwargs`, of which modules
+        do not count.
+
+    Returns:
+      A function with `loss_fn`'s arguments, whose results are those of
+      `nnx.value_and_grad(loss_fn, has_aux=has_aux)` and a `Captures`, last: for
+      `nnx.Optimizer.update(model, grads, captures=captures)`.
+
+    Raises:
+      ValueError: as for `cqjax.value_and_grad`.
+      TypeError: as for `cqjax.value_and_grad`.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> def loss_fn(model, x, y):
+      ...     return 0.5 * jnp.mean(jnp.sum((model(x) - y) ** 2, -1))
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, cqjax.csgd(1.0, damping=0.0), wrt=nnx.Param)
+      >>> @nnx.jit
+      ... def step(model, optimizer, x, y):
+      ...     loss, grads, captures = cqjax.nnx.value_and_grad(loss_fn)(model, x, y)
+      ...     optimizer.update(model, grads, captures=captures)
+      >>> x, y = jnp.array([[3.0, 1.0, 0.0], [1.0, 2.0, 1.0]]), jnp.array([[1.0], [-1.0]])
+      >>> step(model, optimizer, x, y)
+      >>> print(f"{loss_fn(model, x, y):.6f}")
+      0.000000
+
+    References:
+      Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
+      weight updates over mini-batches (seed 000), Algorithms 1 to 3.
+    """
+    pure = modules.functional(loss_fn, has_aux)
+    differentiate = functions.value_and_grad(pure, has_aux=True, **options)
+
+    @functools.wraps(loss_fn)
+    @nnx.update_context(modules.CONTEXT)
+    def evaluate(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State, Captures]:
+        params, rest, args, kwargs = modules.split(model, wrt, args, kwargs)
+        (loss, (state, aux)), grads, captures = differentiate(
+            nnx.as_pure(params), rest, *args, **kwargs
+        )
+        modules.update(rest, state)
+        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+        return (loss, aux) if has_aux else loss, grads, captures
+
+    return evaluate
+
+
+def plan(
+    loss_fn: Callable[..., Any], *, wrt: Any = nnx.Param, **options: Any
+) -> Callable[..., Plan]:
+    """What `cqjax.nnx.value_and_grad` with the same arguments captures, and what it costs.
+
+    The function returned traces the loss, runs nothing and changes no module. Its arguments may be
+    abstract: a model made by `nnx.eval_shape`, and `jax.ShapeDtypeStruct`s.
+
+    Args:
+      loss_fn: as for `value_and_grad`; auxiliary results are ignored.
+      wrt: as for `value_and_grad`.
+      **options: those of `cqjax.plan`.
+
+    Returns:
+      A function with `loss_fn`'s arguments that returns a `Plan`, which prints as a table.
+
+    Raises:
+      ValueError: as for `cqjax.value_and_grad`.
+      TypeError: as for `cqjax.value_and_grad`.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> def loss_fn(model, x):
+      ...     return jnp.mean(model(x) ** 2)
+      >>> model = nnx.eval_shape(lambda: nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+      >>> plan = cqjax.nnx.plan(loss_fn)(model, jax.ShapeDtypeStruct((32, 8), jnp.float32))
+      >>> [(p.path, p.layer, p.status) for p in plan.parameters]
+      [('bias', 'Linear', 'covered'), ('kernel', 'Linear', 'covered')]
+    """
+    describe_pure = functions.plan(modules.functional(loss_fn, None), **options)
+
+    @functools.wraps(loss_fn)
+    @nnx.update_context(modules.CONTEXT)
+    def describe(model: Any, *args: Any, **kwargs: Any) -> Plan:
+        params, rest, args, kwargs = modules.split(model, wrt, args, kwargs)
+        return describe_pure(nnx.as_pure(params), rest, *args, **kwargs)
+
+    return describe
