@@ -7,6 +7,7 @@ respect to its output; Optax transformations choose ΔW by what it does to Z = X
 from importlib.metadata import version
 
 from cqjax import nnx as nnx
+from cqjax import training as training
 from cqjax.aliases import back_matching_sgd as back_matching_sgd
 from cqjax.aliases import cadam as cadam
 from cqjax.aliases import cmomentum as cmomentum
@@ -46,7 +47,10 @@ from cqjax.transforms.consequentialism import (
 from cqjax.transforms.consequentialism import (
     scale_by_consequentialism as scale_by_consequentialism,
 )
+from cqjax.transforms.extra_args import bind_extra_args as bind_extra_args
 from cqjax.transforms.layerwise_rates import scale_by_lsalr as scale_by_lsalr
+from cqjax.transforms.multi_steps import MultiStepsState as MultiStepsState
+from cqjax.transforms.multi_steps import multi_steps as multi_steps
 from cqjax.transforms.nlms import scale_by_nlms as scale_by_nlms
 
 __version__ = version("cqjax")

@@ -9,10 +9,12 @@ import cqjax
 
 ROOT = pathlib.Path(cqjax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = ("linalg", "capture", "transforms", "aliases", "propagation", "losses")
+LAYERS = ("linalg", "capture", "transforms", "aliases", "propagation", "losses", "training", "nnx")
 """A module may import from its own layer and from those before it."""
 SHARED = tuple(f"cqjax.transforms.{name}" for name in ("incoming", "chain", "solves", "across"))
 """What several transformations may import."""
+FLAX = ("capture/linen.py", "capture/modules.py", "nnx.py", "training.py")
+"""What may import Flax."""
 
 
 def imports(path):
@@ -42,8 +44,8 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_flax_is_for_its_interceptor_alone(path):
-    if name(path) != "capture/linen.py":
+def test_flax_is_for_its_interface_alone(path):
+    if name(path) not in FLAX:
         assert not any(module.split(".")[0] == "flax" for module in imports(path))
 
 

@@ -1,0 +1,49 @@
+"""Extra arguments for transformations inside of wrappers that do not pass any on."""
+
+from typing import Any
+
+import optax
+
+
+def bind_extra_args(
+    tx: optax.GradientTransformation, **extra_args: Any
+) -> optax.GradientTransformation:
+    """The transformation with its extra arguments given now, and not in `update`.
+
+    Some wrappers take no extra arguments (`optax.lookahead`, `optax.contrib.sam`). As a
+    transformation is only a pair of functions, it can be wrapped anew in every step, where the
+    captures are known: the state has the same structure whatever they are.
+
+    Args:
+      tx: the transformation.
+      **extra_args: what its `update` is to be called with: `captures=`, `value_fn=`, ...
+
+    Returns:
+      A transformation whose `update` takes no extra arguments.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp, optax
+      >>> def loss_fn(params, x, y):
+      ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
+      >>> x, y = jnp.eye(2), jnp.array([[4.0], [8.0]])
+      >>> def lookahead(**extra_args):  # fast steps of 1/2, and half-way back after two of them
+      ...     inner = cqjax.bind_extra_args(cqjax.csgd(0.5, damping=0.0), **extra_args)
+      ...     return optax.lookahead(inner, sync_period=2, slow_step_size=0.5)
+      >>> params = optax.LookaheadParams.init_synced({"w": jnp.zeros((2, 1))})
+      >>> state = lookahead().init(params)
+      >>> for _ in range(2):
+      ...     _, grads, captures = cqjax.value_and_grad(loss_fn)(params.fast, x, y)
+      ...     updates, state = lookahead(captures=captures).update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params.fast["w"].ravel(), params.slow["w"].ravel())
+      [2. 4.] [0. 0.]
+      [1.5 3. ] [1.5 3. ]
+    """
+    wrapped = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return wrapped.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformation(tx.init, update)

@@ -1,0 +1,244 @@
+"""Microbatches in separate calls: gradients and second moments, added up until a whole batch is."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from cqjax.capture.captures import Capture, Captures, path_of
+from cqjax.capture.plan import Plan
+from cqjax.capture.statistics import Counts, Gram, Rows
+from cqjax.linalg.gram import accumulator
+from cqjax.transforms import across
+from cqjax.transforms.incoming import Incoming, labelled
+
+
+class MultiStepsState(NamedTuple):
+    """State of `multi_steps`.
+
+    Attributes:
+      mini_step: () int32, the microbatches since the last update: 0 just after one.
+      gradient_step: () int32, the updates of `inner` so far.
+      inner_state: the state of `inner`.
+      gradients: the mean gradient of these microbatches, in at least float32.
+      moments: the sum of each weight's XᵀX over them, (B, d, d), or a lookup's counts, (B, d).
+      batch_size: (), the sum of their N.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    inner_state: Any
+    gradients: optax.Updates
+    moments: dict[str, jax.Array]
+    batch_size: jax.Array
+
+
+def multi_steps(
+    inner: optax.GradientTransformation, every_k: int, *, plan: Plan
+) -> optax.GradientTransformationExtraArgs:
+    r"""Updates once in `every_k` calls, as if their batches were one.
+
+    What `optax.MultiSteps` does for gradients, this does for the second moments as well: with the
+    microbatches :math:`X_i` of a layer's rows, :math:`N_i` and :math:`G_i`, the inner
+    transformation is called in the last of `every_k` calls only, with
+
+    .. math::
+      G = \frac{\sum_i N_i G_i}{N}, \quad X^T X = \sum_i X_i^T X_i, \quad N = \sum_i N_i,
+
+    which are the whole batch's. (`optax.MultiSteps` passes on the captures of the last microbatch:
+    :math:`N_k (X_k^T X_k + \lambda I)^{-1} G`, which is as wrong as the rows of the last microbatch
+    are other than the others'.) The other calls return zeros. Microbatches may have different
+    sizes. A loss that is a sum (`loss_reduction="sum"`) has the mean over the microbatches as its
+    gradient here, and the update of the sum where there is a solve.
+
+    Everything that computes from :math:`X^T X` or from layers' rates can be `inner`, or a member of
+    it, also with `update_every` or `ema_decay`, which count updates and not calls. The solves are
+    by the primal. What needs rows (`scale_by_nlms`) is refused; put the microbatches into a
+    `jax.lax.scan` within the loss instead, from which rows are captured. Other extra arguments are
+    those of the last call alone: a line search's `value` and `value_fn` would not be the whole
+    batch's.
+
+    Args:
+      inner: the transformation.
+      every_k: how many microbatches make one batch.
+      plan: what will be captured of a whole batch: `cqjax.plan` of the same loss and options as
+        `cqjax.value_and_grad`, with arguments (shapes are enough) of the whole batch's size.
+        Members of `inner` that keep statistics between updates have the same plan.
+
+    Returns:
+      A transformation whose `update` takes the keyword argument `captures`.
+
+    Raises:
+      ValueError: `every_k` is no positive integer; the plan has a weight whose XᵀX is too large; in
+        `update`, there are no captures, they belong to other parameters or another plan, or the
+        batch size is unknown; a member of `inner` needs rows.
+      TypeError: the plan, or in `update` `captures`, is something else.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp, optax
+      >>> def loss_fn(params, x, y):
+      ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
+      >>> x = jnp.array([[3.0, 1.0], [1.0, 2.0], [0.0, 1.0], [2.0, 0.0]])
+      >>> y = x @ jnp.array([[5.0], [-2.0]])
+      >>> params = {"w": jnp.zeros((2, 1))}
+      >>> whole = cqjax.plan(loss_fn)(params, x, y)
+      >>> tx = cqjax.multi_steps(cqjax.csgd(1.0, damping=0.0), 4, plan=whole)
+      >>> state = tx.init(params)
+      >>> for i in range(4):
+      ...     one = x[i : i + 1], y[i : i + 1]
+      ...     _, grads, captures = cqjax.value_and_grad(loss_fn)(params, *one)
+      ...     updates, state = tx.update(grads, state, params, captures=captures)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params["w"].ravel().round(3))
+      [0. 0.]
+      [0. 0.]
+      [0. 0.]
+      [ 5. -2.]
+    """
+    _check(every_k, plan)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def start(params: optax.Params, inner_state: Any, gradient_step: Any) -> MultiStepsState:
+        """The state before the first microbatch of a batch."""
+        moments = across.no_moments(plan, params)
+        return MultiStepsState(
+            mini_step=jnp.zeros((), jnp.int32),
+            gradient_step=gradient_step,
+            inner_state=inner_state,
+            gradients=jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params),
+            moments={label: moment.total for label, moment in moments.items()},
+            batch_size=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
+        )
+
+    def init(params: optax.Params) -> MultiStepsState:
+        return start(params, wrapped.init(params), jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        captures: Captures | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        incoming = Incoming(updates, captures, "multi_steps")
+        moments = _added(state.moments, incoming)
+        batch_size = state.batch_size + incoming.batch_size
+        share = incoming.batch_size / batch_size
+        gradients = jax.tree.map(
+            lambda mean, g: mean + share.astype(mean.dtype) * (g.astype(mean.dtype) - mean),
+            state.gradients,
+            updates,
+        )
+
+        def step() -> tuple[optax.Updates, MultiStepsState]:
+            mean = optax.tree.cast_like(gradients, updates)
+            whole = Captures(tuple(_summed(plan, moments, mean)), batch_size, plan.layers)
+            new, inner_state = wrapped.update(
+                mean, state.inner_state, params, captures=whole, **extra_args
+            )
+            count = jnp.asarray(optax.safe_increment(state.gradient_step))
+            return optax.tree.cast_like(new, updates), start(updates, inner_state, count)
+
+        def wait() -> tuple[optax.Updates, MultiStepsState]:
+            new = MultiStepsState(
+                state.mini_step + 1,
+                state.gradient_step,
+                state.inner_state,
+                gradients,
+                moments,
+                batch_size,
+            )
+            return optax.tree.zeros_like(updates), new
+
+        return lax.cond(state.mini_step == every_k - 1, step, wait)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["sites", "gradients"], meta_fields=["block"]
+)
+@dataclasses.dataclass(frozen=True)
+class _Sum(Capture):
+    """What was captured in several calls for one weight: one statistic, with all that they add."""
+
+    def rows(self) -> Rows:
+        raise ValueError(
+            f"multi_steps adds up XᵀX, and the inner transformation needs the rows of "
+            f"{self.block.name}: put the microbatches into the loss (a jax.lax.scan over them, "
+            'with solver="dual") instead'
+        )
+
+    def second_moment(self) -> jax.Array:
+        (statistic,) = self.sites
+        return jax.tree.leaves(statistic)[0]
+
+
+def _summed(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates) -> list[_Sum]:
+    """The captures of a whole batch, of which the plan is; of the weights that have a moment."""
+    by_path = {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(gradients)}
+    captures = []
+    for label, block in zip(labelled(plan.blocks), plan.blocks, strict=True):
+        if label not in moments:  # masked
+            continue
+        statistic = Counts(moments[label])
+        if block.solver != "diagonal":
+            statistic, block = Gram(moments[label]), dataclasses.replace(block, solver="primal")
+        own = {path: by_path[path] for path in block.paths if path in by_path}
+        captures.append(_Sum((statistic,), own, block))
+    return captures
+
+
+def _added(moments: Mapping[str, jax.Array], incoming: Incoming) -> dict[str, jax.Array]:
+    """The sums, with what was captured now.
+
+    Raises:
+      ValueError: it is not what the plan says.
+    """
+    remedy = (
+        "make the plan with the same loss and options as cqjax.value_and_grad (with max_dim=, "
+        'solver="primal" for both)'
+    )
+    for label in moments.keys() ^ incoming.captures.keys():
+        where = ("captured", "in the plan")
+        has, lacks = where if label in incoming.captures else where[::-1]
+        raise ValueError(f"multi_steps: {label} is {has} and not {lacks}: {remedy}")
+    added = {}
+    for label, total in moments.items():
+        moment = incoming.captures[label].second_moment()
+        if moment.shape != total.shape:
+            raise ValueError(
+                f"multi_steps: the second moment of {label} has shape {moment.shape}; expected "
+                f"{total.shape}: {remedy}"
+            )
+        added[label] = total + moment.astype(total.dtype)
+    return added
+
+
+def _check(every_k: Any, plan: Any) -> None:
+    """Refuses arguments that cannot be meant.
+
+    Raises:
+      ValueError: names what is out of range, or too large.
+      TypeError: the plan is none.
+    """
+    if not isinstance(every_k, int | np.integer) or every_k < 1:
+        raise ValueError(f"every_k={every_k}: expected a positive Python integer")
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}; expected a Plan: cqjax.plan(loss_fn)(params, *args)"
+        )
+    for block in plan.blocks:
+        if block.solver != "diagonal" and not block.small("primal"):
+            raise ValueError(
+                f"multi_steps: the plan solves for {block.name} by rows, since its XᵀX has "
+                f"{block.size('primal')} features, more than max_dim={block.max_dim}; only XᵀX can "
+                'be added up. Pass block_size= and solver="primal" with max_dim=, or skip='
+            )
