@@ -15,7 +15,7 @@ from cqjax.capture.plan import Plan
 from cqjax.linalg import ridge
 from cqjax.transforms import across, solves
 from cqjax.transforms.across import Moment
-from cqjax.transforms.incoming import Incoming, Matrices, check_number
+from cqjax.transforms.incoming import Incoming, Matrices, check_number, no_counts
 from cqjax.transforms.solves import Damping
 
 Schedule = float | jax.Array | Callable[[chex.Numeric], chex.Numeric]
@@ -26,8 +26,10 @@ class ScaleByConsequentialismState(NamedTuple):
 
     Attributes:
       count: () int32, the number of updates so far.
-      fallbacks: () int32, how often a layer's solve failed: it was then repeated with more damping,
-        and if that failed too, the layer kept its plain update.
+      fallbacks: (P,) int32, how often a layer's solve failed, for each of the P leaves of the
+        parameters' tree, in its order (those that `optax.masked` leaves out are among them): a
+        layer's failures are counted at its weight, at the first parameter of a joined one. The
+        total is their sum.
       moments: with `ema_decay`, the moving average of each weight's XᵀX / N.
       inverses: with `update_every`, N (XᵀX + λI)⁻¹, (B, d, d), of the weights that are not solved
         for anew in each step.
@@ -141,7 +143,7 @@ def scale_by_consequentialism(
             moments = across.no_moments(plan, params)
         if plan is not None and update_every is not None:
             inverses = across.no_inverses(plan, params, update_every, ema_decay is not None)
-        count, fallbacks = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        count, fallbacks = jnp.zeros((), jnp.int32), no_counts(params)
         return ScaleByConsequentialismState(count, fallbacks, moments, inverses)
 
     def update(
@@ -154,6 +156,7 @@ def scale_by_consequentialism(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         incoming = Incoming(updates, captures, "scale_by_consequentialism")
+        incoming.check_counts(state.fallbacks)
         across.check(state.moments, state.inverses, incoming, ema_decay is not None)
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
         moments, inverses, repaired = state.moments, state.inverses, {}
@@ -214,7 +217,7 @@ def _precondition(
     inverses: Mapping[str, jax.Array],
     repaired: Mapping[str, jax.Array],
 ) -> tuple[optax.Updates, jax.Array]:
-    """N (XᵀX + λI)⁻¹ H for every block, and how many solves failed."""
+    """N (XᵀX + λI)⁻¹ H for every block, and how many solves failed at each leaf, (P,)."""
 
     def by_rows(label: str, capture: Capture) -> bool:
         return capture.block.solver == "dual" and label not in {**moments, **inverses}
@@ -223,7 +226,7 @@ def _precondition(
         results: dict[str, Matrices] = {}
         waiting: dict[str, solves.Solve] = {}
         rows: dict[str, jax.Array] = {}
-        failures = jnp.zeros((), jnp.int32)
+        failures: dict[str, jax.Array] = {}
         for label, capture in incoming.captures.items():
             if label in inverses:
                 kept = inverses[label]
@@ -237,8 +240,9 @@ def _precondition(
             else:
                 xx = across.second_moment(moments, incoming, label)
                 if capture.block.solver == "diagonal":
-                    results[label], failed = solves.diagonal(incoming, capture, damping, xx)
-                    failures += failed.astype(jnp.int32)
+                    results[label], failures[label] = solves.diagonal(
+                        incoming, capture, damping, xx
+                    )
                 else:
                     solve = solves.primal(incoming, capture, damping, xx, label in moments)
                     waiting[label] = solve
@@ -248,8 +252,8 @@ def _precondition(
             results[label], rows[label] = solve.update(inverse)
             failed[label] = inverse.repaired
         for label, good in zip(rows, ridge.all_finite(list(rows.values())), strict=True):
-            failures += jnp.sum(~good | failed[label], dtype=jnp.int32)
-        return incoming.replaced(results), failures
+            failures[label] = ~good | failed[label]
+        return incoming.replaced(results), incoming.counts(failures)
 
     pure = [c for label, c in incoming.captures.items() if by_rows(label, c) and c.block.exact]
     if all(map(incoming.is_gradient, pure)):

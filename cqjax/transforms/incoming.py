@@ -58,6 +58,7 @@ class Incoming:
                 f"{method}: captures is a {type(captures).__name__}; expected the last result of "
                 "cqjax.value_and_grad"
             )
+        self._method = method
         keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
         self._paths = [path_of(keys) for keys, _ in keyed]
         self._masked = masked_paths(updates)
@@ -139,6 +140,32 @@ class Incoming:
             return _matrices(block, capture.gradients, bias)
         rows = capture.rows()
         return product(rows.x, rows.dz, rows.h if bias else None)
+
+    def counts(self, events: Mapping[str, jax.Array]) -> jax.Array:
+        """How many events, () or (B,) bool, the blocks had: (P,) int32.
+
+        P is the number of leaves of the updates' tree; a block's are counted at its first path.
+        """
+        total = jnp.zeros(len(self._paths), jnp.int32)
+        if not events:
+            return total
+        each = [jnp.ravel(event) for event in events.values()]
+        first = [self.captures[label].block.view.paths[0] for label in events]
+        at = np.repeat([self._paths.index(path) for path in first], [len(e) for e in each])
+        return total.at[at].add(jnp.concatenate(each).astype(jnp.int32))
+
+    def check_counts(self, counts: jax.Array) -> None:
+        """Refuses counts of a state that was made for other parameters.
+
+        Raises:
+          ValueError: there are not as many as the updates have leaves.
+        """
+        if counts.shape != (len(self._paths),):
+            raise ValueError(
+                f"{self._method}: the state has counts of shape {counts.shape}; expected "
+                f"{(len(self._paths),)}, one for each of the updates ({', '.join(self._paths)}): "
+                "make the state by init of the same parameters"
+            )
 
     def replaced(self, results: Mapping[str, Matrices]) -> optax.Updates:
         """The updates, with the results for `self.captures` in the place of their parameters'.
@@ -249,6 +276,11 @@ def joint_bias(block: Block, masked: Set[str]) -> bool:
     if block.bias is None or block.parts is not None:
         return False
     return masked.isdisjoint(block.bias.view.paths)
+
+
+def no_counts(params: optax.Params) -> jax.Array:
+    """Zeros, (P,) int32, for the P leaves of the parameters, masked ones included."""
+    return jnp.zeros(len(jax.tree.leaves(params, is_leaf=is_masked)), jnp.int32)
 
 
 def masked_paths(tree: optax.Params) -> frozenset[str]:

@@ -135,7 +135,9 @@ def _train(
                 batch, answers = _twice(batch, labels, seed) if twice else (batch, labels[batch])
                 state, _ = step(state, images[batch], answers)
             loss = metric(state.params, state.model_state)
-            fallbacks = sum(int(n) for _, n in optax.tree.get_all_with_path(state, "fallbacks"))
+            fallbacks = sum(
+                int(n.sum()) for _, n in optax.tree.get_all_with_path(state, "fallbacks")
+            )
             found = {"twice": twice, "damping": damping, "seed": seed}
             found |= {"loss": loss, "fallbacks": fallbacks}
             results.append((found, (state.params, state.model_state)))

@@ -73,7 +73,7 @@ def _numbers(
         "loss": loss,
     }
     fallbacks = optax.tree.get_all_with_path(stepper.state, "fallbacks")
-    return numbers | {"fallbacks": sum(int(count) for _, count in fallbacks)}
+    return numbers | {"fallbacks": sum(int(counts.sum()) for _, counts in fallbacks)}
 
 
 def _row(label: str, numbers: Mapping[str, Any]) -> dict[str, str]:

@@ -65,7 +65,7 @@ def test_every_form_of_a_weight(name, options, sizes):
                 kept[site] = ref.inverse_of(mean, sizes[t], DAMPING)
         assert_close(ref.flat(updates), ref.updates(case, moments, ref.flat(grads), kept), 1e-7)
         params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
-    assert (state.count, state.fallbacks) == (3, 0)
+    assert (state.count, state.fallbacks.sum()) == (3, 0)
     assert len(state.moments) == len(moments)
     assert len(state.inverses) == sum(spanned.values()) * ("update_every" in options)
 
@@ -99,7 +99,7 @@ def test_seven_batches(name):
     wanted = inverses([rows_of(b, "b" in params) for b in batches], **OPTIONS[name])
     for batch, (_, got), inverse in zip(batches, results, wanted, strict=True):
         np.testing.assert_allclose(joined(got), inverse @ gradient(params, batch), rtol=1e-8)
-    assert state.fallbacks == 0
+    assert state.fallbacks.sum() == 0
 
 
 @pytest.mark.parametrize("name", ["average", "kept", "kept average"])
@@ -171,7 +171,7 @@ def test_a_batch_that_is_not_finite_is_forgotten(name, when, bad):
     results, state = run(*program(name), params, batches)
     updates = [u for _, u in results]
     assert all(np.isfinite(u).all() for u in jax.tree.leaves((updates, state)))
-    assert state.fallbacks >= 1
+    assert state.fallbacks.sum() >= 1
     wanted = inverses([*map(rows_of, batches)], **OPTIONS[name])
     for t, (got, inverse) in enumerate(zip(updates, wanted, strict=True)):
         if t != when:
@@ -189,7 +189,7 @@ def test_a_batch_that_is_not_finite_is_counted_once(name, when, spoiled):
         a.at[0, 0].set(np.nan) if at == spoiled else a for at, a in enumerate(batches[when])
     )
     _, state = run(*program(name), params, batches)
-    assert state.fallbacks == 1
+    assert state.fallbacks.sum() == 1
 
 
 def test_a_stack_loses_only_the_layer_that_is_not_finite():

@@ -93,7 +93,7 @@ def test_a_singular_system_is_repaired():
     x, y = jnp.repeat(x, 3, 0) * 2.0, jnp.repeat(y, 3, 0)
     updates, state = direction(params, x, y, 0.0, "dual")
     scale = float(jnp.sum(x**2)) / 3
-    assert state.fallbacks == 1
+    assert state.fallbacks.sum() == 1
     assert_close(updates, expected(params, x, y, 1e-2 * scale))
 
 
@@ -103,7 +103,7 @@ def test_non_finite_activations_leave_finite_updates(bad, solver):
     params, x, y = problem(3, 5, 2, bias=True)
     updates, state = direction(params, x.at[1, 2].set(bad), y, 1e-3, solver)
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
-    assert state.fallbacks == 1
+    assert state.fallbacks.sum() == 1
 
 
 @pytest.mark.parametrize("solver", ["dual", "primal"])
@@ -119,7 +119,7 @@ def test_a_layer_that_fails_does_not_touch_the_others(solver):
     tx = cqjax.scale_by_consequentialism(1e-2)
     updates, state = tx.update(grads, tx.init(grads), captures=captures)
     assert_close(updates[0], expected(*good, 1e-2))
-    assert np.isfinite(updates[1]["w"]).all() and state.fallbacks == 1
+    assert np.isfinite(updates[1]["w"]).all() and state.fallbacks.sum() == 1
 
 
 def test_a_zero_batch_gives_a_zero_update():
@@ -133,7 +133,7 @@ def test_no_damping_and_a_changed_update(solver):
     """Outside the span of the rows there is no solution: a counted repair, not infinity."""
     params, x, y = problem(3, 5, 2)
     updates, state = direction(params, x, y, 0.0, "dual", CHANGES["decayed"])
-    assert state.fallbacks == 1
+    assert state.fallbacks.sum() == 1
     scale = float((np.linalg.svd(np.asarray(x), compute_uv=False) ** 2).mean())
     incoming = jax.tree.map(np.asarray, CHANGES["decayed"](jax.grad(squared_error)(params, x, y)))
     assert_close(updates, expected(params, x, y, 1e-2 * scale, incoming))
@@ -143,7 +143,7 @@ def test_an_update_that_is_not_finite_by_rows():
     """It cannot be told what was done to the gradient: the layer keeps what is finite."""
     params, x, y = problem(3, 5, 2, bias=True)
     updates, state = direction(params, x, y, 0.1, "dual", spoiled)
-    assert state.fallbacks == 1
+    assert state.fallbacks.sum() == 1
     grads = jax.grad(squared_error)(params, x, y)
     np.testing.assert_allclose(updates["b"], grads["b"], rtol=1e-9)
     np.testing.assert_allclose(updates["w"], grads["w"].at[0, 0].set(0), rtol=1e-9)
@@ -153,7 +153,7 @@ def test_an_update_that_is_not_finite_by_features():
     """Only the output that it is of does not learn."""
     params, x, y = problem(3, 5, 2, bias=True)
     updates, state = direction(params, x, y, 0.1, "primal", spoiled)
-    assert state.fallbacks == 1
+    assert state.fallbacks.sum() == 1
     want = expected(params, x, y, 0.1)
     for name, u in updates.items():
         np.testing.assert_array_equal(u[..., 0], 0)
