@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jax import lax
 
 from cqjax.capture.matrix_form import Layout, Lookup
 from cqjax.capture.sites import Bias, Site
-from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic
+from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic, of_all_devices
 from cqjax.capture.views import View
 from cqjax.linalg import gram
 
@@ -94,13 +94,13 @@ class Block:
 
     @property
     def rows(self) -> int:
-        """n, over all sites and trips."""
-        return _rows(self.sites)
+        """n, over all sites, trips and devices."""
+        return sum(site.rows for site in self.sites)
 
     @property
     def rows_with_bias(self) -> int:
         """How many of the rows add the bias."""
-        return _rows(site for site in self.sites if site.bias is not None)
+        return sum(site.rows for site in self.sites if site.bias is not None)
 
     @property
     def features(self) -> int:
@@ -117,7 +117,7 @@ class Block:
         return self.sites[0].form.weight.shape
 
     def flops(self, solver: Solver) -> float:
-        """Floating-point operations that a solver adds to the layer's own.
+        """Floating-point operations that a solver adds to the layer's own, on each device.
 
         Dual: XXᵀ, its inverse, and the inverse's product with Z̄; that with Xᵀ is the weight
         gradient's. Primal: XᵀX, its inverse, and the inverse's product with the gradient.
@@ -142,7 +142,8 @@ class Block:
 
     def relative_flops(self) -> float:
         """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
-        own = 6 * self.batch * self.rows * self.features * self.outputs
+        rows = sum(site.local_rows for site in self.sites)
+        own = 6 * self.batch * rows * self.features * self.outputs
         return self.flops(self.solver) / own
 
     def small(self, solver: Solver) -> bool:
@@ -229,7 +230,7 @@ class Block:
         return self.solver == "dual" or level in dict(site.view.loops)
 
     def fold(self, site: Site, statistic: Statistic) -> Statistic:
-        """A site's statistic with the axes of the loops around it folded into B and n."""
+        """A site's statistic with the axes of the loops around it, and devices, in B and n."""
         if not site.loops and isinstance(statistic, Inputs):
             return statistic
         stacked = [level for level, _ in site.view.loops]
@@ -243,11 +244,7 @@ class Block:
                 return value.reshape(self.batch, -1, *value.shape[loops + 2 :])
             return value.reshape(self.batch, *value.shape[len(stacked) + 1 :])
 
-        return jax.tree.map(fold, statistic)
-
-
-def _rows(sites: Iterable[Site]) -> int:
-    return sum(site.shared_trips * site.form.output.shape[1] for site in sites)
+        return of_all_devices(jax.tree.map(fold, statistic), site.reduced)
 
 
 def _unpack(view: View, layout: Layout, matrix: jax.Array) -> jax.Array:

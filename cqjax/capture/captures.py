@@ -13,7 +13,7 @@ from cqjax.capture.layers import Layers
 from cqjax.capture.matrix_form import Lookup, one_in
 from cqjax.capture.sites import Site
 from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic
-from cqjax.linalg import gram
+from cqjax.linalg import devices, gram
 
 
 def path_of(keys: Sequence[Any]) -> str:
@@ -77,9 +77,10 @@ def _second_moment(block: Block, site: Site, statistic: Statistic) -> jax.Array:
             return statistic.xx
         case Inputs():
             assert not isinstance(site.form, Lookup)
-            return site.form.second_moment(
+            own = site.form.second_moment(
                 statistic.x, statistic.h, block.subsample, block.precision
             )
+            return devices.total(own, site.reduced)
         case Rows():
             assert not isinstance(site.form, Lookup)
             together = site.form.together

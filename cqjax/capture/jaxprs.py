@@ -59,6 +59,11 @@ def aval(atom: Any) -> Any:
     return atom.aval
 
 
+def varying(atom: Any) -> frozenset[str]:
+    """The mesh axes over which an operand or result varies within `jax.shard_map`."""
+    return getattr(aval(atom), "manual_axis_type").varying
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an equation's operand is a constant written into the equation."""
     return isinstance(atom, core.Literal)

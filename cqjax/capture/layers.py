@@ -61,7 +61,7 @@ def make_layers(
 
     for block in blocks:
         rows = {
-            numbers[site.position]: site.shared_trips * site.form.output.shape[1]
+            numbers[site.position]: site.rows
             for site in block.sites
             if site.position in numbers
         }

@@ -17,6 +17,7 @@ from cqjax.capture.flow import Flow, Node
 from cqjax.capture.matrix_form import Convolution, Product
 from cqjax.capture.sites import Position, Site
 from cqjax.capture.tap import Body, Rule
+from cqjax.linalg import devices
 from cqjax.linalg.gram import accumulator
 
 
@@ -53,7 +54,8 @@ def squared_norms(site: Site, eqn: core.JaxprEqn, weight: jax.Array) -> jax.Arra
         return form.inputs.unpack(spread, shape)
     params = eqn.params
     batch, *_ = params["dimension_numbers"].lhs_spec
-    one = jax.ShapeDtypeStruct((*shape[:batch], 1, *shape[batch + 1 :]), squares.dtype)
+    axes = devices.varying(squares)
+    one = devices.struct((*shape[:batch], 1, *shape[batch + 1 :]), squares.dtype, axes)
 
     def convolve(x: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(
@@ -68,9 +70,8 @@ def squared_norms(site: Site, eqn: core.JaxprEqn, weight: jax.Array) -> jax.Arra
             precision=lax.Precision.HIGHEST,
         )
 
-    (norms,) = jax.linear_transpose(convolve, one)(
-        jnp.ones(jax.eval_shape(convolve, one).shape, squares.dtype)
-    )
+    ones = jnp.ones(jax.eval_shape(convolve, one).shape, squares.dtype)
+    (norms,) = jax.linear_transpose(convolve, one)(devices.vary(ones, axes))
     return norms
 
 

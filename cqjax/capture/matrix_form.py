@@ -17,7 +17,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from cqjax.capture.jaxprs import aval
-from cqjax.linalg import conv_gram, gram, windows
+from cqjax.linalg import conv_gram, devices, gram, windows
 from cqjax.linalg.windows import Window
 
 
@@ -211,10 +211,10 @@ class Lookup:
                 rows, indices, self.dimension_numbers, (1,) * len(table), mode=self.mode
             )
 
-        struct = jax.ShapeDtypeStruct(tuple(table), dtype)
-        (counts,) = jax.linear_transpose(look_up, struct)(
-            jnp.ones(jax.eval_shape(look_up, struct).shape, dtype)
-        )
+        axes = devices.varying(indices)
+        struct = devices.struct(tuple(table), dtype, axes)
+        ones = jnp.ones(jax.eval_shape(look_up, struct).shape, dtype)
+        (counts,) = jax.linear_transpose(look_up, struct)(devices.vary(ones, axes))
         return counts.reshape(1, -1)
 
 

@@ -79,6 +79,9 @@ def split(
 
     Returns:
       These variables; the rest of all modules; and the other arguments without modules.
+
+    Raises:
+      ValueError: there are no such variables.
     """
     others: list[Any] = []
 
@@ -92,6 +95,12 @@ def split(
     with nnx.split_context(CONTEXT) as context:
         graph, params, rest = context.split(model, wrt, ...)
         others_graph, others_state = context.split(others)
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            f"the first argument of the loss, a {type(model).__name__}, has no variables that "
+            f"wrt={wrt} selects; expected an nnx.Module with some: pass wrt= (arrays that are no "
+            "variables are for cqjax.value_and_grad)"
+        )
     return params, Modules(rest, others_state, _Graphs(graph, others_graph)), args, kwargs
 
 
@@ -117,7 +126,8 @@ def functional(loss_fn: Callable[..., Any], has_aux: bool | None) -> Callable[..
             lambda leaf: others[leaf.number] if isinstance(leaf, _Place) else leaf, (args, kwargs)
         )
         _record_owners(model, params)
-        _mark_normalisations((model, others))
+        _mark_normalisations(model)
+        _mark_normalisations(others)
         result = loss_fn(model, *args, **kwargs)
         _unmark_normalisations((model, others))
         with nnx.split_context(CONTEXT) as context:
@@ -157,7 +167,7 @@ def _record_owners(model: Any, params: PyTree) -> None:
             (layers[at] for i in range(len(keys), -1, -1) if (at := keys[:i]) in layers), None
         )
         if owner is not None and not issubclass(owner, nnx.bridge.ToNNX):
-            recording.record(keys, owner)
+            recording.record((recording.ROOT, *keys), owner)
 
 
 def _mark_normalisations(modules: Any) -> None:

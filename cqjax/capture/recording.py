@@ -5,7 +5,9 @@ import contextvars
 from collections.abc import Iterator
 
 Keys = tuple[str, ...]
-"""The keys that lead to a parameter."""
+"""The keys that lead to a parameter: the last of them, or all, after `ROOT`."""
+
+ROOT = ""
 
 Owners = dict[Keys, frozenset[type]]
 """For each parameter, by its keys: the classes of the layers that own it."""
@@ -35,5 +37,6 @@ def owners_of(keys: Keys, owners: Owners) -> frozenset[type]:
     A Linen module knows its variables' keys within what it was applied to, which may be a part of
     the parameters: the longest that the parameter's own keys end with are meant.
     """
+    keys = (ROOT, *keys)
     matches = [known for known in owners if keys[len(keys) - len(known) :] == known]
     return owners[max(matches, key=len)] if matches else frozenset()

@@ -38,6 +38,9 @@ class Site:
       z: shape and dtype of the result.
       bias: what is added to every row of Z; None if nothing is.
       recomputed: whether the backward pass computes x anew.
+      varying: the mesh axes over which x or the result varies within `jax.shard_map`.
+      spread: those of them over which the weight does not vary, with their sizes: each device has
+        other rows of the same product.
     """
 
     position: Position
@@ -49,8 +52,25 @@ class Site:
     z: tuple[tuple[int, ...], Any]
     bias: Bias | None = None
     recomputed: bool = False
+    varying: frozenset[str] = frozenset()
+    spread: tuple[tuple[str, int], ...] = ()
 
     @property
     def shared_trips(self) -> int:
         """How often the site runs with the same weight."""
         return math.prod(self.loops) // math.prod(length for _, length in self.view.loops)
+
+    @property
+    def local_rows(self) -> int:
+        """Rows of X on one device, over all trips with the same weight."""
+        return self.shared_trips * self.form.output.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of X, over all trips with the same weight, and all devices."""
+        return self.local_rows * math.prod(size for _, size in self.spread)
+
+    @property
+    def reduced(self) -> tuple[str, ...]:
+        """The mesh axes over which statistics are reduced."""
+        return tuple(axis for axis, _ in self.spread)

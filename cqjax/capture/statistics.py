@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from cqjax.linalg import devices
+
 _pytree = jax.tree_util.register_dataclass
 
 
@@ -64,3 +66,14 @@ class Counts:
 
 
 Statistic = Rows | Inputs | Gram | Counts
+
+
+def of_all_devices(statistic: Statistic, axes: devices.Axes) -> Statistic:
+    """What the devices along these mesh axes captured together; `Inputs` stay each one's own."""
+    match statistic:
+        case Rows():
+            return devices.gathered(statistic, axes, 1)
+        case Gram() | Counts():
+            return devices.total(statistic, axes)
+        case Inputs():
+            return statistic

@@ -21,6 +21,7 @@ from cqjax.capture import jaxprs
 from cqjax.capture.block import Block
 from cqjax.capture.sites import Position, Site
 from cqjax.capture.statistics import Statistic
+from cqjax.linalg import devices
 
 Shaped = tuple[tuple[int, ...], Any]
 """A shape and a dtype."""
@@ -40,6 +41,7 @@ class Tap:
       stacked: for each loop around the equation, whether the statistic has an axis for it, rather
         than a sum over it.
       loops: lengths of these loops.
+      varying: the mesh axes over which x or dz varies, and the statistic with them.
     """
 
     statistic: Callable[[jax.Array, jax.Array], Any]
@@ -48,6 +50,11 @@ class Tap:
     z: Shaped
     stacked: tuple[bool, ...]
     loops: tuple[int, ...]
+    varying: frozenset[str] = frozenset()
+
+    def __call__(self, x: jax.Array, dz: jax.Array) -> Any:
+        """What one trip contributes."""
+        return devices.vary(self.statistic(x, dz), self.varying)
 
     def zero(self) -> Any:
         """The probe."""
@@ -55,7 +62,8 @@ class Tap:
             self.statistic, jax.ShapeDtypeStruct(*self.x), jax.ShapeDtypeStruct(*self.z)
         )
         loops = [n for n, stacked in zip(self.loops, self.stacked, strict=True) if stacked]
-        return jax.tree.map(lambda s: jnp.zeros((*loops, *s.shape), s.dtype), one)
+        zeros = jax.tree.map(lambda s: jnp.zeros((*loops, *s.shape), s.dtype), one)
+        return devices.vary(zeros, self.varying)
 
 
 class Body(NamedTuple):
@@ -85,6 +93,7 @@ def taps(blocks: Sequence[Block]) -> dict[Position, Tap]:
             site.z,
             tuple(block.scanned(site, level) for level in range(len(site.loops))),
             site.loops,
+            site.varying,
         )
 
     return {site.position: tap(block, site) for block in blocks for site in block.sites}
@@ -137,7 +146,7 @@ class Evaluation:
                 results = jaxprs.evaluate(eqn, args)
             if at in self._taps:
                 tap = self._taps[at]
-                results = [_tap(tap.statistic, results[0], args[tap.operand], probes[at])]
+                results = [_tap(tap, results[0], args[tap.operand], probes[at])]
             values.update(zip(eqn.outvars, results, strict=True))
         return [jaxprs.value(atom, values) for atom in jaxpr.outvars]
 
@@ -197,19 +206,14 @@ class Evaluation:
         return [*carry, *ys]
 
 
-def _tap(
-    statistic: Callable[[jax.Array, jax.Array], Statistic],
-    z: jax.Array,
-    x: jax.Array,
-    probe: Statistic,
-) -> jax.Array:
-    """The identity on z, whose transpose leaves `statistic(x, dz)` in the probe's gradient."""
+def _tap(tap: Tap, z: jax.Array, x: jax.Array, probe: Statistic) -> jax.Array:
+    """The identity on z, whose transpose leaves the tap's statistic in the probe's gradient."""
 
     @jax.custom_vjp
     def identity(z: jax.Array, x: jax.Array, probe: Statistic) -> jax.Array:
         return z
 
-    identity.defvjp(lambda z, x, probe: (z, x), lambda x, dz: (dz, None, statistic(x, dz)))
+    identity.defvjp(lambda z, x, probe: (z, x), lambda x, dz: (dz, None, tap(x, dz)))
     return identity(z, x, probe)
 
 

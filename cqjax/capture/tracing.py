@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cqjax.capture import linen, recording
+from cqjax.capture import jaxprs, linen, recording
 from cqjax.capture.block import Cost
 from cqjax.capture.captures import path_of
 from cqjax.capture.flow import follow_layers
 from cqjax.capture.plan import Plan, Selector, Signal, make_plan
 from cqjax.capture.walk import Walk
+from cqjax.linalg import devices
 
 PyTree = Any
 
@@ -62,7 +63,7 @@ def tracer(
         raise ValueError('loss_reduction="sum" leaves no use for batch_size=; pass one of the two')
 
     def trace(params: PyTree, args: tuple, kwargs: dict) -> Traced:
-        _refuse_manual_axes()
+        _check_manual_axes()
         keyed, _ = jax.tree_util.tree_flatten_with_path(params)
         keys = [key for key, _ in keyed]
         paths = [path_of(key) for key in keys]
@@ -72,7 +73,8 @@ def tracer(
             path: recording.owners_of(tuple(path_of((k,)) for k in key), owners)
             for path, key in zip(paths, keys, strict=True)
         }
-        inferred = _leading_dimension((args, kwargs)) if batch_size is None else batch_size
+        loss = jaxpr.jaxpr.outvars[:1]
+        inferred = _terms((args, kwargs), loss) if batch_size is None else batch_size
         walk = Walk(jaxpr.jaxpr, paths)
         made = make_plan(
             walk,
@@ -125,26 +127,37 @@ def _sequence(selectors: Selector | Sequence[Selector]) -> Sequence[Selector]:
     return selected
 
 
-def _leading_dimension(arguments: PyTree) -> int | None:
-    """The leading dimension of all arrays among the arguments, None if there is not just one."""
-    sizes = {
-        leaf.shape[0]
+def _terms(arguments: PyTree, loss: Sequence[Any]) -> int | None:
+    """How many terms the loss averages over, None if that is not plain.
+
+    The leading dimension of all arrays among the arguments, for each of the devices over which
+    these vary within `jax.shard_map` and the loss, that is their mean, does not.
+    """
+    arrays = [
+        leaf
         for leaf in jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
         if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
         and leaf.shape
         and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
-    }
-    return sizes.pop() if len(sizes) == 1 else None
+    ]
+    sizes = {leaf.shape[0] for leaf in arrays}
+    over = devices.varying(arrays).difference(*map(jaxprs.varying, loss))
+    return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
 
 
-def _refuse_manual_axes() -> None:
+def _check_manual_axes() -> None:
+    """Refuses `jax.shard_map` without types that say what varies.
+
+    Raises:
+      ValueError: says what to do instead.
+    """
     axes = jax.sharding.get_abstract_mesh().manual_axes
-    if axes:
+    if any(axis not in devices.varying(jax.lax.axis_index(axis)) for axis in axes):
         raise ValueError(
-            f"called within jax.shard_map over {', '.join(map(str, axes))}: it would capture the "
-            "rows of one device only. Call it under jax.jit on arrays with a NamedSharding "
-            "instead; the loss itself may use jax.shard_map"
+            f"called within jax.shard_map over {', '.join(map(str, axes))} with check_vma=False: "
+            "which arrays differ between devices is unknown. Leave check_vma=True, or call it "
+            "under jax.jit on arrays with a NamedSharding"
         )
 
 

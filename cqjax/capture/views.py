@@ -15,6 +15,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from cqjax.capture.jaxprs import aval
+from cqjax.linalg import devices
 
 # Operations that move entries and change none of them. Conversions of dtype are identities here:
 # an update travels through a view in its own precision.
@@ -101,7 +102,8 @@ class View:
         self, operand: jax.Array, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, jax.Array]:
         """Arrays of the parameters' `shapes` that hold the operand's entries, else zeros."""
-        structs = {p: jax.ShapeDtypeStruct(shapes[p], operand.dtype) for p in self.paths}
+        axes = devices.varying(operand)
+        structs = {p: devices.struct(shapes[p], operand.dtype, axes) for p in self.paths}
         (parameters,) = jax.linear_transpose(self, structs)(operand)
         return parameters
 

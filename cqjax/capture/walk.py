@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -53,6 +54,8 @@ class Walk:
         self.sites: list[Site] = []
         self.uses: dict[str, list[Use]] = {path: [] for path in paths}
         self._reads: list[int] = []
+        self._varying = dict(zip(paths, map(jaxprs.varying, jaxpr.invars), strict=False))
+        self._sizes = jax.sharding.get_abstract_mesh().shape
         self._recomputed = 0
         tags: list[Tag] = [None] * len(jaxpr.invars)
         for i, path in enumerate(paths):
@@ -155,6 +158,11 @@ class Walk:
             self._use(view, "enters a product without entries", position)
             return None
         _check_placement(view, x, z)
+        own, *others = {self._varying[path] for path in view.paths}
+        if others:
+            self._use(view, "is joined with one that varies over other mesh axes", position)
+            return None
+        varying = jaxprs.varying(eqn.invars[1 - weight]) | jaxprs.varying(eqn.outvars[0])
         site = Site(
             position=position,
             view=view,
@@ -164,6 +172,8 @@ class Walk:
             x=(x.shape, x.dtype),
             z=(z.shape, z.dtype),
             recomputed=self._recomputed > 0,
+            varying=varying,
+            spread=tuple((axis, self._sizes[axis]) for axis in sorted(varying - own)),
         )
         self.sites.append(site)
         self._reads.append(0)
@@ -183,7 +193,8 @@ class Walk:
         view, sizes = (tag, tag.shape) if isinstance(tag, View) else (tag.view, tag.sizes)
         site, rank = self.sites[output.site], len(output.axes)
         layout = bias_layout(site.form, output.axes, sizes or (1,) * rank)
-        if layout is None or view.loops != site.view.loops or site.bias is not None:
+        varying = {self._varying[path] for path in (*view.paths, *site.view.paths)}
+        if layout is None or view.loops != site.view.loops or site.bias or len(varying) > 1:
             return False
         self.sites[output.site] = dataclasses.replace(site, bias=Bias(view, layout))
         return True
