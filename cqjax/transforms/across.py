@@ -53,7 +53,7 @@ def no_inverses(
 
     It must be of use for other rows, and without averages cost less than a solve in each step.
     """
-    masked, inverses = masked_paths(params), {}
+    masked, inverses = masked_paths(params, plan.blocks), {}
     for label, block in _unmasked(plan, params).items():
         useful = block.solver != "diagonal" and block.spans and block.small("primal")
         if useful and (averaged or _cheaper_kept(block, update_every)):
@@ -64,7 +64,7 @@ def no_inverses(
 
 
 def _unmasked(plan: Plan, params: optax.Params) -> dict[str, Block]:
-    masked = masked_paths(params)
+    masked = masked_paths(params, plan.blocks)
     labels = zip(labelled(plan.blocks), plan.blocks, strict=True)
     return {label: block for label, block in labels if masked.isdisjoint(block.view.paths)}
 

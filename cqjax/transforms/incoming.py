@@ -7,7 +7,7 @@ become of the gradient, so that it is not lost.
 
 import collections
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,7 @@ class Incoming:
         self._method = method
         keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
         self._paths = [path_of(keys) for keys, _ in keyed]
-        self._masked = masked_paths(updates)
+        self._masked = masked_paths(updates, [capture.block for capture in captures.blocks])
         self._leaves = dict(zip(self._paths, (leaf for _, leaf in keyed), strict=True))
         labels = labelled([capture.block for capture in captures.blocks])
         self.captures = {
@@ -84,13 +84,15 @@ class Incoming:
           ValueError: the updates are of other parameters, or have a part of the weight only.
         """
         for path, shape in block.shapes:
+            if path in self._masked:
+                continue
             if path not in self._leaves:
                 raise ValueError(
                     f"{method}: the captures have a parameter {path}, which is not among the "
                     f"updates ({', '.join(self._paths)}): they were captured for other parameters"
                 )
             leaf = self._leaves[path]
-            if path not in self._masked and leaf.shape != shape:
+            if leaf.shape != shape:
                 raise ValueError(
                     f"{method}: {path} has shape {leaf.shape} in the updates and {shape} in the "
                     "captures; take both from the same call of cqjax.value_and_grad (and the "
@@ -283,10 +285,16 @@ def no_counts(params: optax.Params) -> jax.Array:
     return jnp.zeros(len(jax.tree.leaves(params, is_leaf=is_masked)), jnp.int32)
 
 
-def masked_paths(tree: optax.Params) -> frozenset[str]:
-    """The paths at which `optax.masked` has taken a parameter's place."""
+def masked_paths(tree: optax.Params, blocks: Iterable[Block]) -> frozenset[str]:
+    """The paths at which `optax.masked` has taken a place, and those of blocks' parameters below.
+
+    A mask may be a prefix of the parameters' tree: then it takes whole subtrees.
+    """
     keyed = jax.tree.leaves_with_path(tree, is_leaf=is_masked)
-    return frozenset(path_of(keys) for keys, leaf in keyed if is_masked(leaf))
+    taken = {path_of(keys) for keys, leaf in keyed if is_masked(leaf)}
+    paths = (path for block in blocks for path in block.paths)
+    below = {path for path in paths if any(not t or path.startswith(f"{t}/") for t in taken)}
+    return frozenset(taken | below)
 
 
 def is_masked(leaf: Any) -> bool:
