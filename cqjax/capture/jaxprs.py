@@ -61,7 +61,7 @@ def aval(atom: Any) -> Any:
 
 def varying(atom: Any) -> frozenset[str]:
     """The mesh axes over which an operand or result varies within `jax.shard_map`."""
-    return getattr(aval(atom), "manual_axis_type").varying
+    return aval(atom).manual_axis_type.varying
 
 
 def is_literal(atom: Any) -> bool:

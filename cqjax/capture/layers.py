@@ -61,9 +61,7 @@ def make_layers(
 
     for block in blocks:
         rows = {
-            numbers[site.position]: site.rows
-            for site in block.sites
-            if site.position in numbers
+            numbers[site.position]: site.rows for site in block.sites if site.position in numbers
         }
         if rows:
             add(block.paths, rows, block)
