@@ -8,12 +8,23 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOCK := $(wildcard requirements/$(VERSION).txt)
 
-.PHONY: demo test lint types tests lock clean
+NEWEST = $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 'print("python$(v)")' 2> /dev/null)))
+CUDA ?= cuda13
+
+.PHONY: demo test test-newest test-gpu lint types tests lock clean
 
 demo: $(READY)  ## train by SGD, Adam and C-SGD on real data: a table and a picture
 	$(BIN)/python -m experiments quickstart $(ARGS)
 
 test: lint types tests  ## everything that CI runs
+
+test-newest:  ## the tests with the newest JAX, Flax and Optax of the index that the ranges allow
+	@test -n "$(NEWEST)" || echo "No Python 3.12 or newer was found; nothing to test"
+	@test -z "$(NEWEST)" || $(MAKE) tests PYTHON=$(NEWEST) VENV=.venv/newest LOCK=
+
+test-gpu: $(READY)  ## the tests that need a GPU, with JAX for CUDA=cuda12 or cuda13
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]' 'jax[$(CUDA)]'
+	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -n 0 tests/test_gpu.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
