@@ -69,7 +69,7 @@ def by_hand(rule, params, batches, damping=lambda t: DAMPING):
     """The parameters after each batch: NumPy's U, then a rule of Optax's."""
     state, visited = rule.init(params), []
     for t, batch in enumerate(batches):
-        updates, state = rule.update(direction(params, batch, damping(t)), state, params)
+        updates, state = rule.update(direction(params, batch, damping(jnp.int32(t))), state, params)
         params = optax.apply_updates(params, updates)
         visited.append(params)
     return visited

@@ -1,0 +1,208 @@
+"""Microbatches, in the loss and in separate calls, give the whole batch's update."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import linear_layer
+import numpy as np
+import optax
+import pytest
+from across_batches import quickly
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+from linear_layer import squared_error
+from two_layers import DAMPING, assert_close, loss_fn, problem
+
+import cqjax
+
+RATE = 0.1
+
+
+def joined(batches):
+    return tuple(jnp.concatenate(arrays) for arrays in zip(*batches, strict=True))
+
+
+def tokens_loss(params, tokens, x, y):
+    """A lookup, a layer that is used twice, a scanned stack, and a gain."""
+
+    def layer(h, w):
+        return jnp.tanh(h @ w["kernel"] + w["bias"]), None
+
+    h = params["table"][tokens] * params["gain"] + x
+    h = jnp.tanh(h @ params["shared"])
+    h, _ = jax.lax.scan(layer, jnp.tanh(h @ params["shared"]), params["stack"])
+    return jnp.mean(jnp.sum((h @ params["out"] - y) ** 2, -1))
+
+
+def tokens_problem(sizes):
+    rng = np.random.default_rng(0)
+    params = {
+        "table": rng.normal(size=(7, 4)),
+        "gain": rng.normal(size=4),
+        "shared": rng.normal(size=(4, 4)),
+        "stack": {"kernel": rng.normal(size=(2, 4, 4)), "bias": rng.normal(size=(2, 4))},
+        "out": rng.normal(size=(4, 2)),
+    }
+    batches = [
+        (rng.integers(0, 7, n), rng.normal(size=(n, 4)), rng.normal(size=(n, 2))) for n in sizes
+    ]
+    return jax.tree.map(jnp.asarray, (params, batches))
+
+
+def stepper(loss_fn, tx, **options):
+    differentiate = cqjax.value_and_grad(loss_fn, **options)
+
+    def step(params, state, *batch):
+        _, grads, captures = differentiate(params, *batch)
+        updates, state = tx.update(grads, state, params, captures=captures)
+        return optax.apply_updates(params, updates), state
+
+    return quickly(step)
+
+
+def run(tx, loss_fn, params, batches, **options):
+    state, step = tx.init(params), stepper(loss_fn, tx, **options)
+    visited = []
+    for batch in batches:
+        params, state = step(params, state, *batch)
+        visited.append(params)
+    return visited, state
+
+
+def plans(loss_fn, params, batches, **options):
+    return cqjax.plan(loss_fn, **options)(params, *joined(batches))
+
+
+INNER = {
+    "csgd": lambda plan: cqjax.csgd(RATE, DAMPING),
+    "relative": lambda plan: cqjax.csgd(RATE, 0.0, relative_damping=0.1),
+    "back-matching": lambda plan: optax.chain(
+        cqjax.scale_by_back_matching(), optax.sgd(RATE, momentum=0.9)
+    ),
+    "across": lambda plan: optax.chain(
+        cqjax.scale_by_consequentialism(DAMPING, plan=plan, update_every=2, ema_decay=0.7),
+        optax.sgd(RATE),
+    ),
+    "kernels": lambda plan: optax.partition(
+        {"ours": cqjax.csgd(RATE, DAMPING), "adam": optax.adam(RATE)},
+        lambda params: jax.tree.map(lambda p: "ours" if p.ndim == 2 else "adam", params),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.usefixtures("float64")
+def test_separate_calls(name):
+    """Two updates from microbatches of unequal sizes are those from two whole batches."""
+    params, batches = problem((4, 9, 9, 9, 4, 9))
+    plan = plans(loss_fn, params, batches[:3])
+    inner = INNER[name](plan)
+    got, state = run(cqjax.multi_steps(inner, 3, plan=plan), loss_fn, params, batches)
+    assert state.gradient_step == 2 and state.mini_step == 0 and state.batch_size == 0
+    want, _ = run(inner, loss_fn, params, [joined(batches[:3]), joined(batches[3:])])
+    for i in (0, 1):
+        assert_close(got[i], params, rtol=0)
+        assert_close(got[3 + i], got[2], rtol=0)
+    assert_close([got[2], got[5]], want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.usefixtures("float64")
+def test_lookups_shared_and_scanned_layers(reduction):
+    params, batches = tokens_problem((5, 5))
+
+    def loss(params, tokens, x, y):
+        return tokens_loss(params, tokens, x, y) * (len(x) if reduction == "sum" else 1)
+
+    options = {"loss_reduction": reduction}
+    plan = plans(loss, params, batches, **options)
+    assert {b.solver for b in plan.blocks} >= {"diagonal", "primal"}
+    tx = cqjax.scale_by_consequentialism(DAMPING)
+    got, _ = run(cqjax.multi_steps(tx, 2, plan=plan), loss, params, batches, **options)
+    want, _ = run(tx, loss, params, [joined(batches)], **options)
+    if reduction == "sum":  # of what is not solved for, the mean over the microbatches
+        want[0]["gain"] = params["gain"] + (want[0]["gain"] - params["gain"]) / 2
+    assert_close(got[1], want[0])
+
+
+@pytest.mark.parametrize("options", [{"max_dim": 3, "block_size": 3}, {"skip": "c/w"}])
+@pytest.mark.usefixtures("float64")
+def test_options_of_capture(options):
+    params, batches = problem((5, 7))
+    options = {**options, "solver": "primal"}
+    tx = cqjax.csgd(RATE, DAMPING)
+    plan = plans(loss_fn, params, batches, **options)
+    got, _ = run(cqjax.multi_steps(tx, 2, plan=plan), loss_fn, params, batches, **options)
+    want, _ = run(tx, loss_fn, params, [joined(batches)], **options)
+    assert_close(got[1], want[0])
+
+
+@functools.cache
+def linear(k, d):
+    """The transformation and its step for a linear layer with a bias."""
+    plan = cqjax.plan(squared_error)(*linear_layer.problem(k, d, 2, bias=True))
+    tx = cqjax.multi_steps(cqjax.scale_by_consequentialism(DAMPING), k, plan=plan)
+    return tx, stepper(squared_error, tx)
+
+
+@given(st.lists(st.sampled_from([1, 2, 7]), min_size=1, max_size=3), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_any_sizes(sizes, seed):
+    """Against NumPy's solve for the whole batch."""
+    with jax.enable_x64(True):
+        initial, x, y = linear_layer.problem(sum(sizes), 3, 2, bias=True, seed=seed)
+        tx, step = linear(len(sizes), 3)
+        params, state = initial, tx.init(initial)
+        ends = np.cumsum(sizes)
+        for start, end in zip(ends - sizes, ends, strict=True):
+            params, state = step(params, state, x[start:end], y[start:end])
+        update = linear_layer.expected(initial, x, y, DAMPING)
+        assert_close(params, jax.tree.map(jnp.add, initial, update))
+
+
+@pytest.mark.parametrize("solver", ["primal", "dual"])
+@pytest.mark.parametrize("how", ["scan", "optax"])
+@pytest.mark.usefixtures("float64")
+def test_in_the_loss(how, solver):
+    """Grams add, rows stack; with the dual, nlms too."""
+    params, batches = problem((4, 4, 4))
+    x, y = joined(batches)
+
+    def scanned(params, x, y):
+        parts = jax.tree.map(lambda a: a.reshape(3, 4, *a.shape[1:]), (x, y))
+
+        @jax.checkpoint
+        def add(total, part):
+            return total + loss_fn(params, *part) / 3, None
+
+        return jax.lax.scan(add, jnp.zeros(()), parts)[0]
+
+    by_optax = optax.microbatching.microbatch(
+        jax.checkpoint(loss_fn), (1, 2), 4, optax.microbatching.AccumulationType.MEAN
+    )
+    micro = scanned if how == "scan" else by_optax
+    for tx in (cqjax.csgd(RATE, DAMPING), cqjax.nlms(RATE))[: 1 + (solver == "dual")]:
+        got, _ = run(tx, micro, params, [(x, y)], solver=solver)
+        want, _ = run(tx, loss_fn, params, [(x, y)], solver=solver)
+        assert_close(got, want)
+
+
+@pytest.mark.usefixtures("float64")
+def test_how_far_off_the_last_rows_alone_are():
+    """Four microbatches of eight: the update's error relative to its length."""
+    params, batches = problem((8, 8, 8, 8))
+    tx = cqjax.scale_by_consequentialism(DAMPING)
+
+    def update(tx, batches):
+        new, _ = run(tx, loss_fn, params, batches)
+        return ravel_pytree(optax.tree.sub(new[-1], params))[0]
+
+    whole = update(tx, [joined(batches)])
+
+    def error(tx):
+        return np.linalg.norm(update(tx, batches) - whole) / np.linalg.norm(whole)
+
+    assert error(cqjax.multi_steps(tx, 4, plan=plans(loss_fn, params, batches))) < 1e-12
+    assert 0.5 < error(optax.MultiSteps(tx, 4)) < 0.52  # as docs/composition.md says
