@@ -99,22 +99,24 @@ def inverses(
       batches: X of each batch. One that is not finite is not heard of.
       damping: λ, or a function of the step and XᵀX.
       ema_decay: of the average that XᵀX / N is taken from; None for the batch's own.
-      update_every: steps from one inversion to the next; 1 if the first batch has too few rows.
+      update_every: steps from one inversion to the next; 1 if the first batch has too few rows,
+        and as long as there is none.
       capture_every: steps from one batch in the average to the next; those with too few rows are
         all in it.
       features: of which a batch has too few rows for others, if not twice as many; no bias.
     """
-    past, inverse = [], np.eye(batches[0].shape[1])
+    past, inverse, found = [], np.eye(batches[0].shape[1]), False
     if not ref.spans(len(batches[0]), features):
         update_every = 1
     for t, rows in enumerate(batches):
         xx, n = moment(rows), len(rows)
-        due = t % capture_every == 0 or not ref.spans(n, features)
+        due = t % capture_every == 0 or not past or not ref.spans(n, features)
         if due and np.isfinite(rows).all():
             past.append(xx / n)
         if ema_decay is not None and past:
             xx = n * ref.average(past, ema_decay)
-        if t % update_every == 0 and np.isfinite(xx).all():
+        if (t % update_every == 0 or not found) and np.isfinite(xx).all():
+            found = True
             strength = damping(t, xx) if callable(damping) else damping
             inverse = ref.inverse_of(xx, n, strength)
         yield inverse

@@ -41,7 +41,8 @@ class Inverse(NamedTuple):
       value: c (A + λI)⁻¹, (B, m, m).
       damping: the λ of this inverse, (B,).
       repaired: (B,) bool, whether the first attempt failed.
-      failed: (B,) bool, whether the second did too; the value is I then.
+      failed: (B,) bool, whether the second did too; the value is I then, or 0, which is its limit,
+        where A has overflowed.
     """
 
     value: jax.Array
@@ -50,21 +51,26 @@ class Inverse(NamedTuple):
     failed: jax.Array
 
 
-def mean_eigenvalue(trace: jax.Array, rank: jax.Array | int) -> jax.Array:
+def mean_eigenvalue(diagonal: jax.Array, rank: jax.Array | int) -> jax.Array:
     """Mean of those eigenvalues of XXᵀ or XᵀX that may differ from zero: the two share them.
 
     So a damping relative to it is the same in both. Their number is that of X's rows or features,
-    whichever is less.
+    whichever is less. Of diagonals (B, m), whose sums may overflow where the means do not: (B,).
     """
-    return trace / rank
+    rank = jnp.broadcast_to(jnp.asarray(rank, diagonal.dtype), diagonal.shape[:1])
+    return (diagonal / rank[:, None]).sum(-1)
 
 
 def inverses(systems: Sequence[System]) -> list[Inverse]:
     """Inverts the systems by Cholesky factorisation, matrices of the same shape as one batch.
 
     One whose inverse is not finite is tried again with its damping raised by `REPAIR_DAMPING` times
-    its mean eigenvalue. The second attempt costs nothing unless it is needed (under `vmap`, where a
-    condition becomes a selection, it always runs).
+    its mean eigenvalue. So is one that is singular to working precision: where for some i
+    A_ii (A⁻¹)_ii exceeds 1/ε. That is how many times the diagonal entry is what the other rows and
+    columns leave of it (in statistics, the variance inflation factor); whether the factorisation
+    then failed, or made something huge of rounding errors, would be chance. The second attempt
+    costs nothing unless it is needed (under `vmap`, where a condition becomes a selection, it
+    always runs).
     """
     return [Inverse(*parts) for parts in _together(_inverse, list(map(_each_own, systems)))]
 
@@ -107,15 +113,18 @@ def _inverse(
     matrix: jax.Array, damping: jax.Array, rank: jax.Array, gain: jax.Array, solvable: jax.Array
 ) -> Inverse:
     diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
-    more = REPAIR_DAMPING * mean_eigenvalue(diagonal.sum(-1), rank)
+    more = REPAIR_DAMPING * mean_eigenvalue(diagonal, rank)
     one = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
+    limit = jnp.where(diagonal.max(-1) == jnp.inf, 0, one[0, 0, 0])
 
     def attempt(last: Inverse, number: jax.Array) -> Inverse:
         raised = damping + jnp.where(number > 0, more, 0)
         value = triangular.inverse(matrix + _wide(raised) * one)
-        good = jnp.isfinite(value).all((1, 2)) & jnp.isfinite(diagonal).all(-1)
-        good &= solvable | (number > 0)
-        value = jnp.where(_wide(good), _wide(gain) * value, one)
+        inflation = (diagonal + raised[:, None]) * jnp.diagonal(value, axis1=1, axis2=2)
+        value = _wide(gain) * value
+        good = (inflation * jnp.finfo(matrix.dtype).eps <= 1).all(-1)
+        good &= jnp.isfinite(value).all((1, 2)) & (solvable | (number > 0))
+        value = jnp.where(_wide(good), value, _wide(limit) * one)
         repaired = jnp.broadcast_to(number > 0, good.shape)
         return Inverse(
             jnp.where(_wide(last.failed), value, last.value),

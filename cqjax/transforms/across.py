@@ -1,7 +1,7 @@
 """Statistics that outlive a batch: moving averages of XᵀX, and inverses that are kept."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import chex
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
 
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture
@@ -17,7 +18,7 @@ from cqjax.linalg import gram, ridge
 from cqjax.transforms.incoming import Incoming, joint_bias, labelled, masked_paths
 from cqjax.transforms.solves import Damping, primal_system
 
-_Kept = TypeVar("_Kept")
+_T = TypeVar("_T")
 
 
 class Moment(NamedTuple):
@@ -31,6 +32,18 @@ class Moment(NamedTuple):
 
     total: jax.Array
     weight: jax.Array
+
+
+class Kept(NamedTuple):
+    """A kept inverse.
+
+    Attributes:
+      inverse: N (XᵀX + λI)⁻¹, (B, d, d), or what the failed attempts have left in its place.
+      found: (B,) bool, whether there has been one.
+    """
+
+    inverse: jax.Array
+    found: jax.Array
 
 
 def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
@@ -48,7 +61,7 @@ def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
 
 def no_inverses(
     plan: Plan, params: optax.Params, update_every: int, averaged: bool
-) -> dict[str, jax.Array]:
+) -> dict[str, Kept]:
     """Identities for the weights of which an inverse is kept.
 
     It must be of use for other rows, and without averages cost less than a solve in each step.
@@ -59,7 +72,8 @@ def no_inverses(
         if useful and (averaged or _cheaper_kept(block, update_every)):
             size = block.features + joint_bias(block, masked)
             one = jnp.eye(size, dtype=_dtype(block))
-            inverses[label] = jnp.broadcast_to(one, (block.batch, size, size))
+            identities = jnp.broadcast_to(one, (block.batch, size, size))
+            inverses[label] = Kept(identities, jnp.zeros(block.batch, bool))
     return inverses
 
 
@@ -80,11 +94,31 @@ def _cheaper_kept(block: Block, update_every: int) -> bool:
     return product + renewed / update_every < block.flops(block.solver)
 
 
-def every(period: int | None, count: jax.Array, renew: Callable[[], _Kept], kept: _Kept) -> _Kept:
-    """Something new in every so many updates, and the first; else what there is."""
+def every(
+    period: int | None,
+    count: jax.Array,
+    renew: Callable[[], _T],
+    kept: _T,
+    lacking: jax.Array | bool = False,
+) -> _T:
+    """Something new in every so many updates, the first, and where it is lacking; else the old."""
     if period is None or period == 1:
         return renew()
-    return lax.cond(count % period == 0, renew, lambda: kept)
+    return lax.cond((count % period == 0) | lacking, renew, lambda: kept)
+
+
+@jax.custom_batching.custom_vmap
+def _anything(flags: jax.Array) -> jax.Array:
+    """Whether any is true: under `jax.vmap` of any member, so that a condition remains one."""
+    return flags.any()
+
+
+@_anything.def_vmap
+def _of_all_members(
+    axis_size: int, in_batched: Sequence[bool], flags: jax.Array
+) -> tuple[jax.Array, bool]:
+    del axis_size, in_batched
+    return _anything(flags), False
 
 
 def averaged(
@@ -93,82 +127,111 @@ def averaged(
     decay: chex.Numeric,
     period: int | None,
     count: jax.Array,
-) -> dict[str, Moment]:
+) -> tuple[dict[str, Moment], dict[str, jax.Array]]:
     """The averages, every so often with this batch's moments; without those that are not finite.
 
-    Where a batch does not span the features, each one enters.
+    Where a batch does not span the features, each one enters; so it does as long as there is none.
     Each weight has a condition of its own, which XLA can take when its inputs are there: all in one
     would keep them till the end.
+
+    Returns:
+      The averages, and (B,) bool, whether this batch's moments were left out though due.
     """
 
-    def added(average: Moment, capture: Capture) -> Moment:
-        moment = capture.second_moment() / incoming.batch_size
+    def added(average: Moment, capture: Capture) -> tuple[Moment, jax.Array]:
+        moment = capture.second_moment() / incoming.terms(capture.block)
         axes = tuple(range(1, moment.ndim))
         good = jnp.isfinite(moment).all(axes)
         total = jnp.where(
             jnp.expand_dims(good, axes), decay * average.total + (1 - decay) * moment, average.total
         )
         weight = jnp.where(good, decay * average.weight + (1 - decay), average.weight)
-        return Moment(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
+        new = Moment(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
+        return new, ~good
 
-    def maybe(label: str, average: Moment) -> Moment:
+    def maybe(label: str, average: Moment) -> tuple[Moment, jax.Array]:
         capture = incoming.captures[label]
         due = period if capture.block.spans else 1
-        return every(due, count, lambda: added(average, capture), average)
+        kept = average, jnp.zeros(len(average.weight), bool)
+        lacking = _anything(average.weight == 0)
+        return every(due, count, lambda: added(average, capture), kept, lacking)
 
-    return {label: maybe(label, average) for label, average in moments.items()}
+    results = {label: maybe(label, average) for label, average in moments.items()}
+    return (
+        {label: average for label, (average, _) in results.items()},
+        {label: left_out for label, (_, left_out) in results.items()},
+    )
 
 
 def second_moment(moments: Mapping[str, Moment], incoming: Incoming, label: str) -> jax.Array:
-    """A weight's XᵀX: N times its average, or the batch's where there is none."""
+    """A weight's XᵀX: N times its average, or the batch's where none is kept.
+
+    As long as nothing has entered the average, it is infinite: the update is zero then.
+    """
     if label not in moments:
         return incoming.captures[label].second_moment()
     total, weight = moments[label]
-    axes = tuple(range(1, total.ndim))
-    return incoming.batch_size * total / jnp.expand_dims(weight, axes)
+    weight = jnp.expand_dims(weight, tuple(range(1, total.ndim)))
+    return jnp.where(
+        weight > 0, incoming.terms(incoming.captures[label].block) * total / weight, jnp.inf
+    )
 
 
 def renewed(
-    inverses: Mapping[str, jax.Array],
+    inverses: Mapping[str, Kept],
     moments: Mapping[str, Moment],
     incoming: Incoming,
     damping: Damping,
     period: int,
     count: jax.Array,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    spread_over: NamedSharding | None = None,
+) -> tuple[dict[str, Kept], dict[str, jax.Array]]:
     """The inverses, every so often of what the moments are then; the old where there is none.
+
+    Where no attempt has succeeded yet, there is one in each update.
 
     Returns:
       The inverses, and (B,) bool, whether the attempt at one failed.
     """
+    lacking = {label: _anything(~old.found) for label, old in inverses.items()}
 
     def system(label: str, old: jax.Array) -> jax.Array:
         xx = functools.partial(second_moment, moments, incoming, label)
         size = old.shape[-1]
         none = jnp.zeros_like(old)
-        return every(period, count, lambda: xx()[:, :size, :size].astype(old.dtype), none)
 
-    matrices = {label: system(label, old) for label, old in inverses.items()}
+        def new() -> jax.Array:
+            return xx()[:, :size, :size].astype(old.dtype)
 
-    def renew() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        return every(period, count, new, none, lacking[label])
+
+    matrices = {label: system(label, old.inverse) for label, old in inverses.items()}
+
+    def renew() -> tuple[dict[str, Kept], dict[str, jax.Array]]:
         systems = [
             primal_system(incoming, incoming.captures[label], damping, xx, label in moments)
             for label, xx in matrices.items()
         ]
         kept, repaired = {}, {}
-        for (label, old), new in zip(inverses.items(), ridge.inverses(systems), strict=True):
-            failed = jnp.expand_dims(new.failed, (1, 2))
-            kept[label] = jnp.where(failed, old, new.value.astype(old.dtype))
-            repaired[label] = new.repaired
+        found = ridge.inverses(systems, spread_over)
+        for (label, old), new in zip(inverses.items(), found, strict=True):
+            attempted = (count % period == 0) | ~old.found
+            taken = jnp.expand_dims(attempted & ~(new.failed & old.found), (1, 2))
+            kept[label] = Kept(
+                jnp.where(taken, new.value.astype(old.inverse.dtype), old.inverse),
+                old.found | (attempted & ~new.failed),
+            )
+            repaired[label] = attempted & new.repaired
         return kept, repaired
 
-    never = {label: jnp.zeros(len(old), bool) for label, old in inverses.items()}
-    return every(period, count, renew, (dict(inverses), never))
+    never = {label: jnp.zeros_like(old.found) for label, old in inverses.items()}
+    anything = jnp.stack(list(lacking.values())).any() if lacking else False
+    return every(period, count, renew, (dict(inverses), never), anything)
 
 
 def check(
     moments: Mapping[str, Moment],
-    inverses: Mapping[str, jax.Array],
+    inverses: Mapping[str, Kept],
     incoming: Incoming,
     averages: bool,
 ) -> None:
@@ -198,7 +261,7 @@ def check(
             shapes.append((kept[label], (block.batch, size, *square)))
         if label in inverses:
             size = block.features + incoming.joint_bias(block)
-            shapes.append((inverses[label].shape, (block.batch, size, size)))
+            shapes.append((inverses[label].inverse.shape, (block.batch, size, size)))
         for got, expected in shapes:
             if got != expected:
                 raise ValueError(

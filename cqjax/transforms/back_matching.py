@@ -15,7 +15,7 @@ from cqjax.capture.signals import Signals, signals
 from cqjax.linalg.gram import accumulator
 from cqjax.transforms import chain
 from cqjax.transforms.chain import ChainLayer
-from cqjax.transforms.incoming import is_masked
+from cqjax.transforms.incoming import finite, is_masked
 
 PyTree = Any
 ValueFn = Callable[[PyTree], jax.Array]
@@ -117,7 +117,8 @@ def scale_by_back_matching(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each layer the rate 1/(m s) that approximates back-matching propagation.
 
-    Each update of a layer is multiplied by its rate: see `back_matching_rates`. The paper found
+    Each update of a layer is multiplied by its rate: see `back_matching_rates`. Entries of the
+    result that are not finite become zero. The paper found
     best to decay the weights before, and to apply momentum after it: `back_matching_sgd`.
 
     Args:
@@ -209,7 +210,7 @@ def scale_by_back_matching(
         updates = jax.tree.map(
             lambda rate, u: (rate * u).astype(u.dtype), _like(params, rates), updates
         )
-        return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
+        return finite(updates), state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -286,8 +287,9 @@ def _rates(
     rates: dict[str, Any] = {}
     covered: dict[str, jax.Array] = {}
     for unit, factor in zip(units, inverse, strict=True):
-        rate = factor * batch_size / (unit.rows if measured else unit.pooled)
         block = unit.block
+        terms = batch_size if block is None else block.terms(batch_size, source.examples)
+        rate = factor * terms / (unit.rows if measured else unit.pooled)
         if block is None or (
             block.view.whole and not factor.ndim and all(owners.count(p) == 1 for p in unit.paths)
         ):

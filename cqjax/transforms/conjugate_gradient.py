@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cqjax.transforms.incoming import finite
+
 Beta = Literal["fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan"]
 OnAscent = Literal["restart", "reverse"]
 
@@ -64,7 +66,8 @@ def scale_by_conjugate_gradient(
       z_n = p_n^T r_n, \quad x_{n+1} = x_n + \alpha \operatorname{sgn}(z_n) p_n
 
     (the next p does not depend on the sign of the one before). With either, p is r again where β or
-    p is undefined or not finite, or :math:`p^T r = 0`.
+    p is undefined or not finite, or :math:`p^T r = 0`. Entries of p that are not finite even so
+    become zero.
 
     Args:
       beta: which β.
@@ -158,8 +161,8 @@ def scale_by_conjugate_gradient(
         elif beta == "polak_ribiere":
             defined &= b >= 0
         kept = defined & (slope > 0) & (slope < math.inf)
-        p = jax.tree.map(lambda p, r: jnp.where(kept, p, r), p, r)
-        given_up = ~kept & (state.slope > 0) & (squared_norm > 0)
+        p = finite(jax.tree.map(lambda p, r: jnp.where(kept, p, r), p, r))
+        given_up = ~kept & (state.slope > 0) & (squared_norm != 0)
         new = ScaleByConjugateGradientState(
             direction=p,
             gradient=r if by_change else (),

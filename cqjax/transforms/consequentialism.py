@@ -1,6 +1,7 @@
 """Consequentialism: updates chosen by what they do to each layer's outputs (seed 000)."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
 
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.plan import Plan
 from cqjax.linalg import ridge
 from cqjax.transforms import across, solves
-from cqjax.transforms.across import Moment
+from cqjax.transforms.across import Kept, Moment
 from cqjax.transforms.incoming import Incoming, Matrices, check_number, no_counts
 from cqjax.transforms.solves import Damping
 
@@ -32,13 +34,13 @@ class ScaleByConsequentialismState(NamedTuple):
         total is their sum.
       moments: with `ema_decay`, the moving average of each weight's XᵀX / N.
       inverses: with `update_every`, N (XᵀX + λI)⁻¹, (B, d, d), of the weights that are not solved
-        for anew in each step.
+        for anew in each step, and whether there has been one, (B,).
     """
 
     count: chex.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     fallbacks: jax.Array
     moments: dict[str, Moment]
-    inverses: dict[str, jax.Array]
+    inverses: dict[str, Kept]
 
 
 def scale_by_consequentialism(
@@ -49,6 +51,7 @@ def scale_by_consequentialism(
     update_every: int | None = None,
     ema_decay: float | None = None,
     capture_every: int | None = None,
+    spread_over: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each layer's gradient by the ridge pseudoinverse's update.
 
@@ -106,6 +109,9 @@ def scale_by_consequentialism(
         about as many rows as features. `relative_damping` limits that.
       capture_every: with `ema_decay`, updates from one batch that enters the average to the next;
         of weights with fewer than twice as many rows as features, each batch enters.
+      spread_over: a sharding whose axes name devices that share out the inversions of matrices of
+        equal size, and hand each other the inverses: under `jax.jit`, or within a `jax.shard_map`
+        over these axes. None where each device inverts all.
 
     Returns:
       A transformation whose `update` takes the keyword argument `captures`.
@@ -159,14 +165,18 @@ def scale_by_consequentialism(
         incoming.check_counts(state.fallbacks)
         across.check(state.moments, state.inverses, incoming, ema_decay is not None)
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
-        moments, inverses, repaired = state.moments, state.inverses, {}
+        moments, inverses, left_out, repaired = state.moments, state.inverses, {}, {}
         if ema_decay is not None:
-            moments = across.averaged(moments, incoming, ema_decay, capture_every, state.count)
+            moments, left_out = across.averaged(
+                moments, incoming, ema_decay, capture_every, state.count
+            )
         if update_every is not None:
             inverses, repaired = across.renewed(
-                inverses, moments, incoming, now, update_every, state.count
+                inverses, moments, incoming, now, update_every, state.count, spread_over
             )
-        updates, failures = _precondition(incoming, now, moments, inverses, repaired)
+        updates, failures = _precondition(
+            incoming, now, moments, inverses, (left_out, repaired), spread_over
+        )
         count = jnp.asarray(optax.safe_increment(state.count))
         fallbacks = state.fallbacks + failures
         return updates, ScaleByConsequentialismState(count, fallbacks, moments, inverses)
@@ -214,10 +224,14 @@ def _precondition(
     incoming: Incoming,
     damping: Damping,
     moments: Mapping[str, Moment],
-    inverses: Mapping[str, jax.Array],
-    repaired: Mapping[str, jax.Array],
+    inverses: Mapping[str, Kept],
+    before: Sequence[Mapping[str, jax.Array]],
+    spread_over: NamedSharding | None,
 ) -> tuple[optax.Updates, jax.Array]:
-    """N (XᵀX + λI)⁻¹ H for every block, and how many solves failed at each leaf, (P,)."""
+    """N (XᵀX + λI)⁻¹ H for every block, and how many solves failed at each leaf, (P,).
+
+    What failed `before`, (B,) bool by label, is counted with them: once for each update.
+    """
 
     def by_rows(label: str, capture: Capture) -> bool:
         return capture.block.solver == "dual" and label not in {**moments, **inverses}
@@ -229,7 +243,7 @@ def _precondition(
         failures: dict[str, jax.Array] = {}
         for label, capture in incoming.captures.items():
             if label in inverses:
-                kept = inverses[label]
+                kept = inverses[label].inverse
                 results[label], rows[label] = solves.preconditioned(
                     incoming, capture, damping, kept
                 )
@@ -246,13 +260,15 @@ def _precondition(
                 else:
                     solve = solves.primal(incoming, capture, damping, xx, label in moments)
                     waiting[label] = solve
-        found = ridge.inverses([solve.system for solve in waiting.values()])
-        failed = dict(repaired)
+        found = ridge.inverses([solve.system for solve in waiting.values()], spread_over)
+        repaired: dict[str, jax.Array] = {}
         for (label, solve), inverse in zip(waiting.items(), found, strict=True):
             results[label], rows[label] = solve.update(inverse)
-            failed[label] = inverse.repaired
+            repaired[label] = inverse.repaired
         for label, good in zip(rows, ridge.all_finite(list(rows.values())), strict=True):
-            failures[label] = ~good | failed[label]
+            events = [failed[label] for failed in (*before, repaired) if label in failed]
+            lost = ~good | incoming.overflows(label, results[label])
+            failures[label] = functools.reduce(jnp.logical_or, events, lost)
         return incoming.replaced(results), incoming.counts(failures)
 
     pure = [c for label, c in incoming.captures.items() if by_rows(label, c) and c.block.exact]

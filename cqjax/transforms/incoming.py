@@ -6,9 +6,10 @@ become of the gradient, so that it is not lost.
 """
 
 import collections
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,10 @@ import optax
 
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures, path_of
+from cqjax.linalg import devices
 from cqjax.linalg.gram import HIGHEST, accumulator
+
+_Tree = TypeVar("_Tree")
 
 
 class Matrices(NamedTuple):
@@ -60,9 +64,9 @@ class Incoming:
             )
         self._method = method
         keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
-        self._paths = [path_of(keys) for keys, _ in keyed]
+        self.paths = [path_of(keys) for keys, _ in keyed]
         self._masked = masked_paths(updates, [capture.block for capture in captures.blocks])
-        self._leaves = dict(zip(self._paths, (leaf for _, leaf in keyed), strict=True))
+        self._leaves = dict(zip(self.paths, (leaf for _, leaf in keyed), strict=True))
         labels = labelled([capture.block for capture in captures.blocks])
         self.captures = {
             label: capture
@@ -76,6 +80,7 @@ class Incoming:
                 'number of terms that the loss averages over (or loss_reduction="sum")'
             )
         self.batch_size = 1 if captures.batch_size is None else captures.batch_size
+        self.examples = captures.examples
 
     def _concerns(self, block: Block, method: str) -> bool:
         """Whether the block's weight is among the updates that are not masked.
@@ -89,7 +94,7 @@ class Incoming:
             if path not in self._leaves:
                 raise ValueError(
                     f"{method}: the captures have a parameter {path}, which is not among the "
-                    f"updates ({', '.join(self._paths)}): they were captured for other parameters"
+                    f"updates ({', '.join(self.paths)}): they were captured for other parameters"
                 )
             leaf = self._leaves[path]
             if leaf.shape != shape:
@@ -106,6 +111,10 @@ class Incoming:
             )
         return not masked
 
+    def terms(self, block: Block) -> float | jax.Array:
+        """N, or what stands for it where all examples share the block's rows."""
+        return block.terms(self.batch_size, self.examples)
+
     def has_bias(self, block: Block) -> bool:
         """Whether the block's bias is updated together with its weight."""
         return block.bias is not None and self._masked.isdisjoint(block.bias.view.paths)
@@ -120,13 +129,13 @@ class Incoming:
         return all(self._leaves[path] is capture.gradients[path] for path in paths)
 
     def changed(self, captures: Sequence[Capture]) -> jax.Array:
-        """Whether any entry of the updates differs from the gradient, () bool."""
+        """Whether any entry of the updates differs from the gradient, on any device: () bool."""
         differ = [
             jnp.any(self._leaves[path] != capture.gradients[path])
             for capture in captures
             for path in self._updated(capture.block)
         ]
-        return jnp.stack(differ).any()
+        return devices.anywhere(jnp.stack(differ).any())
 
     def _updated(self, block: Block) -> list[str]:
         return [path for path in block.paths if path not in self._masked]
@@ -147,14 +156,37 @@ class Incoming:
         """How many events, () or (B,) bool, the blocks had: (P,) int32.
 
         P is the number of leaves of the updates' tree; a block's are counted at its first path.
+        One more is counted for each parameter without a block whose update is not finite.
         """
-        total = jnp.zeros(len(self._paths), jnp.int32)
-        if not events:
+        total = jnp.zeros(len(self.paths), jnp.int32)
+        first = [(self.captures[label].block.view.paths[0], e) for label, e in events.items()]
+        solved = {path for capture in self.captures.values() for path in capture.block.paths}
+        others = [
+            (path, ~jnp.isfinite(leaf).all())
+            for path, leaf in self._leaves.items()
+            if path not in solved | self._masked
+        ]
+        if not first and not others:
             return total
-        each = [jnp.ravel(event) for event in events.values()]
-        first = [self.captures[label].block.view.paths[0] for label in events]
-        at = np.repeat([self._paths.index(path) for path in first], [len(e) for e in each])
-        return total.at[at].add(jnp.concatenate(each).astype(jnp.int32))
+        paths, each = zip(*first, *others, strict=True)
+        each = [
+            devices.total(jnp.ravel(event).astype(jnp.int32), devices.varying(event))
+            for event in each
+        ]
+        at = np.repeat([self.paths.index(path) for path in paths], [len(e) for e in each])
+        return total.at[at].add(jnp.concatenate(each))
+
+    def overflows(self, label: str, result: Matrices) -> jax.Array | bool:
+        """Whether a result, finite in at least float32, is not so in its parameters' dtype: (B,).
+
+        False where that is the dtype it has.
+        """
+        dtype = self._leaves[self.captures[label].block.view.paths[0]].dtype
+        if dtype == result.weight.dtype:
+            return False
+        parts = (part for part in result if part is not None)
+        lost = (~jnp.isfinite(p.astype(dtype)).all(tuple(range(1, p.ndim))) for p in parts)
+        return functools.reduce(jnp.logical_or, lost)
 
     def check_counts(self, counts: jax.Array) -> None:
         """Refuses counts of a state that was made for other parameters.
@@ -162,18 +194,18 @@ class Incoming:
         Raises:
           ValueError: there are not as many as the updates have leaves.
         """
-        if counts.shape != (len(self._paths),):
+        if counts.shape != (len(self.paths),):
             raise ValueError(
                 f"{self._method}: the state has counts of shape {counts.shape}; expected "
-                f"{(len(self._paths),)}, one for each of the updates ({', '.join(self._paths)}): "
+                f"{(len(self.paths),)}, one for each of the updates ({', '.join(self.paths)}): "
                 "make the state by init of the same parameters"
             )
 
     def replaced(self, results: Mapping[str, Matrices]) -> optax.Updates:
         """The updates, with the results for `self.captures` in the place of their parameters'.
 
-        Entries of a parameter that no block covers keep their update. Those of the results that
-        are not finite become zero.
+        Entries of a parameter that no block covers keep their update. Those that are not finite,
+        in the dtype of the parameter, become zero.
         """
         leaves = dict(self._leaves)
         for label, (weight, bias) in results.items():
@@ -183,9 +215,8 @@ class Incoming:
             for path, new in block.scatter(weight, bias).items():
                 if path in block.view.paths and not block.view.whole:
                     new += leaves[path].astype(new.dtype)
-                new = jnp.where(jnp.isfinite(new), new, 0)
                 leaves[path] = new.astype(leaves[path].dtype)
-        return jax.tree.unflatten(self._tree, [leaves[path] for path in self._paths])
+        return jax.tree.unflatten(self._tree, [finite(leaves[path]) for path in self.paths])
 
 
 def labelled(blocks: Sequence[Block]) -> list[str]:
@@ -252,9 +283,9 @@ def along(batch: jax.Array, array: jax.Array) -> jax.Array:
     return batch.reshape(-1, *(1,) * (array.ndim - 1))
 
 
-def finite(matrices: Matrices) -> Matrices:
-    """The matrices with zeros for entries that are not finite."""
-    return jax.tree.map(lambda a: jnp.where(jnp.isfinite(a), a, 0), matrices)
+def finite(tree: _Tree) -> _Tree:
+    """The tree with zeros for entries that are not finite."""
+    return jax.tree.map(lambda a: jnp.where(jnp.isfinite(a), a, 0), tree)
 
 
 def _inner(a: Matrices, b: Matrices) -> jax.Array:

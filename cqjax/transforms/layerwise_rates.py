@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from cqjax.linalg.gram import accumulator
+from cqjax.transforms.incoming import finite
 
 
 def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
@@ -19,7 +20,8 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
     bias gets a rate of its own.
 
     The factor is computed in at least float32, and neither overflows nor underflows with the norm:
-    it is 47 for a norm of 1e-20. A gradient of zero stays zero.
+    it is 47 for a norm of 1e-20. A gradient of zero stays zero, and one that is not finite becomes
+    zero.
 
     Returns:
       A transformation that needs no parameters in `update`. Its state is empty.
@@ -50,7 +52,7 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        return jax.tree.map(_scaled, updates), state
+        return finite(jax.tree.map(_scaled, updates)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -31,6 +31,9 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     rows that are not orthogonal disturb each other: the paper shows this method in order to show
     that it is unstable in mini-batches, and it is here for that comparison.
 
+    A row whose squared norm overflows has no part, and entries of the result that are not finite
+    become zero.
+
     It needs rows, so take the gradient with `cqjax.value_and_grad(loss_fn, solver="dual")`. What
     an earlier member of a chain did to the gradient is kept: a scaling scales the update, anything
     else is added to it unnormalised.
@@ -89,7 +92,7 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
 
 def _normalised(incoming: Incoming, capture: Capture, eps: float) -> Matrices:
     """The block's update."""
-    block, n = capture.block, incoming.batch_size
+    block, n = capture.block, incoming.terms(capture.block)
     if block.solver == "diagonal":  # one-hot rows have norm 1
         return Matrices(n * incoming.matrices(block).weight / (1 + eps), None)
     rows = capture.rows()

@@ -26,8 +26,8 @@ class Damping(NamedTuple):
         """The damping of a matrix, (B, m, m), of which `rank` eigenvalues may differ from zero."""
         if isinstance(self.relative, int | float) and self.relative == 0:
             return self.absolute
-        trace = jnp.trace(matrix, axis1=1, axis2=2)
-        return self.absolute + self.relative * ridge.mean_eigenvalue(trace, rank)
+        diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
+        return self.absolute + self.relative * ridge.mean_eigenvalue(diagonal, rank)
 
 
 class Solve(NamedTuple):
@@ -59,7 +59,7 @@ def primal_system(
     size = block.features + incoming.joint_bias(block)
     rank = size if averaged else min(block.rows, size)
     xx = xx[:, :size, :size]
-    return ridge.System(xx, damping.of(xx, rank), rank, incoming.batch_size)
+    return ridge.System(xx, damping.of(xx, rank), rank, incoming.terms(block))
 
 
 def preconditioned(
@@ -74,7 +74,7 @@ def preconditioned(
     u = ridge.solve(inverse, weight)
     if bias is not None:
         ones = block.rows_with_bias * (1 + damping.relative)
-        bias *= incoming.batch_size / (ones + damping.absolute)
+        bias *= incoming.terms(block) / (ones + damping.absolute)
     return Matrices(u, bias), u[:, 0]
 
 
@@ -95,7 +95,7 @@ def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> S
 
     (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ, which needs the highest precision.
     """
-    block, n = capture.block, incoming.batch_size
+    block, n = capture.block, incoming.terms(capture.block)
     handed = incoming.matrices(block)
     scale, rest, present = decomposed(handed, incoming.gradient(capture))
     rows, h, dz = _rows(incoming, capture)
@@ -106,6 +106,7 @@ def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> S
     def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
         solution = ridge.solve(inverse.value, jnp.concatenate([dz, moved], -1))
         failed = inverse.failed | ~jnp.isfinite(solution[:, 0]).all(-1)
+        limit = jnp.where(inverse.failed, inverse.value[:, 0, 0], 1)
         of_gradient, of_rest = jnp.split(solution, 2, -1)
         scaled = product(rows, along(scale, of_gradient) * of_gradient, h)
         spanned = product(rows, of_rest, h)
@@ -113,7 +114,7 @@ def dual_of_changed(incoming: Incoming, capture: Capture, damping: Damping) -> S
         def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
             outside = (n * r - s) / along(inverse.damping, r)
             u = u + jnp.where(along(present, r), outside, 0)
-            return jnp.where(along(failed, u), plain, u)
+            return jnp.where(along(failed, u), along(limit, plain) * plain, u)
 
         return jax.tree.map(total, scaled, rest, spanned, finite(handed)), solution[:, 0]
 
@@ -132,10 +133,10 @@ def diagonal(
     """
     block = capture.block
     weight, _ = incoming.matrices(block)
-    mean = ridge.mean_eigenvalue(counts.sum(-1), min(block.rows, block.features))
+    mean = ridge.mean_eigenvalue(counts, min(block.rows, block.features))
     added = jnp.broadcast_to(damping.absolute + damping.relative * mean, counts.shape[:1])
     divisor = counts + along(added, counts)
-    u = jnp.where(weight == 0, 0, incoming.batch_size * weight / divisor[..., None])
+    u = jnp.where(weight == 0, 0, incoming.terms(block) * weight / divisor[..., None])
     failed = ~jnp.isfinite(u).all()
     return Matrices(jnp.where(failed, weight, u), None), failed
 
@@ -148,7 +149,7 @@ def _dual_system(
     rows, h, _ = _rows(incoming, capture)
     xx = gram.outer(rows, h, precision)
     rank = min(block.rows, block.features + incoming.has_bias(block))
-    return ridge.System(xx, damping.of(xx, rank), rank, incoming.batch_size)
+    return ridge.System(xx, damping.of(xx, rank), rank, incoming.terms(block))
 
 
 def _rows(incoming: Incoming, capture: Capture) -> tuple[jax.Array, jax.Array | None, jax.Array]:

@@ -84,13 +84,41 @@ def test_what_is_of_no_use_is_repaired():
     assert inverse.damping > s.damping
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(("size", "rank"), [(6, 3), (40, 20)])
+def test_what_is_singular_is_repaired_whether_or_not_it_was_factorised(size, rank):
+    """Rounding makes the smallest pivots positive as often as not."""
+    s = system(size, size, batch=50, rank=rank, damping=0.0)._replace(rank=rank)
+    factorised = jnp.isfinite(triangular.inverse(s.matrix)).all((1, 2))
+    (inverse,) = ridge.inverses([s])
+    assert size == 40 or factorised.any()
+    assert inverse.repaired.all() and not inverse.failed.any()
+    assert_close(inverse.value, exact(s, inverse.damping), 1e-3)
+
+
+def test_features_of_different_scales_are_no_failure():
+    """Only what depends on the others is: Cholesky's factorisation does not mind scales."""
+    s, scales = system(0, 4, damping=0.0), 10.0 ** np.array([-9, -3, 3, 9])
+    (inverse,) = ridge.inverses([s._replace(matrix=s.matrix * scales * scales[:, None])])
+    assert not inverse.repaired
+    assert_close(np.asarray(inverse.value, np.float64) * scales * scales[:, None], exact(s, [0.0]))
+
+
+def test_a_trace_may_overflow():
+    """Where the mean eigenvalue does not."""
+    s = system(0, 4, rank=2, damping=0.0)
+    s = s._replace(matrix=s.matrix / s.matrix.max() * 3e38, rank=2)
+    assert np.isinf(np.asarray(jnp.trace(s.matrix[0])))
+    (inverse,) = ridge.inverses([s])
+    assert inverse.repaired and not inverse.failed and np.isfinite(inverse.damping)
+
+
+@pytest.mark.parametrize(("bad", "limit"), [(jnp.nan, 1), (jnp.inf, 0)])
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_hopeless_system_gives_the_identity(size, bad):
+def test_a_hopeless_system_gives_the_identity_or_its_limit(size, bad, limit):
     hopeless = system(0, size)._replace(gain=7.0)
     hopeless = hopeless._replace(matrix=hopeless.matrix.at[0, 0, 0].set(bad))
     (inverse,) = jax.jit(ridge.inverses)([hopeless])
-    np.testing.assert_array_equal(inverse.value[0], np.eye(size))
+    np.testing.assert_array_equal(inverse.value[0], limit * np.eye(size))
     assert inverse.failed and inverse.repaired
 
 

@@ -163,7 +163,7 @@ def test_what_costs_less_to_solve_than_to_keep_is_solved_exactly():
 def test_a_batch_that_is_not_finite_is_forgotten(name, when, bad):
     """Its own update is finite; the others are as if it had not been.
 
-    Without an inverse from before, those up to the next due step are the plain gradient.
+    Where nothing is kept from before, the next batch's is, due or not.
     """
     params, batches = layer((40,) * 9)
     x, y = batches[when]

@@ -106,17 +106,18 @@ def test_counts_are_no_parameters():
 
 
 def test_a_stack_counts_each_of_its_layers_at_one_place():
-    params = {"scale": jnp.ones(()), "stack": jnp.ones((3, 2, 2))}
+    """And a parameter without a solve whether its gradient was finite."""
+    params = {"other": jnp.ones(()), "scale": jnp.ones(()), "stack": jnp.ones((3, 2, 2))}
 
     def loss(params, x):
         z = jnp.einsum("lnd,ldo->lno", x, params["stack"])
-        return params["scale"] * jnp.mean(jnp.sum(z**2, 0))
+        return jnp.mean(jnp.sum(z**2, 0)) * params["scale"] + params["other"]
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)))
     x = x.at[:2, 0].set(jnp.inf)
     _, grads, captures = cqjax.value_and_grad(loss, batch_size=4)(params, x)
     _, state = TX.update(grads, TX.init(params), captures=captures)
-    assert state.fallbacks.tolist() == [0, 2]
+    assert state.fallbacks.tolist() == [0, 1, 2]
 
 
 def test_slices_and_joined_weights_count_at_the_first_parameter():
