@@ -205,10 +205,15 @@ def _pad(x: jax.Array, axes: Sequence[int], before: int, after: int) -> jax.Arra
 def _autocorrelation(
     x: jax.Array, window: Sequence[int], precision: lax.PrecisionLike
 ) -> jax.Array:
-    """Σ_q x[q + Δ] x[q]ᵀ: (channels, *Δ, channels), Δ from 1 - k to k - 1 along each axis."""
+    """Σ_q x[q + Δ] x[q]ᵀ: (channels, *Δ, channels), Δ from 1 - k to k - 1 along each axis.
+
+    The partial sums are of every so many examples: of a batch that is split over devices, each has
+    its part in each of them, and none is moved.
+    """
     reach = [(0, window[0] - 1), *((k - 1, k - 1) for k in window[1:])]
     few = max(SUMMED // max(1, math.prod(x.shape[1:-1])), -(-len(x) // PARTS), 1)
-    parts = [x[start : start + few] for start in range(0, max(1, len(x)), few)]
+    number = min(1 << (-(-len(x) // few) - 1).bit_length(), len(x)) or 1
+    parts = [x[start::number] for start in range(number)]
     half = functools.reduce(jnp.add, [_correlation(p, p, reach, precision) for p in parts])
     mirrored = jnp.flip(half[:, 1:], tuple(range(1, half.ndim - 1))).swapaxes(0, -1)
     return jnp.concatenate([mirrored, half], 1)

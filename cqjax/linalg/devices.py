@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 Axes = Iterable[str]
 """Names of axes of a device mesh."""
@@ -22,6 +23,12 @@ def number(axes: Axes) -> int:
     """How many devices there are along these axes together."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in axes)
+
+
+def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
+    """The mesh axes that a sharding names."""
+    named = (axes for axes in sharding.spec if axes is not None)
+    return tuple(axis for axes in named for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def vary(tree: Any, axes: Axes) -> Any:
@@ -47,7 +54,7 @@ def total(tree: Any, axes: Axes) -> Any:
 
 def gathered(tree: Any, axes: Axes, axis: int) -> Any:
     """The devices' arrays along these mesh axes, joined along an array axis."""
-    names = tuple(sorted(axes))
+    names = tuple(axes)
     if not names:
         return tree
     return jax.tree.map(

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from cqjax.linalg import triangular
+from cqjax.linalg import devices, triangular
 
 REPAIR_DAMPING = 1e-2
 """Damping of the second attempt, relative to the mean eigenvalue."""
@@ -61,7 +62,7 @@ def mean_eigenvalue(diagonal: jax.Array, rank: jax.Array | int) -> jax.Array:
     return (diagonal / rank[:, None]).sum(-1)
 
 
-def inverses(systems: Sequence[System]) -> list[Inverse]:
+def inverses(systems: Sequence[System], spread_over: NamedSharding | None = None) -> list[Inverse]:
     """Inverts the systems by Cholesky factorisation, matrices of the same shape as one batch.
 
     One whose inverse is not finite is tried again with its damping raised by `REPAIR_DAMPING` times
@@ -71,8 +72,16 @@ def inverses(systems: Sequence[System]) -> list[Inverse]:
     then failed, or made something huge of rounding errors, would be chance. The second attempt
     costs nothing unless it is needed (under `vmap`, where a condition becomes a selection, it
     always runs).
+
+    Args:
+      systems: the systems.
+      spread_over: a sharding whose axes name the devices that share the matrices of a batch out
+        among them, and then all get all inverses; None where each inverts all.
     """
-    return [Inverse(*parts) for parts in _together(_inverse, list(map(_each_own, systems)))]
+    function = _inverse
+    if spread_over is not None:
+        function = functools.partial(_spread, spread_over)
+    return [Inverse(*parts) for parts in _together(function, list(map(_each_own, systems)))]
 
 
 def all_finite(rows: Sequence[jax.Array]) -> list[jax.Array]:
@@ -87,7 +96,8 @@ def _together(
     """A function's results for each of these arrays, (B, ...): equal shapes in one call."""
     groups: dict[object, list[int]] = {}
     for i, (first, *_) in enumerate(arguments):
-        groups.setdefault((first.shape[1:], first.dtype), []).append(i)
+        key = first.shape[1:], first.dtype, devices.varying(first)
+        groups.setdefault(key, []).append(i)
     results: dict[int, list[jax.Array]] = {}
     for members in groups.values():
         stacks = map(jnp.concatenate, zip(*(arguments[i] for i in members), strict=True))
@@ -105,7 +115,27 @@ def _each_own(system: System) -> tuple[jax.Array, ...]:
         return jnp.broadcast_to(jnp.asarray(value).astype(dtype), matrix.shape[:1])
 
     numbers = (own(value, matrix.dtype) for value in system[1:-1])
-    return (matrix, *numbers, own(system.solvable, jnp.dtype(bool)))
+    parts = matrix, *numbers, own(system.solvable, jnp.dtype(bool))
+    return devices.vary(parts, devices.varying(parts))
+
+
+def _spread(sharding: NamedSharding, *stack: jax.Array) -> Inverse:
+    """`_inverse`, with the matrices of the stack shared out among the sharding's devices."""
+    axes = devices.axes_of(sharding)
+    if len(stack[0]) == 1 or devices.varying(stack) & set(axes):
+        return _inverse(*stack)
+
+    def share(*stack: jax.Array) -> Inverse:
+        number = len(stack[0])
+        each = -(-number // devices.number(axes))
+        mine = (lax.axis_index(axes) * each + jnp.arange(each)) % number
+        found = _inverse(*(part[mine] for part in stack))
+        return jax.tree.map(lambda a: a[:number], devices.gathered(found, axes, 0))
+
+    if set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        return share(*stack)
+    every = PartitionSpec()
+    return jax.shard_map(share, mesh=sharding.mesh, in_specs=every, out_specs=every)(*stack)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -138,6 +168,7 @@ def _inverse(
 
     never, always = jnp.zeros(len(matrix), bool), jnp.ones(len(matrix), bool)
     none_yet = Inverse(jnp.zeros_like(matrix), damping, never, always)
+    none_yet = devices.vary(none_yet, devices.varying(matrix))
     return lax.scan(trip, none_yet, jnp.arange(2))[0]
 
 
