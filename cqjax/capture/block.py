@@ -103,6 +103,21 @@ class Block:
         return sum(site.rows for site in self.sites if site.bias is not None)
 
     @property
+    def shared(self) -> bool:
+        """Whether all examples share its rows."""
+        return all(site.shared for site in self.sites)
+
+    def terms(
+        self, batch_size: int | jax.Array, examples: int | jax.Array | None
+    ) -> float | jax.Array:
+        """What ∂L/∂Z is multiplied by for the virtual error of a row of the output.
+
+        N, the number of terms that the loss averages over; or N / examples, where all examples
+        share the rows: ∂L/∂Z is a sum over them then.
+        """
+        return batch_size / examples if self.shared and examples is not None else batch_size
+
+    @property
     def features(self) -> int:
         """d, without the homogeneous coordinate."""
         return self._packed[1]

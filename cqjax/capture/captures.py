@@ -96,7 +96,7 @@ def _second_moment(block: Block, site: Site, statistic: Statistic) -> jax.Array:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["blocks", "batch_size"],
+    data_fields=["blocks", "batch_size", "examples"],
     meta_fields=["layers"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +111,13 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
       batch_size: N, the number of terms that the loss averages over; None where `value_and_grad`
         could not infer it.
       layers: which layer feeds which, and which parameters are theirs.
+      examples: how many examples the batch has; None where that is not plain.
     """
 
     blocks: tuple[Capture, ...]
     batch_size: int | jax.Array | None
     layers: Layers
+    examples: int | jax.Array | None = None
 
     def __getitem__(self, path: str) -> tuple[Capture, ...]:
         """The captures in which the parameter at `path` takes part.

@@ -7,6 +7,7 @@ scan's `num_carry`), so everything here is read off public types and abstract va
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend import core
@@ -22,6 +23,12 @@ class Scan(NamedTuple):
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """`(jaxpr, constants)` of an open or closed jaxpr."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def bodies(eqn: core.JaxprEqn) -> list[Any]:
+    """The jaxprs within an equation."""
+    leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns"))
+    return [leaf for leaf in leaves if hasattr(opened(leaf)[0], "eqns")]
 
 
 def scan_arity(eqn: core.JaxprEqn) -> Scan:

@@ -144,6 +144,7 @@ def functional(loss_fn: Callable[..., Any], has_aux: bool | None) -> Callable[..
 def update(modules: Modules, state: nnx.State) -> None:
     """Brings the modules that were split to the state in which the loss left them."""
     with nnx.merge_context(CONTEXT, inner=False) as context:
+        assert modules.graphs.after is not None
         context.merge(modules.graphs.after, state)
 
 

@@ -51,6 +51,7 @@ class Plan:
       parameters: all parameters, in the order of their tree.
       blocks: one for each weight that is solved for.
       batch_size: N, the number of terms that the loss averages over; None where unknown.
+      examples: how many examples the batch has; None where that is not plain.
       layers: which layer feeds which, and which parameters are theirs.
       unmatched: paths of parameters of layers that back-matching does not know: neither weights
         of a product, nor of a normalisation, nor merely added. The signal passes there as in
@@ -61,6 +62,7 @@ class Plan:
     parameters: tuple[Parameter, ...]
     blocks: tuple[Block, ...]
     batch_size: int | jax.Array | None
+    examples: int | None
     layers: Layers
     unmatched: tuple[str, ...]
     signal: Signal
@@ -84,6 +86,7 @@ def make_plan(
     skip: Sequence[Selector],
     cost: Cost,
     batch_size: int | jax.Array | None,
+    examples: int | None,
     signal: Signal,
 ) -> Plan:
     """Groups the sites of a walk into blocks and says what becomes of each parameter.
@@ -97,6 +100,7 @@ def make_plan(
       skip: selects parameters to leave alone.
       cost: how the weights may be solved for.
       batch_size: N.
+      examples: how many there are.
       signal: what is propagated.
 
     Raises:
@@ -118,7 +122,7 @@ def make_plan(
             status = "uncovered"
         classes = " or ".join(sorted(c.__name__ for c in layers[path]))
         if status in ("covered", "skipped"):
-            notes = _not_per_example(path, blocks, batch_size)
+            notes = _not_per_example(path, blocks, batch_size, examples)
         parameters.append(Parameter(path, shape, classes, status, notes))
     known = {path for node in flow.nodes for path in node.paths}
     unmatched = tuple(
@@ -127,17 +131,22 @@ def make_plan(
         if path not in known and any(use.primitive != "add" for use in walk.uses[path])
     )
     made = make_layers(flow, blocks, taken, shapes)
-    return Plan(tuple(parameters), blocks, batch_size, made, unmatched, signal)
+    return Plan(tuple(parameters), blocks, batch_size, examples, made, unmatched, signal)
 
 
 def _not_per_example(
-    path: str, blocks: Sequence[Block], batch_size: int | jax.Array | None
+    path: str,
+    blocks: Sequence[Block],
+    batch_size: int | jax.Array | None,
+    examples: int | None,
 ) -> tuple[str, ...]:
-    """A warning where a weight's rows cannot be the examples' own."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        return ()
+    """What there is to know where a weight's rows are not, or cannot be, the examples' own."""
     for block in blocks:
-        if path in block.view.paths and block.rows % batch_size:
+        if path not in block.view.paths:
+            continue
+        if block.shared and examples is not None:
+            return ("all examples share its rows",)
+        if isinstance(batch_size, int) and batch_size >= 1 and block.rows % batch_size:
             return (
                 f"its {block.rows} rows are no multiple of the batch size {batch_size}: if the "
                 f"examples share them, its updates are up to {batch_size} times too large, and it "

@@ -6,12 +6,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from cqjax.capture import jaxprs, linen, recording
 from cqjax.capture.block import Cost
 from cqjax.capture.captures import path_of
+from cqjax.capture.dependence import equations_with_data
 from cqjax.capture.flow import follow_layers
 from cqjax.capture.plan import Plan, Selector, Signal, make_plan
+from cqjax.capture.sites import Position
 from cqjax.capture.walk import Walk
 from cqjax.linalg import devices
 
@@ -75,7 +78,7 @@ def tracer(
         }
         loss = jaxpr.jaxpr.outvars[:1]
         inferred = _terms((args, kwargs), loss) if batch_size is None else batch_size
-        walk = Walk(jaxpr.jaxpr, paths)
+        walk = Walk(jaxpr.jaxpr, paths, _with_data(jaxpr, len(paths), (args, kwargs)))
         made = make_plan(
             walk,
             follow_layers(jaxpr.jaxpr, walk.sites, walk.uses),
@@ -85,6 +88,7 @@ def tracer(
             skip=_sequence(skip),
             cost=cost,
             batch_size=1 if loss_reduction == "sum" else inferred,
+            examples=_terms((args, kwargs), ()) or None,
             signal=signal,
         )
         return Traced(jaxpr, outputs, paths, made)
@@ -133,17 +137,41 @@ def _terms(arguments: PyTree, loss: Sequence[Any]) -> int | None:
     The leading dimension of all arrays among the arguments, for each of the devices over which
     these vary within `jax.shard_map` and the loss, that is their mean, does not.
     """
-    arrays = [
-        leaf
-        for leaf in jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
-        if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-        and leaf.shape
-        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
-    ]
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
+    arrays = [leaf for leaf in leaves if _may_be_batch(leaf)]
     sizes = {leaf.shape[0] for leaf in arrays}
     over = devices.varying(arrays).difference(*map(jaxprs.varying, loss))
     return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
+
+
+def _may_be_batch(leaf: Any) -> bool:
+    """Whether a leaf of the arguments is an array that may have a row for each example."""
+    return (
+        isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+        and bool(leaf.shape)
+        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
+    )
+
+
+def _with_data(jaxpr: Any, parameters: int, arguments: PyTree) -> set[Position]:
+    """The equations that depend on data: on arguments that may be a batch, or may hold one.
+
+    Constants that are no tracers are data too, unless all such arguments are tracers or abstract.
+    """
+    leaves = jax.tree.leaves(arguments)
+    abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    batch = [leaf for leaf in leaves if _may_be_batch(leaf)]
+    others = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _may_be_batch(leaf)]
+    traced = all(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in batch)
+
+    def is_data(const: Any) -> bool:
+        if batch and traced and not isinstance(const, Tracer):
+            return False
+        return all(const is not leaf for leaf in others)
+
+    inputs = [False] * parameters + [_may_be_batch(leaf) for leaf in abstract]
+    return equations_with_data(jaxpr, inputs, is_data)
 
 
 def _check_manual_axes() -> None:

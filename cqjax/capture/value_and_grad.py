@@ -139,7 +139,8 @@ def value_and_grad(
             )
             for block in blocks
         )
-        return value, grads, Captures(captures, traced.plan.batch_size, traced.plan.layers)
+        made = traced.plan
+        return value, grads, Captures(captures, made.batch_size, made.layers, made.examples)
 
     return evaluate
 

@@ -7,7 +7,7 @@ goes into `jit`, `remat`, `scan` and `cond`; whatever else a view enters is reco
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -44,13 +44,15 @@ class Walk:
       uses: for each parameter's path, what it enters besides sites and biases.
     """
 
-    def __init__(self, jaxpr: Any, paths: Sequence[str]):
+    def __init__(self, jaxpr: Any, paths: Sequence[str], data: Set[Position]):
         """Walks `jaxpr`, whose first inputs are parameters and whose first output is the loss.
 
         Args:
           jaxpr: an open jaxpr.
           paths: the parameters' paths.
+          data: the equations that depend on data.
         """
+        self._data = data
         self.sites: list[Site] = []
         self.uses: dict[str, list[Use]] = {path: [] for path in paths}
         self._reads: list[int] = []
@@ -174,6 +176,7 @@ class Walk:
             recomputed=self._recomputed > 0,
             varying=varying,
             spread=tuple((axis, self._sizes[axis]) for axis in sorted(varying - own)),
+            shared=position not in self._data,
         )
         self.sites.append(site)
         self._reads.append(0)

@@ -67,10 +67,11 @@ def scale_by_consequentialism(
     least squares allow otherwise): each example's, by the fraction :math:`\mu` of what its own loss
     asks for. :math:`\mu = 1` solves a linear layer with squared error in one step.
 
-    N assumes that each example has rows of its own. Where all share them (an embedding of positions
-    looked up once for the batch), :math:`\bar Z` is a mean over the examples already, and U is up
-    to N times too large: leave such parameters to `skip=`. `cqjax.plan` notes those whose number of
-    rows is no multiple of N.
+    N is for rows of the examples' own. Where all share them (an embedding of positions looked up
+    once for the batch), :math:`\bar Z` is a sum over the examples already, and N is divided by
+    their number. That is known where the rows come of parameters and constants alone. Where it is
+    not (positions that are an argument of the loss), U is up to N times too large: leave such
+    parameters to `skip=`. `cqjax.plan` notes both.
 
     It computes :math:`N (X^T X + \lambda I)^{-1} H` for whatever update :math:`H` it is handed.
     The first member of a chain is handed the gradient, and where rows were captured takes the left

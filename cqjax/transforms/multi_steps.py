@@ -139,7 +139,8 @@ def multi_steps(
 
         def step() -> tuple[optax.Updates, MultiStepsState]:
             mean = optax.tree.cast_like(gradients, updates)
-            whole = Captures(tuple(_summed(plan, moments, mean)), batch_size, plan.layers)
+            blocks = tuple(_summed(plan, moments, mean))
+            whole = Captures(blocks, batch_size, plan.layers, incoming.examples)
             new, inner_state = wrapped.update(
                 mean, state.inner_state, params, captures=whole, **extra_args
             )

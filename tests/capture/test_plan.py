@@ -322,13 +322,13 @@ def test_a_class_cannot_select_layers_behind_a_cached_trace():
 
 
 def test_rows_that_are_not_the_examples_own_are_noted():
-    """A table of positions is looked up once for the whole batch."""
+    """A table of positions that come as an argument: nothing says that they are no batch."""
 
-    def loss(params, x):
-        return jnp.mean((x @ params["w"] + params["t"][jnp.arange(5)]) ** 2)
+    def loss(params, x, positions):
+        return jnp.mean((x @ params["w"] + params["t"][positions]) ** 2)
 
     params, x = {"w": jnp.ones((4, 3)), "t": jnp.ones((6, 3))}, jnp.ones((8, 5, 4))
-    plan = cqjax.plan(loss)(params, x)
+    plan = cqjax.plan(loss, batch_size=8)(params, x, jnp.arange(5))
     table, weight = plan.parameters
     assert "5 rows are no multiple of the batch size 8" in table.notes[0]
     assert weight.notes == () and {p.status for p in plan.parameters} == {"covered"}
