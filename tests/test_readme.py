@@ -1,4 +1,4 @@
-"""The README's code runs as pasted, and what it says beside it is so."""
+"""The documents' code runs as pasted, and what the README says beside it is so."""
 
 import pathlib
 import re
@@ -11,16 +11,23 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
+DOCUMENTS = (README, ROOT / "docs" / "composition.md", ROOT / "docs" / "speed.md")
+
+
 @pytest.fixture(scope="module")
 def names():
-    """What the README's code defines: the first block, then all others in the same session."""
-    first, *others = blocks(README)
+    """What the README's first block defines: the session that all others go on with."""
     names = {}
-    exec(compile(first, str(README), "exec"), names)
-    session = dict(names)
-    for code in (*others, *blocks(ROOT / "docs" / "speed.md")):
-        exec(compile(code, "documentation", "exec"), session)
+    exec(compile(blocks(README)[0], str(README), "exec"), names)
     return names
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_code_runs(path, names):
+    """All blocks of a document, one after the other."""
+    session = dict(names)
+    for code in blocks(path)[path == README :]:
+        exec(compile(code, str(path), "exec"), session)
 
 
 def blocks(path):
