@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.benchmarks.bench import Bench
+from experiments.checkpoints import ResumeError
 from experiments.data import DataError
 from experiments.lenet import LeNet
 from experiments.quickstart import Quickstart
@@ -26,7 +27,8 @@ def main(args: Sequence[str] | None = None) -> None:
       args: The command line's arguments; `sys.argv`'s by default.
 
     Raises:
-      SystemExit: With status 2 and one clear message, if an option or a data file is wrong.
+      SystemExit: With status 2 and one clear message, if an option, a data file or what is to be
+        resumed is wrong.
     """
     experiment = tyro.extras.subcommand_cli_from_dict(
         EXPERIMENTS,
@@ -36,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     try:
         experiment.run()
-    except (DataError, OSError) as error:
+    except (DataError, ResumeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

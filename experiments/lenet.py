@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from experiments import models, options, report
 from experiments.classification import accuracy, cross_entropy, initialise, mean_loss
 from experiments.comparison import Method, compare
 from experiments.data import Dataset, cifar10
+from experiments.experiment import Experiment
 from experiments.training import Curve, History, gradient_step, shuffled_batches
 
 LABELS = {"sgd": "SGD", "back_matching": "back-matching"}
@@ -24,14 +25,15 @@ MEASURED = 10_000  # the training loss is that of the first so many training ima
 
 
 @dataclass(frozen=True)
-class LeNet:
+class LeNet(Experiment):
     """Train LeNet on CIFAR-10 by SGD and by SGD with back-matching rates, and compare them.
 
     All runs have momentum, start from the same weights and see the same batches, without
     augmentation. Each channel of the images has the training set's mean and standard deviation
     taken out. The training loss is that of the first 10,000 training images without the
     weight-decay term; it and the test accuracy are measured with batch normalisation's running
-    averages. The results are a table, a figure in lenet.png, and every number in results.json.
+    averages. The results are a table, a figure in lenet.png, and every number in results.json;
+    while it runs, the metrics go to metrics.jsonl.
 
     CIFAR-10 are the official files cifar-10-batches-py for Python. They are looked for in
     --data-dir; else in the folder that the variable CQJAX_DATA_DIR names and in the download
@@ -55,8 +57,6 @@ class LeNet:
     """Output channels of the two convolutions."""
     hidden: tuple[int, int] = (120, 84)
     """Neurons of the two hidden fully-connected layers."""
-    seed: int = 0
-    """Seed of the initial weights and of the batches."""
     data_dir: Path | None = None
     """The folder cifar-10-batches-py, or the one that it is in."""
     download: bool = False
@@ -70,6 +70,7 @@ class LeNet:
         Raises:
           ValueError: If there is one; the message names the option.
         """
+        super().__post_init__()
         sizes = ("steps", "batch_size", "channels", "hidden")
         options.require(self, options.AT_LEAST_ONE, *sizes)
         options.require(self, options.FRACTION, "momentum")
@@ -80,11 +81,11 @@ class LeNet:
 
         Raises:
           DataError: If CIFAR-10 is not there, or its files are bad.
+          ResumeError: If it cannot go on from what there is.
         """
         console = Console()
         dataset = cifar10.load(self.data_dir, self.download)
         dataset.check_batch_size(self.batch_size)
-        self.output.mkdir(parents=True, exist_ok=True)
         console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
 
         runs = _train_all(self, dataset.standardised(), console)
@@ -96,21 +97,11 @@ class LeNet:
         report.print_table(console, title, _table(runs))
         measured = min(MEASURED, len(dataset.train.labels))
         report.plot(self.output / "lenet.png", title, _panels(runs, measured))
-        report.write_json(
-            self.output / "results.json",
-            {
-                "experiment": "lenet",
-                "dataset": dataset.summary() | {"images_for_training_loss": measured},
-                "settings": asdict(self),
-                "environment": report.environment(),
-                "results": [
-                    {"method": run.method, "learning_rate": run.rate} | run.history.summary()
-                    for run in runs
-                ],
-            },
-        )
-        written = f"Written: {self.output}/lenet.png and {self.output}/results.json"
-        console.print(written, highlight=False, soft_wrap=True)
+        results = [
+            {"method": run.method, "learning_rate": run.rate} | run.history.summary()
+            for run in runs
+        ]
+        self.write(console, "lenet.png", dataset, measured, results)
 
 
 class Run(NamedTuple):
@@ -140,18 +131,16 @@ def _train_all(settings: LeNet, dataset: Dataset, console: Console) -> list[Run]
 
     pools = POOLS if settings.rates == "all" else {name: (rate,) for name, rate in PAPER.items()}
     pairs = [(name, rate) for name, pool in pools.items() for rate in pool]
-    runs = compare(
-        console,
-        [method(*pair) for pair in pairs],
-        start,
-        (jnp.asarray(images), jnp.asarray(labels)),
-        shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps),
-        {
-            "train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED]),
-            "test_accuracy": accuracy(model, *dataset.test),
-        },
-    )
-    return [Run(*pair, history) for pair, (_, history) in zip(pairs, runs, strict=True)]
+    metrics = {
+        "train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED]),
+        "test_accuracy": accuracy(model, *dataset.test),
+    }
+    methods = [method(*pair) for pair in pairs]
+    examples = jnp.asarray(images), jnp.asarray(labels)
+    batches = shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps)
+    with settings.session(dataset) as session:
+        histories = compare(console, session, methods, start, examples, batches, metrics)
+    return [Run(*pair, history) for pair, history in zip(pairs, histories, strict=True)]
 
 
 def _best(runs: Sequence[Run], metric: str) -> list[Run]:

@@ -1,7 +1,7 @@
 """SGD, Adam and C-SGD train the paper's fully-connected network (seed 000, section 5.3)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import cqjax
 from experiments import data, options, report
 from experiments.classification import accuracy, cross_entropy, initialise, mean_loss
 from experiments.comparison import Method, compare
+from experiments.experiment import Experiment
 from experiments.models import MLP
 from experiments.training import History, capturing_step, gradient_step, shuffled_batches
 
@@ -35,14 +36,14 @@ MEASURED = 20_000  # the training loss is that of the first so many training ima
 
 
 @dataclass(frozen=True)
-class Quickstart:
+class Quickstart(Experiment):
     """Train the paper's fully-connected network by SGD, Adam and C-SGD, and compare them.
 
     All start from the same weights and see the same batches. The data are Fashion-MNIST where its
     files are found (in --data-dir; else in the folder that the variable CQJAX_DATA_DIR names,
     where Debian's dataset-fashion-mnist puts them, in the download cache), otherwise the digits
     that come with scikit-learn. The results are a table, a figure in losses.png, and every number
-    in results.json.
+    in results.json; while it runs, the metrics go to metrics.jsonl.
     """
 
     optimizers: tuple[Literal["sgd", "adam", "csgd"], ...] = ("sgd", "adam", "csgd")
@@ -64,8 +65,6 @@ class Quickstart:
     and 0.2 on digits if not given."""
     damping: float = 1e-3
     """C-SGD's damping, lambda in the paper's Eq. 63."""
-    seed: int = 0
-    """Seed of the initial weights and of the batches."""
     dataset: data.DatasetName = "auto"
     """The data; auto is Fashion-MNIST where its files are found, digits otherwise."""
     data_dir: Path | None = None
@@ -81,6 +80,7 @@ class Quickstart:
         Raises:
           ValueError: If there is one; the message names the option.
         """
+        super().__post_init__()
         options.require(self, options.AT_LEAST_ONE, "steps", "batch_size", "width", "depth")
         rates = ("sgd_learning_rate", "adam_learning_rate", "csgd_learning_rate")
         options.require(self, options.POSITIVE, *rates, "damping")
@@ -94,22 +94,20 @@ class Quickstart:
 
         Raises:
           DataError: If there is no such data set, or its files are bad.
+          ResumeError: If it cannot go on from what there is.
         """
         console = Console()
         dataset = data.load(self.dataset, self.data_dir, self.download)
         dataset.check_batch_size(self.batch_size)
-        self.output.mkdir(parents=True, exist_ok=True)
         console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
         if dataset.name == "digits" and self.dataset == "auto":
             console.print("Fashion-MNIST was not found; --download fetches it")
 
         defaults = DEFAULTS[dataset.name].items()
         settings = replace(self, **{k: v for k, v in defaults if getattr(self, k) is None})
-        histories, accuracies = _train_all(settings, dataset, console)
+        histories = _train_all(settings, dataset, console)
         target = histories["sgd"].last("train_loss") if "sgd" in histories else None
-        results = {
-            name: _summary(history, accuracies[name], target) for name, history in histories.items()
-        }
+        results = {name: _summary(history, target) for name, history in histories.items()}
         rows = [_table_row(LABELS[name], result) for name, result in results.items()]
         report.print_table(console, f"{dataset.name}, batches of {self.batch_size}", rows)
         measured = min(MEASURED, len(dataset.train.labels))
@@ -130,24 +128,11 @@ class Quickstart:
             f"batches of {self.batch_size}",
             [[report.Panel(lines, label, note), report.Panel(lines, label, "", against="seconds")]],
         )
-        report.write_json(
-            self.output / "results.json",
-            {
-                "experiment": "quickstart",
-                "dataset": dataset.summary() | {"images_for_training_loss": measured},
-                "settings": asdict(settings),
-                "environment": report.environment(),
-                "results": results,
-            },
-        )
-        written = f"Written: {self.output}/losses.png and {self.output}/results.json"
-        console.print(written, highlight=False, soft_wrap=True)
+        settings.write(console, "losses.png", dataset, measured, results)
 
 
-def _train_all(
-    settings: Quickstart, dataset: data.Dataset, console: Console
-) -> tuple[dict[str, History], dict[str, float]]:
-    """Train by each optimizer; return the histories and the test accuracies."""
+def _train_all(settings: Quickstart, dataset: data.Dataset, console: Console) -> dict[str, History]:
+    """Train by each optimizer."""
     assert settings.steps and settings.sgd_learning_rate
     assert settings.adam_learning_rate and settings.csgd_learning_rate
     model = MLP(settings.width, settings.depth, dataset.classes)
@@ -160,25 +145,23 @@ def _train_all(
         "adam": Method("Adam", adam, gradient_step(loss_fn, adam)),
         "csgd": Method("C-SGD", csgd, capturing_step(loss_fn, csgd)),
     }
-    runs = compare(
-        console,
-        [methods[name] for name in settings.optimizers],
-        initialise(model, settings.seed, images),
-        (jnp.asarray(images), jnp.asarray(labels)),
-        shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps),
-        {"train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED])},
-    )
-    test_accuracy = accuracy(model, *dataset.test)
-    histories, accuracies = {}, {}
-    for name, (state, history) in zip(settings.optimizers, runs, strict=True):
-        histories[name] = history
-        accuracies[name] = test_accuracy(state.params, state.model_state)
-    return histories, accuracies
+    with settings.session(dataset) as session:
+        histories = compare(
+            console,
+            session,
+            [methods[name] for name in settings.optimizers],
+            initialise(model, settings.seed, images),
+            (jnp.asarray(images), jnp.asarray(labels)),
+            shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps),
+            {"train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED])},
+            {"test_accuracy": accuracy(model, *dataset.test)},
+        )
+    return dict(zip(settings.optimizers, histories, strict=True))
 
 
-def _summary(history: History, accuracy: float, sgd_loss: float | None) -> dict[str, Any]:
+def _summary(history: History, sgd_loss: float | None) -> dict[str, Any]:
     """The numbers of one optimizer, as they go into the JSON file."""
-    summary = history.summary() | {"test_accuracy": accuracy}
+    summary = history.summary()
     if sgd_loss is not None:
         reached = history.metrics["train_loss"].first_at_most(sgd_loss)
         summary["reaches_sgd_loss"] = reached and {"step": reached[0], "seconds": reached[1]}

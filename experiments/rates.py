@@ -12,10 +12,10 @@ from rich.console import Console
 import cqjax
 from experiments import options, report
 from experiments.classification import cross_entropy, initialise
-from experiments.comparison import Method, compare
+from experiments.comparison import bar, progress_bars
 from experiments.data import cifar10
 from experiments.models import VGG, LeNet, ResNet
-from experiments.training import gradient_step, shuffled_batches
+from experiments.training import State, gradient_step, shuffled_batches, train
 
 NETWORKS = {
     "lenet": ("LeNet", LeNet()),
@@ -106,14 +106,22 @@ def _images(settings: Rates) -> Examples:
 
 
 def _trained(
-    settings: Rates, title: str, model: Any, start: Any, examples: Examples, console: Console
+    settings: Rates,
+    title: str,
+    model: Any,
+    start: tuple[Any, Any],
+    examples: Examples,
+    console: Console,
 ) -> tuple[Any, Any]:
     """The network's parameters and state after some steps of SGD."""
     sgd = optax.sgd(*SGD)
-    method = Method(title, sgd, gradient_step(cross_entropy(model, train=True), sgd))
+    step = gradient_step(cross_entropy(model, train=True), sgd)
     sizes = len(examples[1]), settings.batch_size, settings.steps
     batches = shuffled_batches(settings.seed, *sizes)
-    ((state, _),) = compare(console, [method], start, examples, batches, {})
+    with progress_bars(console) as progress:
+        show = bar(progress, title, settings.steps)
+        state = State(*start, sgd.init(start[0]))
+        state, _ = train(step, state, examples, batches, {}, lambda _, history: show(history))
     return state.params, state.model_state
 
 

@@ -126,16 +126,19 @@ def _cpu() -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write standard JSON: numbers that are not finite become null, paths strings."""
-    path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+    """Write a file of standard JSON, `plain`; it is there once it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+    part.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What standard JSON has for it: numbers that are not finite become null, paths strings."""
     match value:
         case dict():
-            return {key: _plain(item) for key, item in value.items()}
+            return {key: plain(item) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
         case float():
             return value if math.isfinite(value) else None
         case Path():

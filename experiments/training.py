@@ -51,16 +51,44 @@ class Curve:
         return next(((step, seconds) for step, seconds, at in points if at <= value), None)
 
 
+class Evaluation(NamedTuple):
+    """The metrics after some steps."""
+
+    step: int
+    seconds: float
+    values: dict[str, float]
+
+
 @dataclass
 class History:
     """How a training run went. Seconds are of training alone: no compilation, no evaluation."""
 
-    compile_seconds: float
+    compile_seconds: float = 0.0
     train_seconds: float = 0.0
     batch_loss: Curve = field(default_factory=Curve)
     """Means over the batches since the point before."""
     metrics: dict[str, Curve] = field(default_factory=dict)
-    """What is evaluated now and then, from step 0."""
+    """What is evaluated now and then, from step 0, or only in the end."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "History":
+        """The history that `dataclasses.asdict` made this of."""
+        metrics = {name: Curve(**curve) for name, curve in stored["metrics"].items()}
+        curves = {"batch_loss": Curve(**stored["batch_loss"]), "metrics": metrics}
+        return cls(**{**stored, **curves})
+
+    @property
+    def steps(self) -> int:
+        """The steps done."""
+        return self.batch_loss.step[-1] if self.batch_loss.step else 0
+
+    def evaluations(self) -> list[Evaluation]:
+        """The metrics by steps."""
+        by_step: dict[int, Evaluation] = {}
+        for name, curve in self.metrics.items():
+            for step, seconds, value in zip(curve.step, curve.seconds, curve.value, strict=True):
+                by_step.setdefault(step, Evaluation(step, seconds, {})).values[name] = value
+        return list(by_step.values())
 
     def last(self, metric: str) -> float:
         """What a metric was in the end."""
@@ -69,7 +97,7 @@ class History:
     def summary(self) -> dict[str, Any]:
         """How it ended, and all of it, to be stored."""
         return {
-            "steps": self.batch_loss.step[-1],
+            "steps": self.steps,
             "seconds": self.train_seconds,
             "seconds_with_compilation": self.compile_seconds + self.train_seconds,
             **{metric: self.last(metric) for metric in self.metrics},
@@ -138,7 +166,10 @@ def train(
     examples: tuple[jax.Array, jax.Array],
     batches: np.ndarray,
     metrics: Mapping[str, Metric],
-    on_progress: Callable[[int, float, float], None],
+    on_chunk: Callable[[State, History], None],
+    *,
+    at_end: Mapping[str, Metric] | None = None,
+    history: History | None = None,
 ) -> tuple[State, History]:
     """Take one step for each batch.
 
@@ -152,12 +183,19 @@ def train(
       examples: All training images and labels.
       batches: Indices of each step's examples, `(steps, batch_size)`.
       metrics: What is evaluated before the first step and after some of the chunks; off the clock.
-      on_progress: Called after each chunk with the steps done, their seconds, and the chunk's
-        mean loss.
+      on_chunk: Called before the first step and after each chunk, with the state, which the next
+        step invalidates, and how it went so far.
+      at_end: What is evaluated after the last step only.
+      history: How it went until `state`, if that is where earlier training of the same kind
+        stopped, at the end of a chunk; it is gone on with, and the batches until then are skipped.
 
     Returns:
       The last state, and how the training went.
     """
+    history = history or History()
+    if history.steps == len(batches):
+        on_chunk(state, history)
+        return state, history
     state = jax.tree.map(jnp.copy, state)
 
     @partial(jax.jit, donate_argnums=0)
@@ -168,16 +206,22 @@ def train(
 
     started = time.perf_counter()
     compiled = run.lower(state, *examples, batches[0]).compile()
-    history, done = History(time.perf_counter() - started), 0
+    history.compile_seconds += time.perf_counter() - started
 
-    def evaluate() -> None:
+    def evaluate(metrics: Mapping[str, Metric]) -> None:
         for name, metric in metrics.items():
             curve = history.metrics.setdefault(name, Curve())
-            curve.add(done, history.train_seconds, metric(state.params, state.model_state))
+            value = metric(state.params, state.model_state)
+            curve.add(history.steps, history.train_seconds, value)
 
-    evaluate()
-    chunks = np.array_split(batches, min(CHUNKS, len(batches)))
+    if history.steps == 0:
+        evaluate(metrics)
+    on_chunk(state, history)
+    chunks, done = np.array_split(batches, min(CHUNKS, len(batches))), 0
     for number, chunk in enumerate(chunks, start=1):
+        done += len(chunk)
+        if done <= history.steps:
+            continue
         losses = []
         started = time.perf_counter()
         for batch in chunk:
@@ -185,9 +229,10 @@ def train(
             losses.append(loss)
         jax.block_until_ready(state)
         history.train_seconds += time.perf_counter() - started
-        done += len(chunk)
         history.batch_loss.add(done, history.train_seconds, float(np.mean(losses)))
         if number % EVALUATE_EVERY == 0 or number == len(chunks):
-            evaluate()
-        on_progress(done, history.train_seconds, history.batch_loss.value[-1])
+            evaluate(metrics)
+        if number == len(chunks):
+            evaluate(at_end or {})
+        on_chunk(state, history)
     return state, history

@@ -1,0 +1,177 @@
+"""What an experiment keeps while it runs, so that it can go on after it was killed."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from experiments import metrics, report
+from experiments.training import History, State
+
+FOLDER = "checkpoints"
+SETTINGS = "settings.json"
+
+
+class ResumeError(Exception):
+    """There is something that cannot be gone on with; the message says why, and what to do."""
+
+
+class Session(ExitStack):
+    """One go at an experiment: at all of it, or at what an earlier one left to be done.
+
+    In the folder of the results it keeps checkpoints and metrics. A training run's state and
+    history are saved now and then, whole or not at all; of a finished run only the history remains.
+    The metrics are written anew in each session, from the histories: there are none twice.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        seconds: float,
+        tensorboard: bool,
+    ):
+        """Open the folder; without `resume`, what an earlier session kept in it is removed.
+
+        Args:
+          output: The folder of the results.
+          settings: All that the results depend on.
+          resume: Go on where the last session stopped, if there was one.
+          seconds: From one checkpoint of a run to the next, at least.
+          tensorboard: Write the metrics for TensorBoard, too.
+
+        Raises:
+          ResumeError: If the last session was one of other settings.
+        """
+        super().__init__()
+        self._folder, self._seconds = output / FOLDER, seconds
+        if not resume or not _found(self._folder, settings):
+            _empty(self._folder, settings)
+        self._write = [self.enter_context(metrics.json_lines(output / "metrics.jsonl"))]
+        if tensorboard:
+            self._write.append(self.enter_context(metrics.tensorboard(output / "tensorboard")))
+
+    def run(self, number: int, label: str) -> "Run":
+        """What is kept of a training run, which its number and its label tell from the others."""
+        name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{number}-{label}")
+        run = Run(self._folder / name, self._seconds, label, self._write)
+        self.callback(run.close)
+        return run
+
+
+class Run:
+    """A training run's last checkpoint."""
+
+    def __init__(self, folder: Path, seconds: float, label: str, write: Sequence[metrics.Write]):
+        """Open the folder, and remove what a save that was interrupted has left there.
+
+        Args:
+          folder: Where the checkpoint is.
+          seconds: From one to the next, at least.
+          label: The run's name.
+          write: Take its evaluations.
+        """
+        # Saved in the background, arrays would be read while the next step writes into them.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder, self._seconds, self._saved = folder, seconds, time.monotonic()
+        self._label, self._write, self._written = label, write, 0
+
+    def history(self) -> History:
+        """How the training went so far.
+
+        Raises:
+          ResumeError: If the checkpoint is damaged.
+        """
+        if self._manager.latest_step() is None:
+            return History()
+        return History.of(self._restore("history", ocp.args.JsonRestore()))
+
+    def state(self, start: State) -> State:
+        """The state after these steps, if the run is not finished.
+
+        Args:
+          start: Its first state, for the shapes, dtypes and devices.
+
+        Returns:
+          The state.
+
+        Raises:
+          ResumeError: If the checkpoint is damaged.
+        """
+        return self._restore("state", ocp.args.StandardRestore(start))
+
+    def keep(self, state: State, history: History, *, finished: bool) -> None:
+        """Write the new evaluations; save, if it is time to or the run is finished."""
+        evaluations = history.evaluations()
+        for evaluation in evaluations[self._written :]:
+            for write in self._write:
+                write(self._label, evaluation)
+        self._written = len(evaluations)
+        due = finished or time.monotonic() - self._saved >= self._seconds
+        if due and history.steps > (self._manager.latest_step() or 0):
+            items: dict[str, Any] = {"history": ocp.args.JsonSave(asdict(history))}
+            if not finished:
+                items["state"] = ocp.args.StandardSave(state)
+            self._manager.save(history.steps, args=ocp.args.Composite(**items))
+            self._saved = time.monotonic()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._manager.close()
+
+    def _restore(self, item: str, args: Any) -> Any:
+        """An item of the last checkpoint.
+
+        Raises:
+          ResumeError: If it cannot be read.
+        """
+        try:
+            step = self._manager.latest_step()
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # a damaged file can fail in any way
+            raise ResumeError(
+                f"the checkpoint in {self._folder} cannot be read: {error}. Remove this folder to "
+                "start the run afresh, or leave out --resume to start all of them"
+            ) from error
+
+
+def _found(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether there is a session to go on with.
+
+    Raises:
+      ResumeError: If there is one of other settings.
+    """
+    if not (folder / SETTINGS).exists():
+        return False
+    old, new = json.loads((folder / SETTINGS).read_text()), report.plain(settings)
+    changed = [
+        f"{key} was {old.get(key)} and is {new.get(key)}"
+        for key in old | new
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ResumeError(
+            f"{folder} is of other settings: {'; '.join(changed)}. Leave out --resume to start "
+            "afresh, or name another --output"
+        )
+    return True
+
+
+def _empty(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Begin a session; at no time are there checkpoints beside the settings of others."""
+    (folder / SETTINGS).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    report.write_json(folder / SETTINGS, settings)
