@@ -6,6 +6,7 @@ respect to its output; Optax transformations choose ΔW by what it does to Z = X
 
 from importlib.metadata import version
 
+from cqjax import diagnostics as diagnostics
 from cqjax import nnx as nnx
 from cqjax import training as training
 from cqjax.aliases import back_matching_sgd as back_matching_sgd

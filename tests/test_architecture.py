@@ -9,7 +9,17 @@ import cqjax
 
 ROOT = pathlib.Path(cqjax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = ("linalg", "capture", "transforms", "aliases", "propagation", "losses", "training", "nnx")
+LAYERS = (
+    "linalg",
+    "capture",
+    "transforms",
+    "aliases",
+    "propagation",
+    "losses",
+    "training",
+    "nnx",
+    "diagnostics",
+)
 """A module may import from its own layer and from those before it."""
 SHARED = tuple(f"cqjax.transforms.{name}" for name in ("incoming", "chain", "solves", "across"))
 """What several transformations may import."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,15 +20,24 @@ def table(plan: Plan) -> str:
     the layer's own, forwards and backwards.
     """
     rows = [_row(parameter, plan.blocks) for parameter in plan.parameters]
-    widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
-    lines = [_line(row, widths) for row in (_HEADER, tuple("-" * w for w in widths), *rows)]
     covered = sum(p.status in ("covered", "partly covered") for p in plan.parameters)
     size = plan.batch_size if plan.batch_size is not None else "not inferred"
     total = f"{covered} of {len(rows)} parameters covered; batch size {size}"
     if plan.signal == "matched":
         unmatched = ", ".join(plan.unmatched) or "no layer with parameters"
         total += f"\nsignal: matched; as in backpropagation through {unmatched}"
-    return "\n".join((*lines, total))
+    return "\n".join((*lines(_HEADER, _NUMERIC, rows), total))
+
+
+def lines(header: Sequence[str], numeric: Set[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table: its header, a rule and its rows, numeric columns to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, ["-" * width for width in widths], *rows):
+        aligned = (
+            cell.rjust(width) if name in numeric else cell.ljust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        )
+        yield "  ".join(aligned).rstrip()
 
 
 def _row(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
@@ -54,11 +63,3 @@ def _row(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
     sizes = (block.batch, block.rows, block.features, block.outputs)
     cost = "-" if block.solver == "diagonal" else f"{block.relative_flops():.1%}"
     return (*head, str(len(block.sites)), *map(str, sizes), block.solver, cost, notes)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    aligned = [
-        cell.rjust(width) if name in _NUMERIC else cell.ljust(width)
-        for name, cell, width in zip(_HEADER, cells, widths, strict=True)
-    ]
-    return "  ".join(aligned).rstrip()

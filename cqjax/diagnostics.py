@@ -1,0 +1,358 @@
+"""What a batch's inputs allow a solve, and how far an update moved the outputs as it meant to."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cqjax.capture.block import Block
+from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.statistics import Rows
+from cqjax.capture.table import lines
+from cqjax.linalg import ridge
+from cqjax.linalg.gram import HIGHEST, accumulator
+from cqjax.transforms.incoming import Incoming, Matrices, along
+
+_NAME = "cqjax.diagnostics.report"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What there is to say of one weight; B of them where a stack or groups are solved for.
+
+    With σ the singular values of the weight's input rows X (n, d), a bias being a feature:
+
+    Attributes:
+      condition: (B,), the condition number of the matrix that the solver inverts, XᵀX + λI or
+        XXᵀ + λI: a ratio of eigenvalues, infinite where one is zero.
+      restricted_condition: (B,), that of XᵀX restricted to its numerical rank: the squared ratio of
+        the largest and the smallest σ that is told from zero.
+      rank: (B,) int32, the numerical rank of X: how many σ are.
+      effective_rank: (B,), exp(−Σ p log p) with p = σ / Σσ (Roy and Vetterli, 2007): the rank where
+        the σ are equal, less where few dominate.
+      effective_dimension: (B,), tr XᵀX (XᵀX + λI)⁻¹ = Σ σ² / (σ² + λ): how many directions the
+        damping leaves (the degrees of freedom of ridge regression).
+      residual: (B,), ‖XΔW + μNZ̄‖ / ‖μNZ̄‖, how far the outputs are from where they were meant to
+        be, relative to how far they were meant to move; NaN where rows were not captured. None
+        without a learning rate.
+      reachable_residual: (B,), the same of those parts of the outputs that some ΔW could move: the
+        projections on the columns of X. Known from XᵀX and the gradient too.
+      fallbacks: () int32, how many solves failed; None without a state.
+      block: what was captured.
+    """
+
+    condition: jax.Array
+    restricted_condition: jax.Array
+    rank: jax.Array
+    effective_rank: jax.Array
+    effective_dimension: jax.Array
+    residual: jax.Array | None
+    reachable_residual: jax.Array | None
+    fallbacks: jax.Array | None
+    block: Block = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A `LayerReport` for each weight, by its path. A pytree; prints as a table.
+
+    Attributes:
+      layers: the reports, by the weight's path (several, joined by +, where parameters are
+        concatenated; numbered where slices of one parameter are weights of their own).
+    """
+
+    layers: dict[str, LayerReport]
+
+    def __str__(self) -> str:
+        """The report as a table, with a line for each of a stack's weights."""
+        return "\n".join(lines(_HEADER, set(_HEADER[2:]), _table_rows(self)))
+
+
+def report(
+    captures: Captures,
+    updates: optax.Updates | None = None,
+    learning_rate: Any = None,
+    *,
+    damping: Any = 0.0,
+    relative_damping: Any = 0.0,
+    opt_state: optax.OptState | None = None,
+) -> Report:
+    r"""Says for each captured weight how good its solve could be, and how good its update was.
+
+    The method means the outputs Z = XW of a batch to move by :math:`-\mu N \bar Z` (seed 000,
+    Eq. 58); the updates ΔW move them by XΔW. The *virtual-target residual* compares the two:
+
+    .. math:: \frac{\lVert X \Delta W + \mu N \bar Z \rVert_F}{\lVert \mu N \bar Z \rVert_F}.
+
+    It is 0 for C-SGD where the rows of X are independent and λ = 0, and 1 where nothing moves. Each
+    layer is looked at with its inputs held: in the next forward pass they have moved too, by what
+    was done to the layers below.
+
+    What no ΔW can move, the part of Z̄ orthogonal to the columns of X, is in it; with more rows than
+    features that may be most. The `reachable_residual` leaves it out. With XᵀX = QΣ²Qᵀ and G = XᵀZ̄
+    it is known where XᵀX alone was captured, too:
+
+    .. math::
+      \frac{\lVert \Sigma Q^T \Delta W + \mu N \Sigma^{-1} Q^T G \rVert_F}
+           {\lVert \mu N \Sigma^{-1} Q^T G \rVert_F}.
+
+    Singular values are computed from rows where rows were captured, and are told from zero down to
+    max(n, d) ε of the largest; otherwise from the eigenvalues of XᵀX, down to the root of d ε.
+    A decomposition takes several times as long as a solve: look at a batch now and then. Works
+    under `jax.jit`.
+
+    Args:
+      captures: the last result of `cqjax.value_and_grad`.
+      updates: what is added to the parameters, after the whole chain: with its sign and rate.
+      learning_rate: μ that the residuals measure the updates against.
+      damping: λ of the solves.
+      relative_damping: as in `cqjax.scale_by_consequentialism`.
+      opt_state: the optimizer's state, for its counts of failed solves: one that was made for the
+        parameters that the updates are of.
+
+    Returns:
+      A `Report`. Residuals are NaN for a weight that is solved for in diagonal blocks, and where
+      the loss uses the weight elsewhere too and its rows were not captured.
+
+    Raises:
+      ValueError: there are no updates to go with the rate or the state; they, the state or the
+        captures belong to other parameters; the batch size is unknown.
+      TypeError: `captures` is something else.
+
+    Examples:
+      >>> import cqjax, jax.numpy as jnp
+      >>> def loss_fn(params, x, y):
+      ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> x, y = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([[6.0], [8.0]])
+      >>> _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
+      >>> for damping in (0.0, 1.0):
+      ...     tx = cqjax.csgd(0.5, damping)
+      ...     updates, _ = tx.update(grads, tx.init(params), captures=captures)
+      ...     report = cqjax.diagnostics.report(captures, updates, 0.5, damping=damping)
+      ...     layer = report.layers["w"]
+      ...     print(layer.condition, layer.effective_dimension, layer.residual.round(3))
+      [4.] [2.] [0.]
+      [2.5] [1.3] [0.418]
+
+    References:
+      Seed 000, Eqs. 58 to 63. Roy and Vetterli, The effective rank: a measure of effective
+      dimensionality (EUSIPCO 2007). Hastie, Tibshirani and Friedman, The elements of statistical
+      learning (2009), Eq. 3.50.
+    """
+    if updates is None and (learning_rate is not None or opt_state is not None):
+        raise ValueError(
+            f"{_NAME}: learning_rate= or opt_state= without updates, whose effect the residuals "
+            "are and whose leaves the counts are of; expected updates=, as they are added to the "
+            "parameters"
+        )
+    if updates is None and isinstance(captures, Captures):
+        updates = {path: g for capture in captures.blocks for path, g in capture.gradients.items()}
+    incoming = Incoming(updates, captures, _NAME)
+    counts = {} if opt_state is None else _counts(incoming, opt_state)
+    layers = {}
+    for label, capture in incoming.captures.items():
+        spectrum = _spectrum(incoming, capture)
+        squares = jnp.square(spectrum.values)
+        mean = ridge.mean_eigenvalue(squares, _possible_rank(incoming, capture))
+        added = damping + relative_damping * mean
+        residuals = (None, None)
+        if learning_rate is not None:
+            residuals = _residuals(incoming, capture, spectrum, learning_rate)
+        first = capture.block.view.paths[0]
+        fallbacks = counts.get(first)
+        layers[label] = LayerReport(
+            *_of_spectrum(incoming, capture, spectrum.values, jnp.broadcast_to(added, mean.shape)),
+            *residuals,
+            fallbacks,
+            capture.block,
+        )
+    return Report(layers)
+
+
+class _Spectrum(NamedTuple):
+    """X = UΣVᵀ, as far as it was captured.
+
+    Attributes:
+      values: Σ, (B, k), in descending order; 0 for what rounding does not tell from it.
+      right: V, (B, d, k); None where it is the identity.
+      left: U, (B, n, k); None where rows were not captured.
+    """
+
+    values: jax.Array
+    right: jax.Array | None
+    left: jax.Array | None
+
+
+def _spectrum(incoming: Incoming, capture: Capture) -> _Spectrum:
+    """The singular values and vectors of a weight's input, with its bias where that is joined."""
+    block = capture.block
+    if block.solver == "diagonal":
+        return _Spectrum(jnp.sqrt(capture.second_moment()), None, None)
+    size = block.features + incoming.joint_bias(block)
+    if all(isinstance(site, Rows) for site in capture.sites):
+        left, values, right = jnp.linalg.svd(_inputs(incoming, capture), full_matrices=False)
+        return _Spectrum(_told(values, max(block.rows, size)), right.mT, left)
+    xx = capture.second_moment()[:, :size, :size]
+    squares, right = jnp.linalg.eigh(xx)
+    values = jnp.sqrt(_told(jnp.maximum(squares[:, ::-1], 0), size))
+    return _Spectrum(values, right[:, :, ::-1], None)
+
+
+def _told(values: jax.Array, size: int) -> jax.Array:
+    """Values in descending order, with zeros for those that rounding does not tell from it."""
+    least = size * jnp.finfo(values.dtype).eps * values[:, :1]
+    return jnp.where(values > least, values, 0)
+
+
+def _inputs(incoming: Incoming, capture: Capture) -> jax.Array:
+    """[X, h], (B, n, d + 1), or X where there is no bias, in at least float32."""
+    rows = capture.rows()
+    x = rows.x.astype(accumulator(rows.x.dtype))
+    if rows.h is None or not incoming.has_bias(capture.block):
+        return x
+    return jnp.concatenate([x, rows.h[..., None].astype(x.dtype)], -1)
+
+
+def _possible_rank(incoming: Incoming, capture: Capture) -> int:
+    block = capture.block
+    return min(block.rows, block.features + incoming.joint_bias(block))
+
+
+def _of_spectrum(
+    incoming: Incoming, capture: Capture, values: jax.Array, damping: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Both condition numbers, the rank, the effective rank and the effective dimension: (B,)."""
+    block = capture.block
+    inverted = block.features + incoming.joint_bias(block)
+    if block.solver == "dual":
+        inverted = block.rows
+    values = -jnp.sort(-values, -1)
+    squares, rank = jnp.square(values), jnp.sum(values > 0, -1, dtype=jnp.int32)
+    least = squares[:, inverted - 1] if inverted <= values.shape[-1] else jnp.zeros_like(damping)
+    last = jnp.take_along_axis(values, jnp.maximum(rank - 1, 0)[:, None], -1)[:, 0]
+    shares = values / jnp.where(rank > 0, values.sum(-1), 1)[:, None]
+    entropy = -jnp.sum(
+        jnp.where(values > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), -1
+    )
+    dimension = jnp.where(squares > 0, squares / (squares + damping[:, None]), 0)
+    return (
+        (squares[:, 0] + damping) / (least + damping),
+        jnp.square(values[:, 0] / last),
+        rank,
+        jnp.where(rank > 0, jnp.exp(entropy), 0),
+        dimension.sum(-1),
+    )
+
+
+def _residuals(
+    incoming: Incoming, capture: Capture, spectrum: _Spectrum, learning_rate: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The residual and the reachable one, (B,); NaN where they are not known."""
+    block, factor = capture.block, learning_rate * incoming.batch_size
+    unknown = jnp.full(len(spectrum.values), jnp.nan, spectrum.values.dtype)
+    if block.parts is not None or (spectrum.left is None and not block.exact):
+        return unknown, unknown
+    update = _stacked(incoming.matrices(block))
+    moved = spectrum.values[..., None] * _rotated(spectrum.right, update)
+    if spectrum.left is None:
+        gradient = _rotated(spectrum.right, _stacked(incoming.gradient(capture)))
+        values = spectrum.values[..., None]
+        meant = -factor * jnp.where(values > 0, gradient / jnp.where(values > 0, values, 1), 0)
+        return unknown, _relative(moved, meant)
+    targets = -factor * capture.rows().dz.astype(update.dtype)
+    reached = (spectrum.values > 0)[..., None]
+    meant = jnp.where(reached, _rotated(spectrum.left, targets), 0)
+    outputs = jnp.einsum("bnd,bdo->bno", _inputs(incoming, capture), update, precision=HIGHEST)
+    return _relative(outputs, targets), _relative(moved, meant)
+
+
+def _stacked(matrices: Matrices) -> jax.Array:
+    """[W; b], (B, d + 1, o), or W."""
+    if matrices.bias is None:
+        return matrices.weight
+    return jnp.concatenate([matrices.weight, matrices.bias[:, None]], 1)
+
+
+def _rotated(basis: jax.Array | None, matrix: jax.Array) -> jax.Array:
+    """QᵀA: (B, k, o)."""
+    if basis is None:
+        return matrix
+    return jnp.einsum("bmk,bmo->bko", basis, matrix, precision=HIGHEST)
+
+
+def _relative(moved: jax.Array, meant: jax.Array) -> jax.Array:
+    """‖moved − meant‖ / ‖meant‖, (B,): of numbers of any size; 0 where both are zero."""
+    largest = jnp.maximum(jnp.abs(meant).max((1, 2)), jnp.abs(moved).max((1, 2)))
+    scale = along(jnp.where(largest > 0, largest, 1), meant)
+    difference, size = (
+        jnp.sqrt(jnp.sum(jnp.square(a / scale), (1, 2))) for a in (moved - meant, meant)
+    )
+    return jnp.where(difference > 0, difference / size, 0 * size)
+
+
+def _counts(incoming: Incoming, opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """Failed solves by path, of all members of the chain together.
+
+    Raises:
+      ValueError: the state counts none, or those of other parameters.
+    """
+    found = [counts for _, counts in optax.tree.get_all_with_path(opt_state, "fallbacks")]
+    if not found:
+        raise ValueError(
+            f"{_NAME}: the opt_state counts no failed solves; expected that of an optimizer with "
+            "cqjax.scale_by_consequentialism in it"
+        )
+    for counts in found:
+        incoming.check_counts(counts)
+    return dict(zip(incoming.paths, jnp.sum(jnp.stack(found), 0), strict=True))
+
+
+_HEADER = (
+    "weight",
+    "solver",
+    "n",
+    "d",
+    "condition",
+    "of XᵀX",
+    "rank",
+    "eff. rank",
+    "eff. dim.",
+    "fallbacks",
+    "residual",
+    "reachable",
+)
+
+
+def _table_rows(report: Report) -> list[tuple[str, ...]]:
+    rows = []
+    for label, layer in report.layers.items():
+        block = layer.block
+        head = (block.solver, str(block.rows), str(block.features))
+        for i in range(len(layer.condition)):
+            count = "-" if layer.fallbacks is None or i else str(int(layer.fallbacks))
+            rows.append(
+                (
+                    label if len(layer.condition) == 1 else f"{label} ({i})",
+                    *head,
+                    _number(layer.condition, i),
+                    _number(layer.restricted_condition, i),
+                    str(int(layer.rank[i])),
+                    _number(layer.effective_rank, i),
+                    _number(layer.effective_dimension, i),
+                    count,
+                    _number(layer.residual, i),
+                    _number(layer.reachable_residual, i),
+                )
+            )
+    return rows
+
+
+def _number(values: jax.Array | None, i: int) -> str:
+    value = np.nan if values is None else float(values[i])
+    return "-" if np.isnan(value) else f"{value:.3g}"
