@@ -27,7 +27,8 @@ class MultiStepsState(NamedTuple):
       gradient_step: () int32, the updates of `inner` so far.
       inner_state: the state of `inner`.
       gradients: the mean gradient of these microbatches, in at least float32.
-      moments: the sum of each weight's XᵀX over them, (B, d, d), or a lookup's counts, (B, d).
+      moments: the sum of each weight's XᵀX over them, (B, d, d), or a lookup's counts, (B, d);
+        their mean for rows that all examples share, which are a whole batch's too.
       batch_size: (), the sum of their N.
     """
 
@@ -128,9 +129,9 @@ def multi_steps(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         incoming = Incoming(updates, captures, "multi_steps")
-        moments = _added(state.moments, incoming)
         batch_size = state.batch_size + incoming.batch_size
         share = incoming.batch_size / batch_size
+        moments = _added(state.moments, incoming, share)
         gradients = jax.tree.map(
             lambda mean, g: mean + share.astype(mean.dtype) * (g.astype(mean.dtype) - mean),
             state.gradients,
@@ -140,7 +141,7 @@ def multi_steps(
         def step() -> tuple[optax.Updates, MultiStepsState]:
             mean = optax.tree.cast_like(gradients, updates)
             blocks = tuple(_summed(plan, moments, mean))
-            whole = Captures(blocks, batch_size, plan.layers, incoming.examples)
+            whole = Captures(blocks, batch_size, plan.layers, plan.examples)
             new, inner_state = wrapped.update(
                 mean, state.inner_state, params, captures=whole, **extra_args
             )
@@ -197,8 +198,10 @@ def _summed(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updat
     return captures
 
 
-def _added(moments: Mapping[str, jax.Array], incoming: Incoming) -> dict[str, jax.Array]:
-    """The sums, with what was captured now.
+def _added(
+    moments: Mapping[str, jax.Array], incoming: Incoming, share: jax.Array
+) -> dict[str, jax.Array]:
+    """The sums, with what was captured now; where all examples share the rows, the mean.
 
     Raises:
       ValueError: it is not what the plan says.
@@ -213,12 +216,15 @@ def _added(moments: Mapping[str, jax.Array], incoming: Incoming) -> dict[str, ja
         raise ValueError(f"multi_steps: {label} is {has} and not {lacks}: {remedy}")
     added = {}
     for label, total in moments.items():
-        moment = incoming.captures[label].second_moment()
+        capture = incoming.captures[label]
+        moment = capture.second_moment()
         if moment.shape != total.shape:
             raise ValueError(
                 f"multi_steps: the second moment of {label} has shape {moment.shape}; expected "
                 f"{total.shape}: {remedy}"
             )
+        if capture.block.shared:
+            moment = share * (moment - total)
         added[label] = total + moment.astype(total.dtype)
     return added
 

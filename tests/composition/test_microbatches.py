@@ -25,28 +25,30 @@ def joined(batches):
 
 
 def tokens_loss(params, tokens, x, y):
-    """A lookup, a layer that is used twice, a scanned stack, and a gain."""
+    """Two lookups, of which all examples share one; a shared layer, a scanned stack, a gain."""
 
     def layer(h, w):
         return jnp.tanh(h @ w["kernel"] + w["bias"]), None
 
-    h = params["table"][tokens] * params["gain"] + x
+    h = params["table"][tokens] * params["gain"] + x + params["position"][jnp.arange(2)]
     h = jnp.tanh(h @ params["shared"])
     h, _ = jax.lax.scan(layer, jnp.tanh(h @ params["shared"]), params["stack"])
-    return jnp.mean(jnp.sum((h @ params["out"] - y) ** 2, -1))
+    return jnp.sum((h @ params["out"] - y) ** 2) / len(x)
 
 
 def tokens_problem(sizes):
     rng = np.random.default_rng(0)
     params = {
         "table": rng.normal(size=(7, 4)),
+        "position": rng.normal(size=(3, 4)),
         "gain": rng.normal(size=4),
         "shared": rng.normal(size=(4, 4)),
         "stack": {"kernel": rng.normal(size=(2, 4, 4)), "bias": rng.normal(size=(2, 4))},
         "out": rng.normal(size=(4, 2)),
     }
     batches = [
-        (rng.integers(0, 7, n), rng.normal(size=(n, 4)), rng.normal(size=(n, 2))) for n in sizes
+        (rng.integers(0, 7, (n, 2)), rng.normal(size=(n, 2, 4)), rng.normal(size=(n, 2, 2)))
+        for n in sizes
     ]
     return jax.tree.map(jnp.asarray, (params, batches))
 
@@ -108,6 +110,19 @@ def test_separate_calls(name):
     assert_close([got[2], got[5]], want)
 
 
+@pytest.mark.usefixtures("float64")
+def test_what_is_not_finite_ends_with_its_batch():
+    params, batches = problem((6, 6, 6, 6))
+    bad = (batches[0][0].at[0, 0].set(jnp.nan), batches[0][1])
+    plan = plans(loss_fn, params, batches[:2])
+    tx = cqjax.multi_steps(cqjax.csgd(RATE, DAMPING), 2, plan=plan)
+    got, state = run(tx, loss_fn, params, [bad, *batches[1:]])
+    assert jnp.sum(state.inner_state[0].fallbacks) > 0
+    want, _ = run(cqjax.csgd(RATE, DAMPING), loss_fn, got[1], [joined(batches[2:])])
+    assert_close(got[3], want[0])
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(got))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.usefixtures("float64")
 def test_lookups_shared_and_scanned_layers(reduction):
@@ -118,7 +133,7 @@ def test_lookups_shared_and_scanned_layers(reduction):
 
     options = {"loss_reduction": reduction}
     plan = plans(loss, params, batches, **options)
-    assert {b.solver for b in plan.blocks} >= {"diagonal", "primal"}
+    assert [b.name for b in plan.blocks if b.shared] == ["position"]
     tx = cqjax.scale_by_consequentialism(DAMPING)
     got, _ = run(cqjax.multi_steps(tx, 2, plan=plan), loss, params, batches, **options)
     want, _ = run(tx, loss, params, [joined(batches)], **options)
