@@ -1,6 +1,7 @@
 """What a batch's inputs allow a solve, and how far an update moved the outputs as it meant to."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +71,9 @@ class Report:
 
     def __str__(self) -> str:
         """The report as a table, with a line for each of a stack's weights."""
-        return "\n".join(lines(_HEADER, set(_HEADER[2:]), _table_rows(self)))
+        header = ("weight", "solver", "n", "d", *_NUMBERS.values())
+        rows = [row for label, layer in self.layers.items() for row in _rows(label, layer)]
+        return "\n".join(lines(header, set(header[2:]), rows))
 
 
 def report(
@@ -151,8 +154,9 @@ def report(
             "are and whose leaves the counts are of; expected updates=, as they are added to the "
             "parameters"
         )
-    if updates is None and isinstance(captures, Captures):
-        updates = {path: g for capture in captures.blocks for path, g in capture.gradients.items()}
+    if updates is None:
+        blocks = captures.blocks if isinstance(captures, Captures) else ()
+        updates = {path: g for capture in blocks for path, g in capture.gradients.items()}
     incoming = Incoming(updates, captures, _NAME)
     counts = {} if opt_state is None else _counts(incoming, opt_state)
     layers = {}
@@ -161,16 +165,15 @@ def report(
         squares = jnp.square(spectrum.values)
         mean = ridge.mean_eigenvalue(squares, _possible_rank(incoming, capture))
         added = damping + relative_damping * mean
-        residuals = (None, None)
+        residual = reachable = None
         if learning_rate is not None:
-            residuals = _residuals(incoming, capture, spectrum, learning_rate)
-        first = capture.block.view.paths[0]
-        fallbacks = counts.get(first)
+            residual, reachable = _residuals(incoming, capture, spectrum, learning_rate)
         layers[label] = LayerReport(
-            *_of_spectrum(incoming, capture, spectrum.values, jnp.broadcast_to(added, mean.shape)),
-            *residuals,
-            fallbacks,
-            capture.block,
+            **_of_spectrum(incoming, capture, spectrum.values, jnp.broadcast_to(added, mean.shape)),
+            residual=residual,
+            reachable_residual=reachable,
+            fallbacks=counts.get(capture.block.view.paths[0]),
+            block=capture.block,
         )
     return Report(layers)
 
@@ -207,7 +210,7 @@ def _spectrum(incoming: Incoming, capture: Capture) -> _Spectrum:
 def _told(values: jax.Array, size: int) -> jax.Array:
     """Values in descending order, with zeros for those that rounding does not tell from it."""
     least = size * jnp.finfo(values.dtype).eps * values[:, :1]
-    return jnp.where(values > least, values, 0)
+    return jnp.where(values <= least, 0, values)
 
 
 def _inputs(incoming: Incoming, capture: Capture) -> jax.Array:
@@ -226,7 +229,7 @@ def _possible_rank(incoming: Incoming, capture: Capture) -> int:
 
 def _of_spectrum(
     incoming: Incoming, capture: Capture, values: jax.Array, damping: jax.Array
-) -> tuple[jax.Array, ...]:
+) -> dict[str, jax.Array]:
     """Both condition numbers, the rank, the effective rank and the effective dimension: (B,)."""
     block = capture.block
     inverted = block.features + incoming.joint_bias(block)
@@ -237,17 +240,15 @@ def _of_spectrum(
     least = squares[:, inverted - 1] if inverted <= values.shape[-1] else jnp.zeros_like(damping)
     last = jnp.take_along_axis(values, jnp.maximum(rank - 1, 0)[:, None], -1)[:, 0]
     shares = values / jnp.where(rank > 0, values.sum(-1), 1)[:, None]
-    entropy = -jnp.sum(
-        jnp.where(values > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0), -1
-    )
+    entropy = jax.scipy.special.entr(shares).sum(-1)
     dimension = jnp.where(squares > 0, squares / (squares + damping[:, None]), 0)
-    return (
-        (squares[:, 0] + damping) / (least + damping),
-        jnp.square(values[:, 0] / last),
-        rank,
-        jnp.where(rank > 0, jnp.exp(entropy), 0),
-        dimension.sum(-1),
-    )
+    return {
+        "condition": (squares[:, 0] + damping) / (least + damping),
+        "restricted_condition": jnp.square(values[:, 0] / last),
+        "rank": rank,
+        "effective_rank": jnp.where(rank > 0, jnp.exp(entropy), 0),
+        "effective_dimension": dimension.sum(-1),
+    }
 
 
 def _residuals(
@@ -313,46 +314,29 @@ def _counts(incoming: Incoming, opt_state: optax.OptState) -> dict[str, jax.Arra
     return dict(zip(incoming.paths, jnp.sum(jnp.stack(found), 0), strict=True))
 
 
-_HEADER = (
-    "weight",
-    "solver",
-    "n",
-    "d",
-    "condition",
-    "of XᵀX",
-    "rank",
-    "eff. rank",
-    "eff. dim.",
-    "fallbacks",
-    "residual",
-    "reachable",
-)
+_NUMBERS = {
+    "condition": "condition",
+    "restricted_condition": "of XᵀX",
+    "rank": "rank",
+    "effective_rank": "eff. rank",
+    "effective_dimension": "eff. dim.",
+    "fallbacks": "fallbacks",
+    "residual": "residual",
+    "reachable_residual": "reachable",
+}
+"""Columns of the table, by the fields of a `LayerReport`."""
 
 
-def _table_rows(report: Report) -> list[tuple[str, ...]]:
-    rows = []
-    for label, layer in report.layers.items():
-        block = layer.block
-        head = (block.solver, str(block.rows), str(block.features))
-        for i in range(len(layer.condition)):
-            count = "-" if layer.fallbacks is None or i else str(int(layer.fallbacks))
-            rows.append(
-                (
-                    label if len(layer.condition) == 1 else f"{label} ({i})",
-                    *head,
-                    _number(layer.condition, i),
-                    _number(layer.restricted_condition, i),
-                    str(int(layer.rank[i])),
-                    _number(layer.effective_rank, i),
-                    _number(layer.effective_dimension, i),
-                    count,
-                    _number(layer.residual, i),
-                    _number(layer.reachable_residual, i),
-                )
-            )
-    return rows
+def _rows(label: str, layer: LayerReport) -> Iterator[tuple[str, ...]]:
+    """A line for each of a stack's weights."""
+    block, members = layer.block, len(layer.condition)
+    for i in range(members):
+        name = label if members == 1 else f"{label} ({i})"
+        numbers = (_cell(getattr(layer, field), i) for field in _NUMBERS)
+        yield name, block.solver, str(block.rows), str(block.features), *numbers
 
 
-def _number(values: jax.Array | None, i: int) -> str:
-    value = np.nan if values is None else float(values[i])
-    return "-" if np.isnan(value) else f"{value:.3g}"
+def _cell(values: jax.Array | None, i: int) -> str:
+    """The i-th of these numbers; the only one is the first."""
+    numbers = [] if values is None else np.atleast_1d(values)[i : i + 1]
+    return "-" if not len(numbers) or np.isnan(numbers[0]) else f"{numbers[0]:.3g}"

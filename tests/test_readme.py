@@ -11,7 +11,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
-DOCUMENTS = (README, ROOT / "docs" / "composition.md", ROOT / "docs" / "speed.md")
+DOCUMENTS = (
+    README,
+    ROOT / "docs" / "composition.md",
+    ROOT / "docs" / "diagnostics.md",
+    ROOT / "docs" / "speed.md",
+)
 
 
 @pytest.fixture(scope="module")
