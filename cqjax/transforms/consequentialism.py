@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.plan import Plan
-from cqjax.linalg import ridge
+from cqjax.linalg import devices, ridge
 from cqjax.transforms import across, solves
 from cqjax.transforms.across import Kept, Moment
 from cqjax.transforms.incoming import Incoming, Matrices, check_number, no_counts
@@ -85,10 +85,11 @@ def scale_by_consequentialism(
 
     Parameters that were not captured pass through unchanged. Call it under `jax.jit`, together with
     `cqjax.value_and_grad`. Solves are in float32 (float64 for float64 models) at the highest
-    precision. One that fails is repeated with its damping raised by 1e-2 of the mean eigenvalue; if
-    that fails, the layer keeps the inverse that it has from earlier (`update_every`), or else gets
-    its plain update. Entries of the result that are not finite become zero. The state counts such
-    events.
+    precision. One that fails, or is singular to working precision, is repeated with its damping
+    raised by 1e-2 of the mean eigenvalue; if that fails, the layer keeps the inverse that it has
+    from earlier (`update_every`), or else gets its plain update, or none where :math:`X^T X` has
+    overflowed. Entries of any update that are not finite become zero. The state counts such events,
+    for each layer.
 
     Args:
       damping: λ ≥ 0, in units of the squared length of an input row; a number or a schedule of the
@@ -101,7 +102,8 @@ def scale_by_consequentialism(
       update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next; in between,
         the inverse is kept and applied to each batch's gradient. Without `ema_decay` it is that of
         one batch, and weights whose exact solve costs less than the product with an inverse are
-        solved for anew in every update. So are those with fewer than twice as many rows in a batch
+        solved for anew in every update. As long as no attempt has succeeded, each update makes one.
+        Solved for in every update are also those with fewer than twice as many rows in a batch
         as features: an inverse that knows other rows only would be up to 1/λ along theirs.
       ema_decay: in [0, 1): the solves take the moving average of XᵀX / N, times N, with its bias
         from starting at zero corrected, by the primal for all weights (but for those whose XᵀX
@@ -143,6 +145,13 @@ def scale_by_consequentialism(
     check_number(damping, "damping")
     check_number(relative_damping, "relative_damping")
     _check_across(plan, update_every, ema_decay, capture_every)
+    if spread_over is not None and not (
+        isinstance(spread_over, NamedSharding) and devices.axes_of(spread_over)
+    ):
+        raise TypeError(
+            f"spread_over={spread_over!r}: expected a jax.sharding.NamedSharding that names mesh "
+            'axes, NamedSharding(mesh, PartitionSpec("data")) say'
+        )
 
     def init(params: optax.Params) -> ScaleByConsequentialismState:
         moments, inverses = {}, {}
