@@ -241,6 +241,14 @@ def _check_cost(cost: Cost) -> None:
             f"block_size={cost.block_size} with max_dim={cost.max_dim}: expected max_dim, the size "
             "from which on a matrix is split into blocks, and block_size no larger than it"
         )
+    row = jax.ShapeDtypeStruct((1,), jnp.float32)
+    try:
+        jax.eval_shape(lambda x: jnp.dot(x, x, precision=cost.precision), row)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"precision={cost.precision!r}: expected what jax.lax.dot_general takes: 'highest', "
+            "'high', 'default' or another jax.lax.Precision"
+        ) from error
 
 
 def check(value: str, allowed: Sequence[str], name: str) -> None:

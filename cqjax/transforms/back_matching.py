@@ -85,7 +85,10 @@ def back_matching_rates(
     if value_fn is None:
         return _like(params, _chain_rates(plan, params))
     if not isinstance(plan, Plan | Captures):
-        raise ValueError("value_fn measures the layers of a plan; expected one, not a description")
+        raise ValueError(
+            f"plan is a {type(plan).__name__}: value_fn measures the layers of a loss; expected "
+            "cqjax.plan(loss_fn)(params, ...), not a description of them"
+        )
     inverse = _measured(plan.layers, signals(value_fn, params, plan.layers.flow))
     return _like(params, _rates(plan, inverse, measured=True))
 
@@ -164,7 +167,10 @@ def scale_by_back_matching(
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(f"decay={decay}: expected a number from 0 to below 1")
     if factors == "measured" and not isinstance(plan, Plan):
-        raise ValueError('factors="measured" needs plan=, made by cqjax.plan(loss_fn)(params, ...)')
+        raise ValueError(
+            f'plan is a {type(plan).__name__}: factors="measured" needs plan=, made by '
+            "cqjax.plan(loss_fn)(params, ...)"
+        )
     measured = plan if factors == "measured" and isinstance(plan, Plan) else None
 
     def init(params: optax.Params) -> ScaleByBackMatchingState:

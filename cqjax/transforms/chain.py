@@ -57,8 +57,8 @@ def rates(layers: Sequence[ChainLayer], arrays: Arrays) -> dict[str, jax.Array]:
         for path in (layer.weight, *layer.also, *layer.above, *scale):
             if path not in arrays:
                 raise ValueError(
-                    f"a layer has a parameter {path!r}, which is not among the parameters: "
-                    f"{', '.join(arrays)}"
+                    f"a layer has a parameter {path!r}, which is not among the parameters "
+                    f"({', '.join(arrays)}): describe it by its path, keys joined by '/'"
                 )
         square = _square(arrays[layer.weight])
         if layer.normalised:

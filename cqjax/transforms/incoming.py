@@ -94,7 +94,8 @@ class Incoming:
             if path not in self._leaves:
                 raise ValueError(
                     f"{method}: the captures have a parameter {path}, which is not among the "
-                    f"updates ({', '.join(self.paths)}): they were captured for other parameters"
+                    f"updates ({', '.join(self.paths)}): they were captured for other parameters; "
+                    "take both from the same call of cqjax.value_and_grad"
                 )
             leaf = self._leaves[path]
             if leaf.shape != shape:
