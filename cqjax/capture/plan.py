@@ -43,6 +43,7 @@ class Parameter:
     notes: tuple[str, ...]
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What cqjax captures of a loss, and what its solves cost. Prints as a table.

@@ -35,9 +35,14 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
       The signals, in the order of `flow.nodes`.
 
     Raises:
-      ValueError: the loss has other layers.
+      ValueError: the loss has other layers; called within `jax.shard_map`.
       TypeError: it is not a real scalar.
     """
+    if axes := jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError(
+            f"measured factors within jax.shard_map over {', '.join(map(str, axes))}: they would "
+            "be one device's. Update under jax.jit on arrays with a NamedSharding instead"
+        )
     trace = tracing.tracer(value_fn, None, (), Cost(), None, "mean")
     traced = trace(params, (), {})
     if isinstance(traced.outputs, tuple | list):

@@ -91,6 +91,7 @@ def tracer(
             examples=_terms((args, kwargs), ()) or None,
             signal=signal,
         )
+        _check_batch_size(made)
         return Traced(jaxpr, outputs, paths, made)
 
     return trace
@@ -186,6 +187,16 @@ def _check_manual_axes() -> None:
             f"called within jax.shard_map over {', '.join(map(str, axes))} with check_vma=False: "
             "which arrays differ between devices is unknown. Leave check_vma=True, or call it "
             "under jax.jit on arrays with a NamedSharding"
+        )
+
+
+def _check_batch_size(plan: Plan) -> None:
+    reduced = {axis for block in plan.blocks for site in block.sites for axis in site.reduced}
+    if axes := sorted(reduced & devices.varying(plan.batch_size)):
+        raise ValueError(
+            f"batch_size varies over {', '.join(axes)}, where devices share weights; expected the "
+            f"number of terms that the loss averages over on all of them: "
+            f"jax.lax.psum(batch_size, {axes[0]!r})"
         )
 
 
