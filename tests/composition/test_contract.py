@@ -8,11 +8,26 @@ import numpy as np
 import optax
 import pytest
 from across_batches import quickly
-from two_layers import assert_close, loss_fn, problem
+from two_layers import assert_close
 
 import cqjax
 
 OPTIONS = {"solver": "dual"}  # nlms needs rows
+
+
+def loss_fn(params, x, y):
+    """One layer, and a gain that is no weight of a product."""
+    z = jnp.tanh(x @ params["w"] + params["b"]) * params["gain"]
+    return jnp.mean(jnp.sum((z - y) ** 2, -1))
+
+
+def problem(dtype):
+    """(params, three batches), in this dtype."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (5, 4), "b": (4,), "gain": (4,)}
+    params = {path: rng.normal(size=shape) for path, shape in shapes.items()}
+    batches = [(rng.normal(size=(12, 5)), rng.normal(size=(12, 4))) for _ in range(3)]
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, batches))
 
 
 def kept(**options):
@@ -50,8 +65,7 @@ def name(request):
 
 def case(name, dtype=jnp.float32):
     """(transformation, params, batches), in this dtype."""
-    params, batches = problem((12, 12, 12))
-    params, batches = jax.tree.map(lambda a: a.astype(dtype), (params, batches))
+    params, batches = problem(dtype)
     return MADE[name](cqjax.plan(loss_fn, **OPTIONS)(params, *batches[0])), params, batches
 
 
@@ -108,7 +122,10 @@ def test_one_trace_for_all_steps(name):
 
 def test_arrays_are_all_that_a_state_holds(name):
     tx, params, _ = case(name)
-    leaves = jax.tree.leaves(tx.init(params))
+    state = tx.init(params)
+    if name in ("update_every", "ema_decay", "both"):
+        assert state.inverses if name != "ema_decay" else state.moments
+    leaves = jax.tree.leaves(state)
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     assert optax.with_extra_args_support(tx) is tx
@@ -193,7 +210,7 @@ NUMBERS = {
 @pytest.mark.parametrize("factory", NUMBERS)
 def test_injected_numbers(factory):
     """Every number can be one that `inject_hyperparams` holds in its state."""
-    params, batches = jax.tree.map(lambda a: a.astype(jnp.float32), problem((12, 12, 12)))
+    params, batches = problem(jnp.float32)
     make, numbers, more = getattr(cqjax, factory), NUMBERS[factory], {}
     if "back_matching" in factory:
         more = {"plan": cqjax.plan(loss_fn)(params, *batches[0]), "factors": "measured"}
@@ -208,7 +225,7 @@ def test_injected_numbers(factory):
 
 def test_an_injected_average_decays():
     """Periods are structure and stay Python's; the average's decay is a number."""
-    params, batches = jax.tree.map(lambda a: a.astype(jnp.float32), problem((12, 12, 12)))
+    params, batches = problem(jnp.float32)
     options = {
         "plan": cqjax.plan(loss_fn)(params, *batches[0]),
         "ema_decay": 0.9,
