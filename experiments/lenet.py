@@ -14,7 +14,7 @@ import cqjax
 from experiments import models, options, report
 from experiments.classification import accuracy, cross_entropy, initialise, mean_loss
 from experiments.comparison import Method, compare
-from experiments.data import Dataset, cifar10
+from experiments.data import Dataset, cifar
 from experiments.experiment import Experiment
 from experiments.training import Curve, History, gradient_step, shuffled_batches
 
@@ -84,7 +84,7 @@ class LeNet(Experiment):
           ResumeError: If it cannot go on from what there is.
         """
         console = Console()
-        dataset = cifar10.load(self.data_dir, self.download)
+        dataset = cifar.CIFAR10.load(self.data_dir, self.download)
         dataset.check_batch_size(self.batch_size)
         console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ import cqjax
 from experiments import options, report
 from experiments.classification import cross_entropy, initialise
 from experiments.comparison import bar, progress_bars
-from experiments.data import cifar10
+from experiments.data import cifar
 from experiments.models import VGG, LeNet, ResNet
 from experiments.training import State, gradient_step, shuffled_batches, train
 
@@ -99,7 +99,7 @@ def _noise(settings: Rates) -> Examples:
 
 
 def _images(settings: Rates) -> Examples:
-    dataset = cifar10.load(settings.data_dir, settings.download)
+    dataset = cifar.CIFAR10.load(settings.data_dir, settings.download)
     dataset.check_batch_size(settings.batch_size)
     images, labels = dataset.standardised().train
     return jnp.asarray(images), jnp.asarray(labels)

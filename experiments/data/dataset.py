@@ -19,6 +19,15 @@ class MissingDataError(DataError):
     """A data set that is in none of the places where it may be."""
 
 
+class BadFileError(DataError):
+    """A file that is not what it should be."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(
+            f"{path} {what}. Put the official file in its place, or remove it and say --download"
+        )
+
+
 class Split(NamedTuple):
     """Images with their labels."""
 

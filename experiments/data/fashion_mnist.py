@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.dataset import (
-    DataError,
+    BadFileError,
     Dataset,
     MissingDataError,
     Split,
@@ -25,6 +25,7 @@ MD5 = {  # as the data set's authors publish them
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+LARGEST = 16 + 60_000 * 28 * 28  # bytes of the largest file, unpacked
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -68,23 +69,29 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
       The array, uint8.
 
     Raises:
-      DataError: If it cannot be read, or is not exactly what its header says.
+      BadFileError: If it cannot be read, or is not exactly what its header says.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read()
+            content = file.read(LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise BadFileError(path, f"cannot be read: {error}") from error
+    if len(content) > LARGEST:
+        raise BadFileError(path, f"holds more than {LARGEST:,} bytes, as no official file does")
     magic, header = 0x0800 + dimensions, 4 * (1 + dimensions)
     if len(content) < header or int.from_bytes(content[:4], "big") != magic:
-        raise DataError(
-            f"{path} is not an IDX file of bytes with {dimensions} axes (magic {magic})"
+        start = content[:4].hex() or "nothing"
+        raise BadFileError(
+            path,
+            f"starts with {start}: it is not an IDX file of bytes with {dimensions} axes, which "
+            f"start with {magic:08x}",
         )
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     if len(content) - header != math.prod(shape):
-        raise DataError(
-            f"{path} should hold {math.prod(shape):,} bytes of data for the shape {shape}, "
-            f"but holds {len(content) - header:,}"
+        raise BadFileError(
+            path,
+            f"should hold {math.prod(shape):,} bytes of data for the shape {shape}, "
+            f"but holds {len(content) - header:,}",
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -111,9 +118,11 @@ def _read_split(folder: Path, prefix: str) -> Split:
     assert images_path and labels_path
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if images.shape[1:] != (28, 28) or not len(images):
-        raise DataError(f"{images_path} holds an array {images.shape}, not 28 x 28 images")
+        raise BadFileError(images_path, f"holds an array {images.shape}, not 28 x 28 images")
     if len(labels) != len(images):
-        raise DataError(f"{labels_path} holds {len(labels):,} labels for {len(images):,} images")
+        raise BadFileError(labels_path, f"holds {len(labels):,} labels for {len(images):,} images")
     if labels.max() > 9:
-        raise DataError(f"{labels_path} holds the label {labels.max()}; there are ten classes")
+        raise BadFileError(
+            labels_path, f"holds the label {labels.max()}; there are ten classes, 0 to 9"
+        )
     return Split((images / np.float32(255)).astype(np.float32), labels.astype(np.int32))

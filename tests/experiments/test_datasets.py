@@ -78,11 +78,20 @@ BAD = {
     ),
     "not gzip": (TEST_LABELS, gzip.decompress, "gzip"),
     "empty file": (TEST_LABELS, lambda raw: b"", "not an IDX file"),
-    "labels as images": (TEST_IMAGES, lambda raw: gzip.compress(idx(labels(4))), "magic 2051"),
-    "images as labels": (TRAIN_LABELS, lambda raw: gzip.compress(idx(images(12))), "magic 2049"),
+    "labels as images": (
+        TEST_IMAGES,
+        lambda raw: gzip.compress(idx(labels(4))),
+        "bytes with 3 axes, which start with 00000803",
+    ),
+    "images as labels": (
+        TRAIN_LABELS,
+        lambda raw: gzip.compress(idx(images(12))),
+        "starts with 00000803: it is not",
+    ),
     "too little data": (TEST_IMAGES, lambda raw: gzip.compress(idx(images(4))[:-1]), "3,135"),
     "too much data": (TEST_IMAGES, lambda raw: gzip.compress(idx(images(4)) + b"0"), "3,137"),
     "fewer labels": (TEST_LABELS, lambda raw: gzip.compress(idx(labels(3))), "3 labels for 4"),
+    "far too much": (TEST_IMAGES, lambda raw: gzip.compress(bytes(48_000_000)), "than 47,040,016"),
     "no images": (TEST_IMAGES, lambda raw: gzip.compress(idx(images(0))), "not 28 x 28 images"),
     "other images": (TEST_IMAGES, lambda raw: gzip.compress(idx(images(4, 8))), "28 x 28"),
     "other labels": (TRAIN_LABELS, lambda raw: gzip.compress(idx(labels(12) + 1)), "label 10"),
@@ -98,6 +107,7 @@ def test_a_bad_file_is_named_with_what_is_wrong(folder, case):
         data.load("auto", folder, download=False)
     assert str(path) in str(error.value)
     assert complaint in str(error.value)
+    assert "Put the official file in its place, or remove it and say --download" in str(error.value)
 
 
 def test_the_environment_variable_names_the_folder(folder, nowhere, monkeypatch):
@@ -151,6 +161,14 @@ def test_a_bad_download_is_an_error_and_leaves_no_data_set(served, nowhere, dama
     with pytest.raises(data.DataError, match=f"cannot download .*{TEST_IMAGES}"):
         data.load("auto", None, download=True)
     assert not (nowhere / TEST_IMAGES).exists()
+    assert data.load("auto", None, download=False).name == "digits"
+
+
+@pytest.mark.usefixtures("breaking_off")
+def test_a_download_that_breaks_off_leaves_no_data_set(served, nowhere):
+    with pytest.raises(data.DataError, match=f"cannot download .*{TRAIN_IMAGES}"):
+        data.load("auto", None, download=True)
+    assert not [path for path in nowhere.rglob("*") if path.is_file()]
     assert data.load("auto", None, download=False).name == "digits"
 
 

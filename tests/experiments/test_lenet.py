@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 
 from experiments import lenet, models
 from experiments.__main__ import main
-from experiments.data import cifar10
+from experiments.data import cifar
 from experiments.report import STYLES
 from experiments.training import shuffled_batches
 
@@ -86,7 +86,7 @@ def test_both_methods_at_the_papers_rates_are_what_it_says(run, cifar10_folder, 
     nesterov_options = ["--nesterov"] if nesterov else []
     results, _, printed = run("--rates=paper", f"--weight-decay={decay}", *nesterov_options)
     assert ("weight decay 0.01" if decay else "no weight decay") in printed
-    dataset = cifar10.load(cifar10_folder, download=False).standardised()
+    dataset = cifar.CIFAR10.load(cifar10_folder, download=False).standardised()
     settings = (("sgd", 0.1, sgd_rates), ("back_matching", 0.02, back_matching_rates))
     for result, (method, rate, rates_of) in zip(results["results"], settings, strict=True):
         assert (result["method"], result["learning_rate"]) == (method, rate)
