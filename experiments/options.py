@@ -1,8 +1,36 @@
-"""Checks of an experiment's options."""
+"""An experiment's options: presets, checks, and the command line that gives them."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal, NamedTuple, TypeVar
+
+Preset = Literal["smoke", "cpu", "paper"]
+"""Seconds, for tests; minutes on two CPU cores; the source's own settings."""
+
+Settings = TypeVar("Settings")
+
+
+def filled(settings: Settings, presets: Mapping[Preset, Mapping[str, Any]]) -> Settings:
+    """The settings, with options that were not given (None) as their preset has them."""
+    preset = presets[settings.preset].items()  # pyright: ignore[reportAttributeAccessIssue]
+    missing = {name: value for name, value in preset if getattr(settings, name) is None}
+    return replace(settings, **missing)  # pyright: ignore[reportArgumentType]
+
+
+def command(name: str, settings: Any) -> str:
+    """The command line that gives an experiment these settings: all that are not the default."""
+    words = ["python -m experiments", name]
+    for field in fields(settings):
+        value, option = getattr(settings, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{option}", *map(str, values)]
+    return " ".join(words)
 
 
 class Range(NamedTuple):

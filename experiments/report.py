@@ -35,11 +35,11 @@ def print_table(console: Console, title: str, rows: Sequence[Mapping[str, str]])
     console.print(table)
 
 
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The same rows as a table in Markdown."""
+def markdown_table(rows: Sequence[Mapping[str, str]], *, align: str = "---:") -> str:
+    """The same rows as a table in Markdown, the first column to the left, the rest by `align`."""
     lines = [
         list(rows[0]),
-        ["---", *["---:"] * (len(rows[0]) - 1)],
+        ["---", *[align] * (len(rows[0]) - 1)],
         *(row.values() for row in rows),
     ]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)

@@ -1,0 +1,44 @@
+"""Small figures whose lines are told apart by colour, mark and dashes."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Paul Tol's muted colours, in an order that stays apart in grey.
+STYLES = (
+    {"color": "#332288", "marker": "o", "linestyle": "-"},
+    {"color": "#DDAA33", "marker": "s", "linestyle": (0, (5, 2))},
+    {"color": "#BB5566", "marker": "^", "linestyle": (0, (3, 1, 1, 1))},
+    {"color": "#117733", "marker": "D", "linestyle": (0, (1, 1))},
+    {"color": "#88CCEE", "marker": "v", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
+    {"color": "#222222", "marker": "P", "linestyle": (0, (8, 3))},
+)
+
+
+def style(number: int, **changes: Any) -> dict[str, Any]:
+    """The number's colour, mark and dashes for `Axes.plot`."""
+    return {**STYLES[number], "markersize": 4.5, "linewidth": 1.4, **changes}
+
+
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """A figure of so many coordinate systems, row by row, each of a size in inches."""
+    shape = (columns * size[0], rows * size[1])
+    figure = Figure(figsize=shape, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for each in axes:
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def band(axes: Axes, x: Any, median: Any, low: Any, high: Any, label: str, number: int) -> None:
+    """A line of medians over the range that they come from."""
+    axes.plot(x, median, label=label, markevery=max(1, len(x) // 8), **style(number))
+    axes.fill_between(x, low, high, color=STYLES[number]["color"], alpha=0.15, linewidth=0)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write it as PNG."""
+    figure.savefig(path, dpi=120)

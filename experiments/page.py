@@ -1,0 +1,141 @@
+"""The page of an experiment: what its source claims, what was measured, whether it holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console
+
+from experiments import options, report
+
+Holds = Literal["yes", "partly", "no"]
+Rows = Sequence[Mapping[str, str]]
+
+
+def judge(*checks: bool) -> Holds:
+    """Whether a claim holds of which these are the parts."""
+    return "yes" if all(checks) else "partly" if any(checks) else "no"
+
+
+def before(a: int | None, b: int | None) -> bool:
+    """Whether a target was reached in fewer steps, a, than b; None is never."""
+    return a is not None and (b is None or a < b)
+
+
+class Claim(NamedTuple):
+    """A statement of the source, beside what came of it here."""
+
+    source: str
+    """Where it says so: a section, a figure."""
+    claim: str
+    measured: str
+    """In numbers."""
+    holds: Holds
+    """As `judge` has it, of those numbers."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands on the page, in this order."""
+
+    title: str
+    source: str
+    """The document that is checked."""
+    summary: str
+    """What was done."""
+    behind: Sequence[str]
+    """Where our method loses, with numbers; empty if it loses nowhere."""
+    claims: Sequence[Claim]
+    choices: Sequence[str]
+    """What the source leaves open, and what was taken."""
+    tables: Mapping[str, Rows]
+    """By title."""
+    figures: Mapping[str, str]
+    """Captions by file name; the files lie beside the page."""
+
+
+def write(
+    path: Path,
+    page: Page,
+    settings: Mapping[str, Any],
+    command: str,
+    environment: Mapping[str, Any],
+) -> None:
+    """Write the page in Markdown.
+
+    Args:
+      path: The file.
+      page: What stands on it.
+      settings: The options, by name.
+      command: The command line that made it.
+      environment: `report.environment()` where the numbers were measured.
+    """
+    claims = [
+        {"the source": f"{c.claim} ({c.source})", "measured": c.measured, "holds": f"**{c.holds}**"}
+        for c in page.claims
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    machine = f"{environment['device']} ({environment['cpu']}, {environment['cpu_count']} cores)"
+    parts = [
+        f"# {page.title}",
+        "## Where our method loses",
+        _list(page.behind) or "Nowhere, in what was measured here.",
+        "## What was done",
+        page.summary,
+        f"Source: {page.source}.",
+        "## Does it hold?",
+        report.markdown_table(claims, align="---"),
+        *(f"![{caption}]({file})\n\n*{caption}*" for file, caption in page.figures.items()),
+        *(f"## {title}\n\n{report.markdown_table(rows)}" for title, rows in page.tables.items()),
+        "## What the source leaves open, and what was taken",
+        _list(page.choices),
+        "## How to repeat it",
+        f"```sh\n{command}\n```",
+        "Every number is in [results.json](results.json).",
+        "Settings: " + ", ".join(f"{name} {_show(value)}" for name, value in settings.items()),
+        f"Measured on {machine}, {environment['date']}: Python {environment['python']}, "
+        f"{versions}, {environment['system']}.",
+    ]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def publish(
+    name: str, given: Any, settings: Any, page: Page, results: Any, console: Console
+) -> None:
+    """Write README.md and results.json into the folder of the settings, and say what holds.
+
+    Args:
+      name: The experiment's, on the command line.
+      given: Its options as they were given.
+      settings: Its options with the preset filled in.
+      page: What stands on the page.
+      results: Every number.
+      console: Where to say it.
+    """
+    environment, folder = report.environment(), settings.output
+    write(folder / "README.md", page, asdict(settings), options.command(name, given), environment)
+    report.write_json(
+        folder / "results.json",
+        {
+            "experiment": name,
+            "settings": asdict(settings),
+            "environment": environment,
+            "claims": [claim._asdict() for claim in page.claims],
+            "behind": list(page.behind),
+            "results": results,
+        },
+    )
+    for title, rows in page.tables.items():
+        report.print_table(console, title, rows)
+    for claim in page.claims:
+        console.print(f"{claim.holds:>6}: {claim.claim} [{claim.measured}]", markup=False)
+    console.print(f"Written: {folder}/README.md", highlight=False, soft_wrap=True)
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _show(value: Any) -> str:
+    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
