@@ -183,6 +183,33 @@ def test_what_the_first_batch_does_not_give_the_next_one_does(name):
     assert run.losses[-1] < 0.8 * run.losses[1]
 
 
+def test_an_ensemble_under_vmap_inverts_only_where_one_is_due():
+    """Whether a member lacks an inverse is asked of all: a condition remains a condition."""
+    tx = program("kept")[0]
+    params, batch = make()
+    seeds = jax.tree.map(lambda p: jnp.stack([p, -p]), params)
+
+    def one(params):
+        def step(state, _):
+            _, grads, captures = cqjax.value_and_grad(loss_fn, solver="primal")(params, *batch)
+            return tx.update(grads, state, params, captures=captures)[1], None
+
+        return jax.lax.scan(step, tx.init(params), length=5)[0]
+
+    jaxpr = jax.make_jaxpr(jax.vmap(one))(seeds)
+    assert "cholesky" in str(jaxpr) and "cholesky" not in {e.primitive.name for e in always(jaxpr)}
+
+
+def always(jaxpr):
+    """The equations that are evaluated whatever the conditions are."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        if eqn.primitive.name != "cond":
+            for value in eqn.params.values():
+                if hasattr(getattr(value, "jaxpr", value), "eqns"):
+                    yield from always(value)
+
+
 @pytest.mark.parametrize("name", ["average", "kept average"])
 def test_what_is_left_out_of_an_average_is_counted(name):
     """XᵀX overflows in the first layer and is infinite in the others; the average is as before."""
