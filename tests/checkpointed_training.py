@@ -12,6 +12,7 @@ from across_batches import quickly
 import cqjax
 
 ROWS, STEPS, STOP = 48, 9, 5  # 5 is in the middle of periods of 2 and of 3
+MICROBATCHES = 3
 
 
 def loss_fn(params, x, y):
@@ -35,7 +36,7 @@ def _consequentialism(**options):
     return make
 
 
-OPTIMIZERS = {  # of the plan
+OPTIMIZERS = {  # of the plan for a batch, which has several microbatches for "multi_steps"
     "update_every": _consequentialism(update_every=3),
     "ema_decay": _consequentialism(ema_decay=0.8),
     "capture_every": _consequentialism(ema_decay=0.8, capture_every=2),
@@ -47,14 +48,19 @@ OPTIMIZERS = {  # of the plan
     "conjugate gradient": lambda plan: optax.chain(
         cqjax.scale_by_conjugate_gradient(), optax.scale(-0.02)
     ),
+    "multi_steps": lambda plan: cqjax.multi_steps(
+        _consequentialism(ema_decay=0.8, update_every=2)(plan), MICROBATCHES, plan=plan
+    ),
 }
 
 
 @functools.cache
 def training(name):
     """(transformation, jitted step)."""
-    params, batches = problem()
-    tx = OPTIMIZERS[name](cqjax.plan(loss_fn)(params, *batches[0]))
+    params, _ = problem()
+    rows = ROWS * (MICROBATCHES if name == "multi_steps" else 1)
+    batch = jax.ShapeDtypeStruct((rows, 8), jnp.float32)
+    tx = OPTIMIZERS[name](cqjax.plan(loss_fn)(params, batch, batch))
 
     def step(params, opt_state, batch):
         _, grads, captures = cqjax.value_and_grad(loss_fn)(params, *batch)
