@@ -169,6 +169,17 @@ def test_dtypes(name, dtype):
         assert types(jax.eval_shape(perhaps, True, params, state)) == types((params, state))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_within_multi_steps_of_optax(name, dtype):
+    tx, params, batches = case(name, dtype)
+    tx = optax.MultiSteps(tx, 2)
+    updates, _, state = jax.eval_shape(
+        functools.partial(step, tx), params, tx.init(params), batches[0]
+    )
+    assert types(updates) == types(params)
+    assert types(state) == types(tx.init(params))
+
+
 def test_replicas_through_scan(name):
     """With the result of single steps for each of the replicas that `vmap` trains together."""
     tx, params, batches = case(name)
@@ -186,14 +197,15 @@ def test_replicas_through_scan(name):
     assert_close(jax.tree.map(lambda leaf: leaf[0], got), trained(name)[1:3], rtol=2e-4)
 
 
+DAMPINGS = {"damping": 0.1, "relative_damping": 0.2}
 NUMBERS = {
-    "scale_by_consequentialism": {"damping": 0.1, "relative_damping": 0.2},
+    "scale_by_consequentialism": DAMPINGS,
     "scale_by_nlms": {"eps": 0.1},
-    "csgd": {"learning_rate": 0.1, "damping": 0.1, "relative_damping": 0.2},
-    "cmomentum": {"learning_rate": 0.1, "momentum": 0.8, "damping": 0.1},
-    "cnesterov": {"learning_rate": 0.1, "momentum": 0.8, "damping": 0.1},
-    "crmsprop": {"learning_rate": 0.1, "decay": 0.8, "eps": 1e-3, "damping": 0.1},
-    "cadam": {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "damping": 0.1},
+    "csgd": {"learning_rate": 0.1, **DAMPINGS},
+    "cmomentum": {"learning_rate": 0.1, "momentum": 0.8, **DAMPINGS},
+    "cnesterov": {"learning_rate": 0.1, "momentum": 0.8, **DAMPINGS},
+    "crmsprop": {"learning_rate": 0.1, "decay": 0.8, "eps": 1e-3, **DAMPINGS},
+    "cadam": {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, **DAMPINGS},
     "nlms": {"learning_rate": 0.1, "eps": 0.1},
     "lsalr": {"learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01},
     "scale_by_back_matching": {"refresh_every": 2, "decay": 0.8},
