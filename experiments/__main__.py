@@ -9,6 +9,8 @@ from experiments.benchmarks.bench import Bench
 from experiments.checkpoints import ResumeError
 from experiments.data import DataError
 from experiments.lenet import LeNet
+from experiments.loss_surface import LossSurface
+from experiments.output_paths import OutputPaths
 from experiments.quickstart import Quickstart
 from experiments.rates import Rates
 
@@ -16,6 +18,8 @@ EXPERIMENTS = {
     "quickstart": Quickstart,
     "lenet": LeNet,
     "rates": Rates,
+    "loss_surface": LossSurface,
+    "output_paths": OutputPaths,
     "bench": Bench,
 }
 

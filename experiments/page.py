@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from experiments import options, report
@@ -21,6 +22,13 @@ def judge(*checks: bool) -> Holds:
 def before(a: int | None, b: int | None) -> bool:
     """Whether a target was reached in fewer steps, a, than b; None is never."""
     return a is not None and (b is None or a < b)
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """The median of values and their range, in words; what is not a number is infinite."""
+    numbers = np.quantile(np.nan_to_num(values, nan=np.inf), (0.5, 0, 1), method="nearest")
+    middle, low, high = ("∞" if number > 1e9 else format(number, form) for number in numbers)
+    return middle if middle == low == high else f"{middle} [{low}, {high}]"
 
 
 class Claim(NamedTuple):

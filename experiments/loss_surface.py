@@ -1,0 +1,138 @@
+"""Two weights on their way down the loss surface (seed 000, section 5.1 and Figure 3)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import cqjax
+from experiments import options
+from experiments.page import publish
+from experiments.pages import loss_surface as pages
+from experiments.scans import descend, timed
+
+PRESETS: dict[options.Preset, dict[str, Any]] = {
+    "smoke": {"steps": 60, "sweep": 5},
+    "cpu": {"steps": 2000, "sweep": 60},
+    "paper": {"steps": 2000, "sweep": 60},
+}
+METHODS = ("C-SGD", "SGD", "SGD with momentum")
+NEAR = 0.01  # of the distance at the start
+SHOWN = 120  # steps of the paths that are drawn
+
+
+@dataclass(frozen=True)
+class LossSurface:
+    """Follow two weights to their optimum by C-SGD, SGD and SGD with momentum.
+
+    The network has two inputs, weights and outputs, z = w x each, and half the squared error as
+    its loss, whose contours are ellipses. Each method goes from the same start at a high rate, a
+    low one, and at many between.
+    """
+
+    preset: options.Preset = "cpu"
+    """smoke for tests, cpu, or paper: the source's settings, which are no others here."""
+    rates: tuple[float, float] = (0.49, 0.05)
+    """The high and the low learning rate, the same for all methods."""
+    momentum: float = 0.9
+    """Of SGD with momentum."""
+    damping: float = 1e-3
+    """C-SGD's damping, lambda in the paper's Eq. 63."""
+    inputs: tuple[float, float] = (0.5, 2.0)
+    """The two inputs; the loss is curved by their squares."""
+    targets: tuple[float, float] = (1.0, 2.0)
+    """What the outputs should be."""
+    start: tuple[float, float] = (-1.0, 2.5)
+    """The first weights."""
+    steps: int | None = None
+    """Steps of each path; by the preset if not given."""
+    sweep: int | None = None
+    """Rates between 0.01 and 1 to try besides; by the preset if not given."""
+    output: Path = Path("results/loss_surface")
+    """Folder for README.md, paths.png and results.json."""
+
+    def __post_init__(self):
+        """Refuse values that cannot be meant.
+
+        Raises:
+          ValueError: If there is one; the message names the option.
+        """
+        options.require(self, options.AT_LEAST_ONE, "steps", "sweep")
+        options.require(self, options.POSITIVE, "rates", "damping", "inputs")
+        options.require(self, options.FRACTION, "momentum")
+
+    def run(self) -> None:
+        """Follow the paths, draw them, and judge the source's claims."""
+        settings = options.filled(self, PRESETS)
+        settings.output.mkdir(parents=True, exist_ok=True)
+        assert settings.sweep
+        sweep = np.geomspace(0.01, 1, settings.sweep)
+        rates = np.concatenate([settings.rates, sweep])
+        timings = {method: timed(jax.vmap(_path(settings, method)), rates) for method in METHODS}
+        optimum = np.divide(settings.targets, settings.inputs)
+        results = {
+            method: {
+                "seconds": timing.seconds,
+                "compile_seconds": timing.compile_seconds,
+                "paths": timing.result[: len(settings.rates), :SHOWN].tolist(),
+                "rates": [
+                    {"rate": rate, **_summary(np.float64(path) - optimum)}
+                    for rate, path in zip(rates.tolist(), timing.result, strict=True)
+                ],
+            }
+            for method, timing in timings.items()
+        }
+        pages.draw(settings, results)
+        page = pages.page(settings, results)
+        publish("loss_surface", self, settings, page, results, Console())
+
+
+def _path(settings: LossSurface, method: str) -> Any:
+    """Takes a rate to the weights before each step, `(steps, 2)`."""
+    x, t = jnp.array([settings.inputs]), jnp.array([settings.targets])
+
+    def loss_fn(w: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        z = jnp.einsum("ngd,gdo->ngo", x[..., None], w)[..., 0]  # two layers of one weight
+        return 0.5 * jnp.mean(jnp.sum((t - z) ** 2, axis=1))
+
+    def path(rate: jax.Array) -> jax.Array:
+        optimizer = {
+            "C-SGD": cqjax.csgd(rate, settings.damping),
+            "SGD": optax.sgd(rate),
+            "SGD with momentum": optax.sgd(rate, settings.momentum),
+        }[method]
+        return descend(
+            lambda w: cqjax.value_and_grad(loss_fn)(w, x, t),
+            optimizer,
+            jnp.array(settings.start).reshape(2, 1, 1),
+            steps=settings.steps,
+            measure=lambda w, loss: w.ravel(),
+        )[1]
+
+    return path
+
+
+def _summary(error: np.ndarray) -> dict[str, Any]:
+    """What a path, `(steps, 2)` from the optimum, is like."""
+    with np.errstate(all="ignore"):
+        distance, walked = np.linalg.norm(error, axis=1), np.abs(np.diff(error, axis=0))
+        reached = _steps(distance)
+        return {
+            "steps": reached,
+            "weights_steps": [_steps(np.abs(weight)) for weight in error.T],
+            "length": float(np.linalg.norm(walked, axis=1).sum() / distance[0]),
+            "travel": np.nan_to_num(walked.sum(axis=0) / np.abs(error[0]), nan=np.inf).tolist(),
+            "overshoot": np.max(-error / error[0], axis=0, initial=0).tolist(),
+            "crossings": (np.diff(np.sign(error[:reached]), axis=0) != 0).sum(axis=0).tolist(),
+        }
+
+
+def _steps(distance: np.ndarray) -> int | None:
+    """After how many steps it is, and stays, near."""
+    away = np.flatnonzero(~(distance <= NEAR * distance[0]))
+    return int(away[-1]) + 1 if away[-1] + 1 < len(distance) else None

@@ -1,0 +1,149 @@
+"""What Figure 4 of seed 000 and its Eq. 54 are said to show, and what they show."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments import drawing
+from experiments.page import Claim, Page, before, judge, spread
+
+DRAWN = (("C-SGD", 0.7), ("SGD", 0.03), ("SGD", 0.01), ("NLMS", 0.7))
+
+
+def page(settings: Any, results: dict[str, Any]) -> Page:
+    """The source's claims, judged by the results."""
+    size, *others = settings.batch_sizes
+    runs = {(r["method"], r["rate"]): r for r in results["runs"] if r["batch_size"] == size}
+    ours = {rate: run for (method, rate), run in runs.items() if method == "C-SGD"}
+    sgd = {rate: run for (method, rate), run in runs.items() if method == "SGD"}
+    longest = _longest(results, size)
+    diverged = [_diverged(runs["NLMS", rate]) for rate in (0.7, 0.1)]
+    unstable = sum(0.7 * value > 2 for value in results["nlms_largest_eigenvalues"])
+    claims = [
+        Claim(
+            "section 5.2, Fig. 4",
+            "C-SGD steers the outputs directly towards the targets, whatever the rate",
+            f"the longest path of all, at the rates {', '.join(map(str, ours))}, is {longest:.3f} "
+            "times the straight line"
+            + "".join(
+                f"; {_longest(results, batch):.2f} in mini-batches of {batch}" for batch in others
+            ),
+            judge(longest < 1.01, *(_longest(results, batch) < 1.01 for batch in others)),
+        ),
+        Claim(
+            "section 5.2, Fig. 4",
+            "SGD takes an indirect path",
+            "; ".join(
+                f"at {rate} {spread(run['median_length'])} times" for rate, run in sgd.items()
+            )
+            + " the straight line",
+            judge(*(np.median(run["median_length"]) > 1.1 for run in sgd.values())),
+        ),
+        Claim(
+            "section 5.2",
+            "SGD oscillates more at the higher rate, and the lower one does not end it",
+            "of the steps, these lead away from the target: "
+            + ", ".join(f"{spread(run['astray'], '.0%')} at {rate}" for rate, run in sgd.items())
+            + f"; by C-SGD {spread(ours[0.7]['astray'], '.0%')}",
+            judge(
+                np.median(sgd[0.01]["astray"]) > 0,
+                np.median(sgd[0.03]["astray"]) > np.median(sgd[0.01]["astray"]),
+            ),
+        ),
+        Claim(
+            "section 4.2, Eq. 54",
+            "NLMS extended to mini-batches row by row is unstable",
+            f"at 0.7, C-SGD's rate, it diverges for {diverged[0]} of {settings.seeds} seeds, as "
+            f"the largest eigenvalue of Eq. 54's matrix has it for {unstable}; at 0.1 for "
+            f"{diverged[1]}; C-SGD for {sum(_diverged(run) for run in ours.values())}",
+            judge(diverged[0] > settings.seeds / 2, diverged[0] > 0),
+        ),
+        Claim(
+            "section 4.3",
+            "the rate 1 is perfect for a linear layer, but for damping",
+            f"at 1.0 all errors are within 1 % after {spread(ours[1.0]['steps'], '.0f')} steps",
+            judge(all(step == 1 for step in ours[1.0]["steps"])),
+        ),
+    ]
+    reached = {key: _median_steps(run) for key, run in runs.items()}
+    behind = [
+        f"{method} at {rate} reaches 1 % of the first loss after {reached[method, rate]} steps in "
+        f"the median, C-SGD at {our_rate} after {reached['C-SGD', our_rate]}."
+        for (method, rate) in runs
+        for our_rate in ours
+        if method != "C-SGD" and before(reached[method, rate], reached["C-SGD", our_rate])
+    ]
+    tables = {
+        f"Mini-batches of {batch}": [_row(r) for r in results["runs"] if r["batch_size"] == batch]
+        for batch in settings.batch_sizes
+    }
+    return Page(
+        "The outputs' way to their targets",
+        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
+        "Consequentialism Weight Updates over Mini-Batches*, sections 4.2 and 5.2, Fig. 4",
+        f"A linear layer of 20 inputs and 2 outputs learns 10 samples, for {settings.seeds} draws "
+        "of samples and weights (medians, and ranges in brackets; the figure has the first). Rates "
+        "of C-SGD (0.7) and SGD (0.03, 0.01) are the source's.",
+        behind,
+        claims,
+        [
+            "The loss is half the squared error *summed* over the batch, as in the source's "
+            "Eq. 15: with a mean, SGD at 0.03 could not oscillate.",
+            "The mini-batch is all 10 samples; in smaller ones the parts take turns. Inputs *and* "
+            "targets are standard normal. λ and NLMS's ε are 1e-3.",
+            "NLMS has no rate in the source: C-SGD's 0.7, and 0.1.",
+            "A path's length counts all steps taken; *astray* is the share of steps, of those "
+            "further than 1 % of the first distance, that lead a sample away from its target.",
+        ],
+        tables,
+        {"paths.png": "The outputs' 60 first steps, for two of the ten samples."},
+    )
+
+
+def _longest(results: dict[str, Any], batch_size: int) -> float:
+    """Of C-SGD's paths."""
+    runs = (run for run in results["runs"] if run["batch_size"] == batch_size)
+    return max(max(run["longest"]) for run in runs if run["method"] == "C-SGD")
+
+
+def _row(run: dict[str, Any]) -> dict[str, str]:
+    return {
+        "method": run["method"],
+        "rate": f"{run['rate']:g}",
+        "steps to 1 % of the loss": spread([s or np.inf for s in run["steps"]], ".0f"),
+        "median path / straight line": spread(run["median_length"]),
+        "astray": spread(run["astray"], ".0%"),
+        "diverged": str(_diverged(run)),
+        "seconds, all rates": f"{run['seconds']:.3f}",
+        "compilation": f"{run['compile_seconds']:.2f}",
+    }
+
+
+def _diverged(run: dict[str, Any]) -> int:
+    """For how many seeds the loss ended above where it began."""
+    return sum(not value <= 1 for value in run["final"])
+
+
+def _median_steps(run: dict[str, Any]) -> int | None:
+    median = np.median([step or np.inf for step in run["steps"]])
+    return int(median) if np.isfinite(median) else None
+
+
+def draw(settings: Any, results: dict[str, Any]) -> None:
+    """Some paths, one panel each method, into paths.png."""
+    figure, axes = drawing.panels(1, len(DRAWN), (3.6, 4.2))
+    runs = {(r["method"], r["rate"], r["batch_size"]): r for r in results["runs"]}
+    for axis, (method, rate) in zip(axes, DRAWN, strict=True):
+        axis.sharex(axes[0])
+        axis.sharey(axes[0])
+        paths = np.moveaxis(runs[method, rate, settings.batch_sizes[0]]["paths"], 1, 0)
+        for sample, path in enumerate(paths):
+            style = drawing.style(sample, marker=".", linewidth=1)
+            axis.plot(*path.T, label=f"sample {sample + 1}", **style)
+        axis.plot(*paths[:, 0].T, "ko", markersize=9, label="start")
+        targets = np.array(results["first_targets"])[: len(paths)]
+        axis.plot(*targets.T, "kx", markersize=11, markeredgewidth=3, label="target")
+        axis.set(title=f"{method}, rate {rate:g}", xlabel="first output $z_1$")
+    axes[0].set_ylabel("second output $z_2$")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    drawing.save(figure, settings.output / "paths.png")
