@@ -111,6 +111,32 @@ def test_separate_calls(name):
 
 
 @pytest.mark.usefixtures("float64")
+def test_split_over_devices():
+    """Each microbatch over two devices, by `shard_map`, with the plan of the whole batch on one."""
+    params, batches = problem((8, 8))
+    tx = cqjax.csgd(RATE, DAMPING)
+    split = cqjax.multi_steps(tx, 2, plan=plans(loss_fn, params, batches))
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=kinds, devices=jax.devices()[:2])
+    whole, parts = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+
+    def local_loss(params, x, y):
+        return jax.lax.pmean(loss_fn(params, x, y), "data")
+
+    def step(params, state, x, y):
+        _, grads, captures = cqjax.value_and_grad(local_loss)(params, x, y)
+        updates, state = split.update(grads, state, params, captures=captures)
+        return optax.apply_updates(params, updates), state
+
+    specs = (whole, whole, parts, parts)
+    mapped = quickly(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=whole))
+    got, state = params, split.init(params)
+    for batch in batches:
+        got, state = mapped(got, state, *batch)
+    assert_close(got, run(tx, loss_fn, params, [joined(batches)])[0][0])
+
+
+@pytest.mark.usefixtures("float64")
 def test_what_is_not_finite_ends_with_its_batch():
     params, batches = problem((6, 6, 6, 6))
     bad = (batches[0][0].at[0, 0].set(jnp.nan), batches[0][1])
