@@ -255,7 +255,7 @@ def _residuals(
     incoming: Incoming, capture: Capture, spectrum: _Spectrum, learning_rate: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The residual and the reachable one, (B,); NaN where they are not known."""
-    block, factor = capture.block, learning_rate * incoming.batch_size
+    block, factor = capture.block, learning_rate * incoming.terms(capture.block)
     unknown = jnp.full(len(spectrum.values), jnp.nan, spectrum.values.dtype)
     if block.parts is not None or (spectrum.left is None and not block.exact):
         return unknown, unknown
