@@ -34,7 +34,8 @@ class Experiment:
     """Go on where an earlier call with the same settings and --output was stopped; training runs
     that it finished are not run again."""
     checkpoint_seconds: float = 30.0
-    """Save each training run's state after so many seconds, so that no more than those are lost."""
+    """Save the training run's state every so many seconds: at the end of the next of the 75 chunks
+    of its steps."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard, too, into the folder tensorboard; needs tensorboardX."""
 
