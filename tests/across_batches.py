@@ -100,12 +100,12 @@ def inverses(
       damping: λ, or a function of the step and XᵀX.
       ema_decay: of the average that XᵀX / N is taken from; None for the batch's own.
       update_every: steps from one inversion to the next; 1 if the first batch has too few rows,
-        and as long as there is none.
+        and as long as one is lacking.
       capture_every: steps from one batch in the average to the next; those with too few rows are
         all in it.
       features: of which a batch has too few rows for others, if not twice as many; no bias.
     """
-    past, inverse, found = [], np.eye(batches[0].shape[1]), False
+    past, inverse, lacking = [], np.eye(batches[0].shape[1]), True
     if not ref.spans(len(batches[0]), features):
         update_every = 1
     for t, rows in enumerate(batches):
@@ -115,8 +115,9 @@ def inverses(
             past.append(xx / n)
         if ema_decay is not None and past:
             xx = n * ref.average(past, ema_decay)
-        if (t % update_every == 0 or not found) and np.isfinite(xx).all():
-            found = True
+        lacking |= t % update_every == 0
+        if lacking and np.isfinite(xx).all():
+            lacking = False
             strength = damping(t, xx) if callable(damping) else damping
             inverse = ref.inverse_of(xx, n, strength)
         yield inverse

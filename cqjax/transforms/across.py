@@ -1,6 +1,7 @@
 """Statistics that outlive a batch: moving averages of XᵀX, and inverses that are kept."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -19,6 +20,9 @@ from cqjax.transforms.incoming import Incoming, joint_bias, labelled, masked_pat
 from cqjax.transforms.solves import Damping, primal_system
 
 _T = TypeVar("_T")
+
+GROWTH = 4
+"""Times by which a kept inverse may grow, in the mean of its features, from one to the next."""
 
 
 class Moment(NamedTuple):
@@ -40,10 +44,12 @@ class Kept(NamedTuple):
     Attributes:
       inverse: N (XᵀX + λI)⁻¹, (B, d, d), or what the failed attempts have left in its place.
       found: (B,) bool, whether there has been one.
+      lacking: (B,) bool, whether the last attempt at one failed: the next update makes another.
     """
 
     inverse: jax.Array
     found: jax.Array
+    lacking: jax.Array
 
 
 def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
@@ -73,7 +79,8 @@ def no_inverses(
             size = block.features + joint_bias(block, masked)
             one = jnp.eye(size, dtype=_dtype(block))
             identities = jnp.broadcast_to(one, (block.batch, size, size))
-            inverses[label] = Kept(identities, jnp.zeros(block.batch, bool))
+            none = jnp.zeros(block.batch, bool)
+            inverses[label] = Kept(identities, none, ~none)
     return inverses
 
 
@@ -188,12 +195,14 @@ def renewed(
 ) -> tuple[dict[str, Kept], dict[str, jax.Array]]:
     """The inverses, every so often of what the moments are then; the old where there is none.
 
-    Where no attempt has succeeded yet, there is one in each update.
+    Until an attempt succeeds, there is one in each update. It fails, too, where the inverse has
+    grown `GROWTH` times since the last: a batch whose rows are all alike says nothing of others.
+    If the next one says the same, it is believed.
 
     Returns:
       The inverses, and (B,) bool, whether the attempt at one failed.
     """
-    lacking = {label: _anything(~old.found) for label, old in inverses.items()}
+    lacking = {label: _anything(old.lacking) for label, old in inverses.items()}
 
     def system(label: str, old: jax.Array) -> jax.Array:
         xx = functools.partial(second_moment, moments, incoming, label)
@@ -215,18 +224,29 @@ def renewed(
         kept, repaired = {}, {}
         found = ridge.inverses(systems, spread_over)
         for (label, old), new in zip(inverses.items(), found, strict=True):
-            attempted = (count % period == 0) | ~old.found
-            taken = jnp.expand_dims(attempted & ~(new.failed & old.found), (1, 2))
+            attempted = (count % period == 0) | old.lacking
+            failed = new.failed | (~old.lacking & _grown(new.value, old.inverse))
+            taken = jnp.expand_dims(attempted & ~(failed & old.found), (1, 2))
             kept[label] = Kept(
                 jnp.where(taken, new.value.astype(old.inverse.dtype), old.inverse),
-                old.found | (attempted & ~new.failed),
+                old.found | (attempted & ~failed),
+                jnp.where(attempted, failed, old.lacking),
             )
-            repaired[label] = attempted & new.repaired
+            repaired[label] = attempted & (new.repaired | failed)
         return kept, repaired
 
     never = {label: jnp.zeros_like(old.found) for label, old in inverses.items()}
     anything = jnp.stack(list(lacking.values())).any() if lacking else False
     return every(period, count, renew, (dict(inverses), never), anything)
+
+
+def _grown(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Whether the diagonals of inverses have grown `GROWTH` times, in the geometric mean: (B,).
+
+    A few features that were always zero in one of two batches make no difference.
+    """
+    ratio = jnp.diagonal(new, axis1=1, axis2=2) / jnp.diagonal(old, axis1=1, axis2=2)
+    return jnp.log(ratio).mean(-1) > math.log(GROWTH)
 
 
 def check(

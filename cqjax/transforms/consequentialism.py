@@ -34,7 +34,8 @@ class ScaleByConsequentialismState(NamedTuple):
         total is their sum.
       moments: with `ema_decay`, the moving average of each weight's XᵀX / N.
       inverses: with `update_every`, N (XᵀX + λI)⁻¹, (B, d, d), of the weights that are not solved
-        for anew in each step, and whether there has been one, (B,).
+        for anew in each step; whether there has been one, (B,), and whether the last attempt
+        failed.
     """
 
     count: chex.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -102,9 +103,10 @@ def scale_by_consequentialism(
       update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next; in between,
         the inverse is kept and applied to each batch's gradient. Without `ema_decay` it is that of
         one batch, and weights whose exact solve costs less than the product with an inverse are
-        solved for anew in every update. As long as no attempt has succeeded, each update makes one.
-        Solved for in every update are also those with fewer than twice as many rows in a batch
-        as features: an inverse that knows other rows only would be up to 1/λ along theirs.
+        solved for anew in every update. So are those with fewer than twice as many rows in a batch
+        as features: an inverse that knows other rows only would be up to 1/λ along theirs. An
+        attempt that fails, or makes an inverse four times as large as the last, is made again in
+        the next update.
       ema_decay: in [0, 1): the solves take the moving average of XᵀX / N, times N, with its bias
         from starting at zero corrected, by the primal for all weights (but for those whose XᵀX
         `max_dim` forbids to invert: they are solved for by rows). With few rows in a batch it makes

@@ -138,8 +138,6 @@ ALIKE = ("zeros", "duplicates", "1e-18", "ill-conditioned")
 LEFT_BEHIND = {
     # float32 holds no intercept of outputs of 1e18, and a gradient of 1e36 is no update
     *((name, "1e18") for name in OPTIMIZERS if name not in ("dual", "nlms")),
-    # an inverse of rows that are all alike, kept for others: 1/λ along what they span besides
-    *(("kept", attack) for attack in ALIKE),
     # a method for whole objectives, not batches
     ("conjugate gradient", "duplicates"),
 }
@@ -171,8 +169,9 @@ def test_what_is_counted(name):
     """
     for attack, want in (("NaN", [0, 0, 0, 0, 1, 1]), ("infinity", [0, 0, 0, 1, 1, 1])):
         assert train(name, ATTACKS[attack], bad_step(name)).counted.tolist() == want
-    for attack in ALIKE:
-        assert train(name, ATTACKS[attack], bad_step(name)).counted.sum() == 0
+    for attack in ALIKE:  # of which no inverse is kept: it would be 1/λ along other rows
+        counted = train(name, ATTACKS[attack], bad_step(name)).counted
+        assert counted[3] == (name == "kept") and (name == "kept" or counted.sum() == 0)
 
 
 @pytest.mark.parametrize("name", ["kept", "average", "kept average"])
