@@ -4,9 +4,11 @@ import os
 
 import pytest
 
-# Eight CPU devices, so that sharded programs are more than a formality. Read when JAX starts.
+# Read when JAX starts. Eight CPU devices, so that sharded programs are more than a formality; and
+# machine code without LLVM's optimisations, since the tests compile for longer than they compute.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 
 
