@@ -7,7 +7,9 @@ import tyro
 
 from experiments.benchmarks.bench import Bench
 from experiments.checkpoints import ResumeError
+from experiments.conjugate_gradient import ConjugateGradient
 from experiments.data import DataError
+from experiments.lecture import Lecture
 from experiments.lenet import LeNet
 from experiments.loss_surface import LossSurface
 from experiments.output_paths import OutputPaths
@@ -20,6 +22,8 @@ EXPERIMENTS = {
     "rates": Rates,
     "loss_surface": LossSurface,
     "output_paths": OutputPaths,
+    "lecture": Lecture,
+    "conjugate_gradient": ConjugateGradient,
     "bench": Bench,
 }
 

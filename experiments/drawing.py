@@ -14,6 +14,7 @@ STYLES = (
     {"color": "#117733", "marker": "D", "linestyle": (0, (1, 1))},
     {"color": "#88CCEE", "marker": "v", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
     {"color": "#222222", "marker": "P", "linestyle": (0, (8, 3))},
+    {"color": "#AA4499", "marker": "X", "linestyle": "-"},
 )
 
 

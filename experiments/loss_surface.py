@@ -94,7 +94,8 @@ class LossSurface:
 
 def _path(settings: LossSurface, method: str) -> Any:
     """Takes a rate to the weights before each step, `(steps, 2)`."""
-    x, t = jnp.array([settings.inputs]), jnp.array([settings.targets])
+    x, t, steps = jnp.array([settings.inputs]), jnp.array([settings.targets]), settings.steps
+    assert steps
 
     def loss_fn(w: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
         z = jnp.einsum("ngd,gdo->ngo", x[..., None], w)[..., 0]  # two layers of one weight
@@ -107,11 +108,11 @@ def _path(settings: LossSurface, method: str) -> Any:
             "SGD with momentum": optax.sgd(rate, settings.momentum),
         }[method]
         return descend(
-            lambda w: cqjax.value_and_grad(loss_fn)(w, x, t),
+            cqjax.value_and_grad(loss_fn),
             optimizer,
             jnp.array(settings.start).reshape(2, 1, 1),
-            steps=settings.steps,
-            measure=lambda w, loss: w.ravel(),
+            (jnp.broadcast_to(x, (steps, 1, 2)), jnp.broadcast_to(t, (steps, 1, 2))),
+            jnp.ravel,
         )[1]
 
     return path

@@ -109,7 +109,7 @@ def _runs(settings: OutputPaths, method: str, size: int, keys: Any, t: Any) -> l
         order = jnp.arange(settings.steps * size).reshape(-1, size) % SAMPLES
         differentiate = cqjax.value_and_grad(loss_fn, loss_reduction="sum", solver="dual")
         batches = x[order], t[order]
-        return descend(differentiate, optimizer, w, batches, measure=lambda w, loss: x @ w)[1]
+        return descend(differentiate, optimizer, w, batches, lambda w: x @ w)[1]
 
     timing = timed(jax.vmap(jax.vmap(path, (None, 0)), (0, None)), rates, keys)
     return [

@@ -24,10 +24,20 @@ def before(a: int | None, b: int | None) -> bool:
     return a is not None and (b is None or a < b)
 
 
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """The median of values and their range, in words; what is not a number is infinite."""
-    numbers = np.quantile(np.nan_to_num(values, nan=np.inf), (0.5, 0, 1), method="nearest")
-    middle, low, high = ("∞" if number > 1e9 else format(number, form) for number in numbers)
+def median(values: Sequence[float | None], quantile: float = 0.5) -> float:
+    """The nearest one; what is None, or not a number, is infinite."""
+    numbers = np.nan_to_num(np.array(values, float), nan=np.inf)
+    return float(np.quantile(numbers, quantile, method="nearest"))
+
+
+def count(value: float, form: str = ",.0f") -> str:
+    """A number in words."""
+    return "∞" if value > 1e9 else format(value, form)
+
+
+def spread(values: Sequence[float | None], form: str = ",.0f") -> str:
+    """Their median and range, in words."""
+    middle, low, high = (count(median(values, at), form) for at in (0.5, 0, 1))
     return middle if middle == low == high else f"{middle} [{low}, {high}]"
 
 

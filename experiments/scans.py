@@ -15,10 +15,10 @@ def descend(
     differentiate: Callable[..., tuple[jax.Array, Any, cqjax.Captures]],
     optimizer: optax.GradientTransformation,
     params: Any,
-    batches: Any = (),
+    batches: Any,
+    measure: Callable[[Any], Any],
     *,
-    steps: int | None = None,
-    measure: Callable[[Any, jax.Array], Any],
+    every: int = 1,
 ) -> tuple[Any, Any]:
     """Take steps of an optimizer, each with what was captured.
 
@@ -27,21 +27,25 @@ def descend(
       optimizer: With captures or without.
       params: Where to start.
       batches: Further arguments of the loss, stacked along a first axis of steps.
-      steps: How many, if there are no batches.
-      measure: Takes the parameters before a step and their loss to what is wanted of them.
+      measure: Takes parameters to what is wanted of them.
+      every: Steps from one measurement to the next; the first is before the first step.
 
     Returns:
       The last parameters, and all that was measured.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(carry: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], Any]:
+    def step(carry: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], None]:
         params, state = carry
-        loss, grads, captures = differentiate(params, *batch)
+        _, grads, captures = differentiate(params, *batch)
         updates, state = optimizer.update(grads, state, params, captures=captures)
-        return (optax.apply_updates(params, updates), state), measure(params, loss)
+        return (optax.apply_updates(params, updates), state), None
 
-    (params, _), measured = lax.scan(step, (params, optimizer.init(params)), batches, steps)
+    def chunk(carry: tuple[Any, Any], batches: Any) -> tuple[tuple[Any, Any], Any]:
+        return lax.scan(step, carry, batches)[0], measure(carry[0])
+
+    chunks = jax.tree.map(lambda batch: batch.reshape(-1, every, *batch.shape[1:]), batches)
+    (params, _), measured = lax.scan(chunk, (params, optimizer.init(params)), chunks)
     return params, measured
 
 
@@ -53,10 +57,16 @@ class Timed(NamedTuple):
     compile_seconds: float
 
 
+def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
+    """The function, compiled for such arguments, and the seconds that this took."""
+    started = time.perf_counter()
+    program = jax.jit(function).lower(*args).compile()
+    return program, time.perf_counter() - started
+
+
 def timed(function: Callable[..., Any], *args: Any) -> Timed:
     """Compile a function, call it, and time both."""
+    program, compile_seconds = compiled(function, *args)
     started = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    ready = time.perf_counter()
-    result = jax.block_until_ready(compiled(*args))
-    return Timed(jax.device_get(result), time.perf_counter() - ready, ready - started)
+    result = jax.block_until_ready(program(*args))
+    return Timed(jax.device_get(result), time.perf_counter() - started, compile_seconds)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments import drawing
-from experiments.page import Claim, Page, before, judge, spread
+from experiments.page import Claim, Page, judge, median, spread
 
 DRAWN = (("C-SGD", 0.7), ("SGD", 0.03), ("SGD", 0.01), ("NLMS", 0.7))
 
@@ -34,7 +34,8 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "section 5.2, Fig. 4",
             "SGD takes an indirect path",
             "; ".join(
-                f"at {rate} {spread(run['median_length'])} times" for rate, run in sgd.items()
+                f"at {rate} {spread(run['median_length'], '.2f')} times"
+                for rate, run in sgd.items()
             )
             + " the straight line",
             judge(*(np.median(run["median_length"]) > 1.1 for run in sgd.values())),
@@ -61,17 +62,17 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         Claim(
             "section 4.3",
             "the rate 1 is perfect for a linear layer, but for damping",
-            f"at 1.0 all errors are within 1 % after {spread(ours[1.0]['steps'], '.0f')} steps",
+            f"at 1.0 all errors are within 1 % after {spread(ours[1.0]['steps'])} steps",
             judge(all(step == 1 for step in ours[1.0]["steps"])),
         ),
     ]
-    reached = {key: _median_steps(run) for key, run in runs.items()}
+    reached = {key: median(run["steps"]) for key, run in runs.items()}
     behind = [
-        f"{method} at {rate} reaches 1 % of the first loss after {reached[method, rate]} steps in "
-        f"the median, C-SGD at {our_rate} after {reached['C-SGD', our_rate]}."
+        f"{method} at {rate} is at 1 % of the first loss after {reached[method, rate]:.0f} steps "
+        f"in the median, C-SGD at {our_rate} after {reached['C-SGD', our_rate]:.0f}."
         for (method, rate) in runs
         for our_rate in ours
-        if method != "C-SGD" and before(reached[method, rate], reached["C-SGD", our_rate])
+        if method != "C-SGD" and reached[method, rate] < reached["C-SGD", our_rate]
     ]
     tables = {
         f"Mini-batches of {batch}": [_row(r) for r in results["runs"] if r["batch_size"] == batch]
@@ -110,8 +111,8 @@ def _row(run: dict[str, Any]) -> dict[str, str]:
     return {
         "method": run["method"],
         "rate": f"{run['rate']:g}",
-        "steps to 1 % of the loss": spread([s or np.inf for s in run["steps"]], ".0f"),
-        "median path / straight line": spread(run["median_length"]),
+        "steps to 1 % of the loss": spread(run["steps"]),
+        "median path / straight line": spread(run["median_length"], ".2f"),
         "astray": spread(run["astray"], ".0%"),
         "diverged": str(_diverged(run)),
         "seconds, all rates": f"{run['seconds']:.3f}",
@@ -122,11 +123,6 @@ def _row(run: dict[str, Any]) -> dict[str, str]:
 def _diverged(run: dict[str, Any]) -> int:
     """For how many seeds the loss ended above where it began."""
     return sum(not value <= 1 for value in run["final"])
-
-
-def _median_steps(run: dict[str, Any]) -> int | None:
-    median = np.median([step or np.inf for step in run["steps"]])
-    return int(median) if np.isfinite(median) else None
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
