@@ -69,7 +69,6 @@ class LossSurface:
     def run(self) -> None:
         """Follow the paths, draw them, and judge the source's claims."""
         settings = options.filled(self, PRESETS)
-        settings.output.mkdir(parents=True, exist_ok=True)
         assert settings.sweep
         sweep = np.geomspace(0.01, 1, settings.sweep)
         rates = np.concatenate([settings.rates, sweep])
@@ -87,9 +86,7 @@ class LossSurface:
             }
             for method, timing in timings.items()
         }
-        pages.draw(settings, results)
-        page = pages.page(settings, results)
-        publish("loss_surface", self, settings, page, results, Console())
+        publish("loss_surface", self, settings, pages, results, Console())
 
 
 def _path(settings: LossSurface, method: str) -> Any:

@@ -63,7 +63,6 @@ class OutputPaths:
         """Follow the outputs, draw them, and judge the source's claims."""
         settings = options.filled(self, PRESETS)
         assert settings.seeds and settings.batch_sizes
-        settings.output.mkdir(parents=True, exist_ok=True)
         keys = jax.random.split(jax.random.key(0), settings.seeds)
         _, x, t = jax.device_get(jax.vmap(draw)(keys))
         results = {
@@ -76,9 +75,7 @@ class OutputPaths:
                 for run in _runs(settings, method, size, keys, t)
             ],
         }
-        pages.draw(settings, results)
-        page = pages.page(settings, results)
-        publish("output_paths", self, settings, page, results, Console())
+        publish("output_paths", self, settings, pages, results, Console())
 
 
 def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

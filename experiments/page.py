@@ -119,18 +119,21 @@ def write(
 
 
 def publish(
-    name: str, given: Any, settings: Any, page: Page, results: Any, console: Console
+    name: str, given: Any, settings: Any, pages: Any, results: Any, console: Console
 ) -> None:
-    """Write README.md and results.json into the folder of the settings, and say what holds.
+    """Write figures, README.md and results.json into the settings' folder, and say what holds.
 
     Args:
       name: The experiment's, on the command line.
       given: Its options as they were given.
       settings: Its options with the preset filled in.
-      page: What stands on the page.
+      pages: What draws the figures, `draw(settings, results)`, and makes the `page` of the same.
       results: Every number.
       console: Where to say it.
     """
+    settings.output.mkdir(parents=True, exist_ok=True)
+    pages.draw(settings, results)
+    page: Page = pages.page(settings, results)
     environment, folder = report.environment(), settings.output
     write(folder / "README.md", page, asdict(settings), options.command(name, given), environment)
     report.write_json(

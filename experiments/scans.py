@@ -1,12 +1,14 @@
-"""Runs of small networks as one program: steps by `lax.scan`, to be mapped over seeds and rates."""
+"""Runs of small networks as one program each: steps by `lax.scan`, mapped over seeds and rates."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax import lax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cqjax
 
@@ -70,3 +72,14 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
     started = time.perf_counter()
     result = jax.block_until_ready(program(*args))
     return Timed(jax.device_get(result), time.perf_counter() - started, compile_seconds)
+
+
+def stages(console: Console, names: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """The names one by one, with live progress and an estimate of the time left."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(task, description=", ".join(name))
+            yield name
+            progress.advance(task)

@@ -1,0 +1,150 @@
+"""Conjugate gradients, steepest descent and Adam on three functions (seed 003, section 3)."""
+
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from rich.console import Console
+
+import cqjax
+from experiments import options
+from experiments.objectives import PROBLEMS, Problem
+from experiments.page import publish
+from experiments.pages import conjugate_gradient as pages
+from experiments.scans import compiled, stages
+
+PRESETS: dict[options.Preset, dict[str, Any]] = {
+    "smoke": {"starts": 2, "searches": 25, "budget": 300, "problems": tuple(PROBLEMS)[:2]},
+    "cpu": {"starts": 10, "searches": 2000, "budget": 20_000, "problems": tuple(PROBLEMS)},
+    "paper": {"starts": 10, "searches": 2000, "budget": 20_000, "problems": tuple(PROBLEMS)},
+}
+BETAS = ("fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan")
+TOLERANCES = (1e-3, 1e-2, 0.1, 0.3, 0.6, 0.9)  # of the slope after a line search
+RATES = {
+    "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
+    "Dai-Yuan, fixed rate": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1),
+}
+
+
+@dataclass(frozen=True)
+class ConjugateGradient:
+    """Minimise a valley, Rosenbrock's function and a network's loss by conjugate gradients.
+
+    The four beta and steepest descent have a line search, the source's own rule and Adam a rate.
+    Tolerance or rate is the best of six on some starts, the results are from others. In float64.
+    """
+
+    preset: options.Preset = "cpu"
+    """smoke for tests, cpu, or paper, which is no other: the source has no settings."""
+    starts: int | None = None
+    """How many starts to tune on, and how many others to measure; by the preset if not given."""
+    searches: int | None = None
+    """Line searches of a run; by the preset if not given."""
+    budget: int | None = None
+    """Evaluations, and steps at a fixed rate, to reach the target in; by the preset, too."""
+    problems: tuple[Problem, ...] | None = None
+    """What to minimise; by the preset if not given."""
+    output: Path = Path("results/conjugate_gradient")
+    """Folder for README.md, progress.png and results.json."""
+
+    def __post_init__(self):
+        """Refuse values that cannot be meant.
+
+        Raises:
+          ValueError: If there is one; the message names the option.
+        """
+        options.require(self, options.AT_LEAST_ONE, "starts", "searches", "budget")
+
+    def run(self) -> None:
+        """Minimise, draw how it went, and judge the source's claims."""
+        settings, console = options.filled(self, PRESETS), Console()
+        assert settings.problems
+        results: dict[str, Any] = {
+            problem: {"target": PROBLEMS[problem][1], "methods": {}}
+            for problem in settings.problems
+        }
+        methods = (*BETAS, "steepest descent", *RATES)
+        with jax.enable_x64(True):
+            for problem, method in stages(console, list(product(results, methods))):
+                found = _tuned(settings, *PROBLEMS[problem], method)
+                results[problem]["methods"][method] = found
+        publish("conjugate_gradient", self, settings, pages, results, console)
+
+
+def minimise(
+    settings: ConjugateGradient, problem: Any, method: str, setting: jax.Array, key: jax.Array
+) -> tuple[Any, Any]:
+    """The values at each step, from the first, and the evaluations until then."""
+    f, x = problem(key)
+    if searching := method not in RATES:
+        ours = cqjax.scale_by_conjugate_gradient(method) if method in BETAS else optax.identity()
+        search = optax.scale_by_zoom_linesearch(30, curv_rtol=setting)
+        optimizer = optax.chain(ours, optax.scale(-1.0), search)
+    elif method == "Adam":
+        optimizer = optax.adam(setting)
+    else:
+        rule = cqjax.scale_by_conjugate_gradient("dai_yuan", on_ascent="reverse")
+        optimizer = optax.chain(rule, optax.scale_by_learning_rate(setting))
+    optimizer: Any = optax.with_extra_args_support(optimizer)
+    known = optax.value_and_grad_from_state(f)  # by the search that led there
+
+    def step(carry: Any, _: None) -> tuple[Any, Any]:
+        x, state, evaluations = carry
+        value, grad = known(x, state=state) if searching else jax.value_and_grad(f)(x)
+        updates, state = optimizer.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        trials = state[-1].info.num_linesearch_steps if searching else 1
+        return (optax.apply_updates(x, updates), state, evaluations + trials), (value, evaluations)
+
+    carry = x, optimizer.init(x), jnp.ones((), jnp.int64)
+    steps = settings.searches if searching else settings.budget
+    return lax.scan(step, carry, None, steps)[1]
+
+
+def _tuned(settings: ConjugateGradient, problem: Any, target: float, method: str) -> dict[str, Any]:
+    """The best of six settings on some starts, measured on others."""
+    assert settings.starts
+    tuning, others = jax.random.split(jax.random.key(1), (2, settings.starts))
+    choices = RATES.get(method, TOLERANCES)
+
+    def run(setting: jax.Array, keys: jax.Array) -> Any:
+        return lax.map(lambda key: minimise(settings, problem, method, setting, key), keys)
+
+    program, compile_seconds = compiled(run, np.float64(0), tuning)
+
+    def measured(choice: float, keys: jax.Array) -> dict[str, Any]:
+        started = time.perf_counter()
+        values, evaluations = map(np.asarray, program(np.float64(choice), keys))
+        seconds = (time.perf_counter() - started) / evaluations[:, -1].sum()
+        there = (values <= target * values[:, :1]) & (evaluations <= settings.budget)
+        steps = [int(at.argmax()) if at.any() else None for at in there]
+        found = [None if i is None else int(e[i]) for i, e in zip(steps, evaluations, strict=True)]
+        shown = np.unique(np.geomspace(1, values.shape[1], 100, dtype=int) - 1)
+        return {
+            "setting": choice,
+            "steps": steps,
+            "evaluations": found,
+            "seconds": [None if count is None else count * seconds for count in found],
+            "final": (values[:, -1] / values[:, 0]).tolist(),
+            "curve": [evaluations[0, shown].tolist(), (values[0, shown] / values[0, 0]).tolist()],
+        }
+
+    def order(found: dict[str, Any]) -> tuple[float, float]:
+        counts = [count or np.inf for count in found["evaluations"]]
+        return float(np.median(counts)), float(np.median(found["final"]))
+
+    trials = [order(measured(choice, tuning)) for choice in choices]
+    best = choices[min(range(len(choices)), key=trials.__getitem__)]
+    return {
+        "settings": choices,
+        "tuning_evaluations": [evaluations for evaluations, _ in trials],
+        "compile_seconds": compile_seconds,
+        **measured(best, others),
+        "first_setting": measured(choices[0], others),
+    }

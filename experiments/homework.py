@@ -1,0 +1,145 @@
+"""The lecture's homework: two Gaussians, the 2-3-5-3-1 network, training, pruning (seed 002)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import cqjax
+from experiments.scans import descend
+
+SIZES = (2, 3, 5, 3, 1)
+TRAINING, VALIDATION, TEST = 200, 200, 1000
+BATCH = 20
+INITIALISATIONS = ("zeros", "ones", "random", "Xavier")
+GAUSSIANS = ("apart", "around")
+RATES = {
+    "SGD": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "momentum": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    "Adam": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+    "C-SGD": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+}
+
+Params = list[tuple[jax.Array, jax.Array]]
+Examples = tuple[jax.Array, jax.Array]
+
+
+def gaussians(key: jax.Array, kind: str) -> Examples:
+    """Points `(n, 2)` of two Gaussians, half of each, and classes -1 and 1, `(n,)`.
+
+    "apart", a straight line divides them nearly as well as any curve; "around", one is around the
+    other, and no line does.
+    """
+    n = TRAINING + VALIDATION + TEST
+    t = jnp.where(jnp.arange(n) % 2 == 0, 1.0, -1.0)
+    noise = jax.random.normal(key, (n, 2))
+    if kind == "apart":
+        return t[:, None] + noise @ jnp.array([[1.0, 0.0], [0.6, 0.8]]), t
+    return jnp.where(t[:, None] > 0, 0.5, 2.0) * noise, t
+
+
+def initial(key: jax.Array, kind: str) -> Params:
+    """The network's first weights; its biases are zero."""
+
+    def weights(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        if kind in {"zeros", "ones"}:
+            return jnp.full(shape, float(kind == "ones"))
+        make = jax.nn.initializers
+        return (make.glorot_normal() if kind == "Xavier" else make.normal(1.0))(key, shape)
+
+    shapes = list(zip(SIZES, SIZES[1:], strict=False))
+    keys = jax.random.split(key, len(shapes))
+    return [(weights(k, s), jnp.zeros(s[1:])) for k, s in zip(keys, shapes, strict=True)]
+
+
+def outputs(params: Params, x: jax.Array) -> jax.Array:
+    """The network's outputs `(n,)`: sigmoids in the hidden layers, a linear output."""
+    for w, b in params[:-1]:
+        x = jax.nn.sigmoid(x @ w + b)
+    return (x @ params[-1][0] + params[-1][1])[:, 0]
+
+
+def squared(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
+    """The mean squared error."""
+    return jnp.mean((t - outputs(params, x)) ** 2)
+
+
+def hinge(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
+    """The mean hinge loss, max(0, 1 - t o)."""
+    return jnp.mean(jax.nn.relu(1 - t * outputs(params, x)))
+
+
+LOSSES = {"squared": squared, "hinge": hinge}
+
+
+def accuracy(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
+    """The part of the points that are on their side of zero."""
+    return jnp.mean(outputs(params, x) * t > 0)
+
+
+def optimizer(method: str, rate: Any) -> optax.GradientTransformation:
+    """The method at a rate."""
+    return {
+        "SGD": optax.sgd(rate),
+        "momentum": optax.sgd(rate, momentum=0.9),
+        "Adam": optax.adam(rate),
+        "C-SGD": cqjax.csgd(rate),
+    }[method]
+
+
+def setting(
+    key: jax.Array, kind: str, first: str, points: int, steps: int
+) -> tuple[Params, Examples, jax.Array]:
+    """A seed's first parameters, all points, and the order of the training points to be used."""
+    data, weights, batches = jax.random.split(key, 3)
+    epochs = jax.random.split(batches, -(-steps * BATCH // points))
+    order = jax.vmap(lambda epoch: jax.random.permutation(epoch, points))(epochs)
+    batches = order.reshape(-1, BATCH)[:steps]
+    return initial(weights, first), gaussians(data, kind), batches
+
+
+def split(examples: Examples) -> tuple[Examples, Examples, Examples]:
+    """The points to train with, to choose rates by, and to test."""
+    ends = (0, TRAINING, TRAINING + VALIDATION, None)
+    first, second, third = (
+        tuple(array[a:b] for array in examples) for a, b in zip(ends, ends[1:], strict=False)
+    )
+    return first, second, third  # pyright: ignore[reportReturnType]
+
+
+def train(
+    loss_fn: Callable[..., jax.Array],
+    rule: optax.GradientTransformation,
+    params: Params,
+    examples: Examples,
+    order: jax.Array,
+    every: int,
+    decay: Any = 0.0,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Train over the batches of an order `(steps, batch)`, and say how it goes every few steps."""
+    training, validation, test = split(examples)
+
+    def regularised(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
+        return loss_fn(params, x, t) + decay * optax.tree.norm(params, squared=True)
+
+    def measure(params: Params) -> dict[str, jax.Array]:
+        return {
+            "training_loss": loss_fn(params, *training),
+            "validation_loss": loss_fn(params, *validation),
+            "training_accuracy": accuracy(params, *training),
+            "accuracy": accuracy(params, *test),
+            "squared_norm": optax.tree.norm(params, squared=True),
+        }
+
+    batches = tuple(array[order] for array in training)
+    differentiate = cqjax.value_and_grad(regularised)
+    params, history = descend(differentiate, rule, params, batches, measure, every=every)
+    last = measure(params)
+    return params, {k: jnp.append(v, last[k]) for k, v in history.items()}
+
+
+def unequal(params: Params) -> jax.Array:
+    """How far the neurons of a hidden layer differ at most, in their incoming weights."""
+    return jnp.max(jnp.stack([jnp.max(jnp.ptp(w, axis=1)) for w, _ in params[:-1]]))

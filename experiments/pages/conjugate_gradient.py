@@ -1,0 +1,157 @@
+"""What seed 003 says of its methods, and what was measured."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments import drawing
+from experiments.objectives import CONDITION, HIDDEN, SAMPLES, SIZE
+from experiments.page import Claim, Page, count, judge, median, spread
+
+LABELS = {
+    "fletcher_reeves": "Fletcher-Reeves",
+    "polak_ribiere": "Polak-Ribière",
+    "hestenes_stiefel": "Hestenes-Stiefel",
+    "dai_yuan": "Dai-Yuan",
+}
+OURS = "hestenes_stiefel"  # the default
+
+
+def page(settings: Any, results: dict[str, Any]) -> Page:
+    """The source's claims, judged by the results."""
+    counts = {
+        problem: {m: median(found["evaluations"]) for m, found in result["methods"].items()}
+        for problem, result in results.items()
+    }
+    valley = results["quadratic valley"]["methods"]
+    exact = {m: valley[m]["first_setting"] for m in (*LABELS, "steepest descent")}
+    steps = {m: median(found["steps"]) for m, found in exact.items()}
+    curves = np.array([exact[m]["curve"][1][:SIZE] for m in LABELS])
+    apart = np.max(np.abs(curves / curves[:1] - 1))
+    crooked = {p: c for p, c in counts.items() if p != "quadratic valley"}
+    better = [c[m] < c["fletcher_reeves"] for c in crooked.values() for m in list(LABELS)[1:]]
+    rule = {p: _share(r["methods"]["Dai-Yuan, fixed rate"]) for p, r in results.items()}
+    best = {p: min(c[m] for m in LABELS) for p, c in counts.items()}
+    proposed = {p: _share(r["methods"]["Adam"]["first_setting"]) for p, r in results.items()}
+    claims = [
+        Claim(
+            "section 3.2, Eqs. 27 to 34",
+            "on a quadratic, conjugate gradients need no more steps than there are variables",
+            f"of {SIZE} variables, with nearly exact searches: "
+            + ", ".join(f"{LABELS[m]} {steps[m]:.0f}" for m in LABELS),
+            judge(*(steps[m] <= SIZE for m in LABELS)),
+        ),
+        Claim(
+            "section 3.2, Eq. 36",
+            "there, the four β are the same",
+            f"their values in the steps before the last differ by at most {apart:.1e} of "
+            "Fletcher and Reeves'",
+            judge(apart < 0.01),
+        ),
+        Claim(
+            "section 3.2",
+            "steepest descent zigzags along a valley, and conjugate gradients cure that",
+            f"there, steepest descent takes {steps['steepest descent']:.0f} steps; tuned "
+            f"{counts['quadratic valley']['steepest descent']:.0f} evaluations, "
+            f"{LABELS[OURS]} {counts['quadratic valley'][OURS]:.0f}",
+            judge(
+                steps["steepest descent"] > 2 * steps[OURS],
+                counts["quadratic valley"]["steepest descent"] > counts["quadratic valley"][OURS],
+            ),
+        ),
+        Claim(
+            "section 3.2",
+            "the other three β work better than Fletcher and Reeves' on what is not quadratic",
+            "; ".join(f"{p}: " + _list(c, LABELS) for p, c in crooked.items()),
+            judge(*better),
+        ),
+        Claim(
+            "section 3.2",
+            "Dai and Yuan's β with a fixed rate is a method, too",
+            "starts from which it arrives: " + _shares(rule),
+            judge(*(share == 1 for share in rule.values())),
+        ),
+        Claim(
+            "section 3.3",
+            "Adam is one of the best methods",
+            "evaluations of Adam and of the best β: "
+            + "; ".join(f"{p} {count(c['Adam'])}, {count(best[p])}" for p, c in counts.items()),
+            judge(*(c["Adam"] <= best[p] for p, c in counts.items())),
+        ),
+        Claim(
+            "section 3.3, Eq. 43",
+            "the rate 0.001 is proposed for Adam",
+            f"within {settings.budget:,} evaluations it arrives from: {_shares(proposed)}",
+            judge(*(share == 1 for share in proposed.values())),
+        ),
+    ]
+    behind = [
+        f"{p}: {LABELS.get(m, m)} takes {count(c[m])} evaluations in the median, "
+        f"{LABELS[OURS]}, our default, {count(c[OURS])}."
+        for p, c in counts.items()
+        for m in c
+        if c[m] < c[OURS]
+    ]
+    return Page(
+        "Conjugate gradients, steepest descent, Adam",
+        "the notes of the NeuronLearning project, sections 3.1 to 3.3",
+        f"Three functions: a quadratic of {SIZE} variables and condition {CONDITION:g}, turned at "
+        f"random; Rosenbrock's function of two; and the squared error of a network 2-{HIDDEN}-1 "
+        f"(tanh) on {SAMPLES} points of sin(3x₁)x₂. The four β and steepest descent have Optax's "
+        "zoom line search. Each method got six tuning runs: of the search's tolerance, or of the "
+        f"rate. What had the fewest evaluations in the median of {settings.starts} starts was "
+        f"measured on {settings.starts} others: medians, and ranges in brackets.",
+        behind,
+        claims,
+        [
+            "The source names no function, no line search and no number but Adam's.",
+            "Evaluations are those of the function with its gradient, in line searches too. "
+            f"∞ is not within {settings.budget:,}.",
+            "Seconds are of the whole run, in proportion to the evaluations until the target.",
+        ],
+        {f"{p}: until {r['target']:g} of the first value": _rows(r) for p, r in results.items()},
+        {"progress.png": "From the first of the measured starts, each method as tuned."},
+    )
+
+
+def _rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "method": LABELS.get(method) or method,
+            "tolerance or rate": f"{found['setting']:g}",
+            "steps": spread(found["steps"]),
+            "evaluations": spread(found["evaluations"]),
+            "milliseconds": spread([s and 1000 * s for s in found["seconds"]], ".2f"),
+            "compilation, s": f"{found['compile_seconds']:.1f}",
+            "arrives": f"{_share(found):.0%}",
+        }
+        for method, found in result["methods"].items()
+    ]
+
+
+def _share(found: dict[str, Any]) -> float:
+    return float(np.mean([count is not None for count in found["evaluations"]]))
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{problem} {share:.0%}" for problem, share in shares.items())
+
+
+def _list(counts: dict[str, float], methods: Any) -> str:
+    return ", ".join(f"{LABELS[m]} {count(counts[m])}" for m in methods)
+
+
+def draw(settings: Any, results: dict[str, Any]) -> None:
+    """The values against the evaluations, a panel each problem, into progress.png."""
+    figure, axes = drawing.panels(2, 2, (5.5, 4))
+    for axis, (problem, result) in zip(axes, results.items(), strict=True):
+        for number, (method, found) in enumerate(result["methods"].items()):
+            style = drawing.style(number, markevery=(number, 9), markersize=5)
+            axis.plot(*found["curve"], label=LABELS.get(method, method), **style)
+        axis.axhline(result["target"], color="0.4", linewidth=0.8)
+        axis.text(1, result["target"], "target", va="bottom", fontsize="small", color="0.3")
+        axis.set(xscale="log", yscale="log", xlim=(1, settings.budget), title=problem)
+        axis.set(ylim=(result["target"] / 30, 10), xlabel="evaluations of value and gradient")
+        axis.set_ylabel("value / first value")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    drawing.save(figure, settings.output / "progress.png")
