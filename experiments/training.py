@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,6 +28,9 @@ class State(NamedTuple):
 
 Step = Callable[[State, jax.Array, jax.Array], tuple[State, jax.Array]]
 """Takes a state and a batch to the next state and the batch's loss."""
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+"""Takes a step's number and its images to those that are trained on."""
 
 
 @dataclass
@@ -160,6 +162,28 @@ def capturing_step(
     return step
 
 
+def fetching(
+    step: Step, augment: Augment | None = None
+) -> Callable[[State, jax.Array, jax.Array, jax.Array, jax.Array], tuple[State, jax.Array]]:
+    """The step that fetches its batch, and augments it: all of the data's way, to be compiled.
+
+    Args:
+      step: Takes a state and a batch of examples to the next state and the batch's loss.
+      augment: What is done to the images; nothing if it is not given.
+
+    Returns:
+      The step from a state, all images, all labels, a batch's indices and the step's number.
+    """
+
+    def run(
+        state: State, images: jax.Array, labels: jax.Array, batch: jax.Array, number: jax.Array
+    ) -> tuple[State, jax.Array]:
+        some = images[batch]
+        return step(state, augment(number, some) if augment else some, labels[batch])
+
+    return run
+
+
 def train(
     step: Step,
     state: State,
@@ -170,6 +194,7 @@ def train(
     *,
     at_end: Mapping[str, Metric] | None = None,
     history: History | None = None,
+    augment: Augment | None = None,
 ) -> tuple[State, History]:
     """Take one step for each batch.
 
@@ -188,6 +213,7 @@ def train(
       at_end: What is evaluated after the last step only.
       history: How it went until `state`, if that is where earlier training of the same kind
         stopped, at the end of a chunk; it is gone on with, and the batches until then are skipped.
+      augment: What is done to each batch's images, as a part of the compiled step.
 
     Returns:
       The last state, and how the training went.
@@ -197,15 +223,9 @@ def train(
         on_chunk(state, history)
         return state, history
     state = jax.tree.map(jnp.copy, state)
-
-    @partial(jax.jit, donate_argnums=0)
-    def run(
-        state: State, images: jax.Array, labels: jax.Array, batch: jax.Array
-    ) -> tuple[State, jax.Array]:
-        return step(state, images[batch], labels[batch])
-
+    run = jax.jit(fetching(step, augment), donate_argnums=0)
     started = time.perf_counter()
-    compiled = run.lower(state, *examples, batches[0]).compile()
+    compiled = run.lower(state, *examples, batches[0], np.int32(0)).compile()
     history.compile_seconds += time.perf_counter() - started
 
     def evaluate(metrics: Mapping[str, Metric]) -> None:
@@ -224,8 +244,8 @@ def train(
             continue
         losses = []
         started = time.perf_counter()
-        for batch in chunk:
-            state, loss = compiled(state, *examples, batch)
+        for index, batch in enumerate(chunk, start=done - len(chunk)):
+            state, loss = compiled(state, *examples, batch, np.int32(index))
             losses.append(loss)
         jax.block_until_ready(state)
         history.train_seconds += time.perf_counter() - started
