@@ -12,6 +12,7 @@ from experiments.data import DataError
 from experiments.lecture import Lecture
 from experiments.lenet import LeNet
 from experiments.loss_surface import LossSurface
+from experiments.mlp import Mlp
 from experiments.output_paths import OutputPaths
 from experiments.quickstart import Quickstart
 from experiments.rates import Rates
@@ -22,6 +23,7 @@ EXPERIMENTS = {
     "rates": Rates,
     "loss_surface": LossSurface,
     "output_paths": OutputPaths,
+    "mlp": Mlp,
     "lecture": Lecture,
     "conjugate_gradient": ConjugateGradient,
     "bench": Bench,

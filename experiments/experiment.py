@@ -1,14 +1,19 @@
 """What all experiments that train have in common: options, a session, and the results' file."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from rich.console import Console
 
-from experiments import metrics, options, report
+from experiments import contest, data, metrics, options, pipeline, report
 from experiments.checkpoints import Session
+from experiments.comparison import Runs
+from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset
+from experiments.training import shuffled_batches
 
 PERIPHERAL = (  # options that no number depends on, since the data themselves are compared
     "dataset",
@@ -90,3 +95,97 @@ class Experiment:
         )
         written = f"Written: {self.output}/{figure} and {self.output}/results.json"
         console.print(written, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Contest(Experiment):
+    """Options of the experiments that tune optimizers alike and then compare them."""
+
+    preset: options.Preset = "cpu"
+    """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. It sets
+    what is not given below."""
+    dataset: data.AnyName | None = None
+    """The data; digits for smoke, CIFAR-10 for the others."""
+    epochs: float | None = None
+    """Of each run."""
+    tuning_epochs: float | None = None
+    """Of each tuning run."""
+    tries: int | None = None
+    """Tuning runs of each optimizer, at the first so many of its learning rates."""
+    seeds: int | None = None
+    """Runs of each optimizer at its best rate; they have the seeds after --seed, tuning's."""
+    batch_size: int = 32
+    """Images of a batch."""
+    measured: int | None = None
+    """The training loss is that of the first so many training images."""
+    data_dir: Path | None = None
+    """Folder of the data set's official files."""
+    download: bool = False
+    """Fetch the data set if it is not found, into --data-dir or the cache."""
+
+    def __post_init__(self):
+        """Refuse values that cannot be meant.
+
+        Raises:
+          ValueError: If there is one; the message names the option.
+        """
+        super().__post_init__()
+        options.require(self, options.AT_LEAST_ONE, "tries", "seeds", "batch_size", "measured")
+        options.require(self, options.POSITIVE, "epochs", "tuning_epochs")
+
+    def hold(
+        self,
+        console: Console,
+        dataset: Dataset,
+        contests: Mapping[str, tuple[Task, Sequence[Entrant]]],
+        absent: Sequence[Entrant] = (),
+    ) -> dict[str, Any]:
+        """Time a step of everyone, and hold contests.
+
+        Args:
+          console: Where to draw the progress.
+          dataset: The data set.
+          contests: By title; they differ in the task, and have entrants of the same names.
+          absent: Entrants whose step is timed, and who take no part.
+
+        Returns:
+          What `pipeline.measure` and, for each contest, `contest.hold` return, and the data's name.
+
+        Raises:
+          DataError: If a batch is more than all training images.
+        """
+        assert self.epochs and self.tuning_epochs and self.seeds and self.measured
+        task, entrants = next(iter(contests.values()))
+        replace(dataset, train=task.parts.train).check_batch_size(self.batch_size)
+        images, labels = task.parts.train
+        per_epoch = len(labels) // self.batch_size
+        effort = Effort(
+            max(1, round(self.epochs * per_epoch)),
+            max(1, round(self.tuning_epochs * per_epoch)),
+            self.seeds,
+            self.seed,
+            self.batch_size,
+            self.measured,
+        )
+        timing = pipeline.measure(
+            console,
+            {
+                entrant.name: entrant.method(entrant.rates[0], "")
+                for entrant in [*entrants, *absent]
+            },
+            task.start(self.seed),
+            (jnp.asarray(images), jnp.asarray(labels)),
+            shuffled_batches(self.seed, len(labels), self.batch_size, per_epoch),
+            task.augment and task.augment(self.seed),
+        )
+        seconds, times = timing["seconds_per_step"], len(contests)
+        number, cost = effort.runs(entrants), effort.cost(entrants, seconds)
+        with (
+            self.session(dataset) as session,
+            Runs(console, session, times * number, times * cost) as runs,
+        ):
+            held = {
+                title: contest.hold(runs, title, task, entrants, effort, seconds)
+                for title, (task, entrants) in contests.items()
+            }
+        return {"dataset": dataset.summary(), **timing, "contests": held}

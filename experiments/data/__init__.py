@@ -3,22 +3,23 @@
 from pathlib import Path
 from typing import Literal
 
-from experiments.data import digits, fashion_mnist
+from experiments.data import cifar, digits, fashion_mnist
 from experiments.data.dataset import DataError as DataError
 from experiments.data.dataset import Dataset as Dataset
 from experiments.data.dataset import MissingDataError as MissingDataError
 from experiments.data.dataset import Split as Split
 
 DatasetName = Literal["auto", "fashion_mnist", "digits"]
+AnyName = Literal["cifar10", "cifar100", "fashion_mnist", "digits"]
 
 
-def load(name: DatasetName, data_dir: Path | None, download: bool) -> Dataset:
-    """Load a data set of small grey images.
+def load(name: DatasetName | AnyName, data_dir: Path | None, download: bool) -> Dataset:
+    """Load a data set of small images.
 
     Args:
       name: Which; "auto" is Fashion-MNIST where it is found, digits otherwise.
-      data_dir: The folder of Fashion-MNIST's files; without it, the places where they may be.
-      download: Whether to fetch Fashion-MNIST's files if they are not found.
+      data_dir: The folder of its files; without it, the places where they may be.
+      download: Whether to fetch its files if they are not found.
 
     Returns:
       The data set.
@@ -29,6 +30,8 @@ def load(name: DatasetName, data_dir: Path | None, download: bool) -> Dataset:
     """
     if name == "digits":
         return digits.load()
+    if name in ("cifar10", "cifar100"):
+        return getattr(cifar, name.upper()).load(data_dir, download)
     try:
         return fashion_mnist.load(data_dir, download)
     except MissingDataError:

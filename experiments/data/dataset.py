@@ -84,7 +84,22 @@ class Dataset:
         channels = self.train.images.reshape(-1, self.train.images.shape[-1]).T
         mean = np.array([channel.mean(dtype=np.float64) for channel in channels], np.float32)
         deviation = np.array([channel.std(dtype=np.float64) for channel in channels], np.float32)
+        return self._scaled(mean, deviation)
 
+    def normalised(self) -> "Dataset":
+        """Each feature less its mean, over its standard deviation, by the training images.
+
+        A feature that is the same in all of them becomes zero there.
+        """
+        images = self.train.images
+        mean, deviation = (of(images, axis=0, dtype=np.float64) for of in (np.mean, np.std))
+        same = np.ptp(images, axis=0) == 0
+        return self._scaled(
+            np.where(same, images[0], mean).astype(np.float32),
+            np.where(same, 1, deviation).astype(np.float32),
+        )
+
+    def _scaled(self, mean: np.ndarray, deviation: np.ndarray) -> "Dataset":
         def scale(split: Split) -> Split:
             return Split((split.images - mean) / deviation, split.labels)
 

@@ -1,0 +1,214 @@
+"""Optimizers are tuned alike and then compared: the protocol of the experiments that train."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from experiments.classification import accuracy, mean_loss
+from experiments.comparison import Method, Runs
+from experiments.data import Dataset, Split
+from experiments.page import median
+from experiments.training import Augment, History, Step, shuffled_batches
+
+
+class Entrant(NamedTuple):
+    """An optimizer, and the learning rates that are tried for it."""
+
+    name: str
+    at: Callable[[float], tuple[optax.GradientTransformation, Step]]
+    """Takes a rate to the optimizer and its step."""
+    rates: Sequence[float]
+    role: Literal["ours", "baseline", "other"] = "baseline"
+    """The best of the baselines sets the target."""
+
+    def method(self, rate: float, label: str) -> Method:
+        """It at work at a rate."""
+        return Method(label, *self.at(rate))
+
+
+class Effort(NamedTuple):
+    """How much is done for each entrant."""
+
+    steps: int
+    """Of each run."""
+    tuning_steps: int
+    """Of a tuning run."""
+    seeds: int
+    """Runs at the rate that won."""
+    seed: int
+    """Of the tuning runs; the others have the seeds after it."""
+    batch_size: int
+    measured: int
+    """The training loss is that of the first so many training images."""
+
+    def runs(self, entrants: Sequence[Entrant]) -> int:
+        """How many runs a contest has."""
+        return sum(len(entrant.rates) + self.seeds for entrant in entrants)
+
+    def cost(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> float:
+        """Seconds of all its steps, of seconds of a step of each entrant."""
+        return sum(
+            seconds[name] * (len(rates) * self.tuning_steps + self.seeds * self.steps)
+            for name, _, rates, _ in entrants
+        )
+
+
+class Parts(NamedTuple):
+    """A data set's images: to train on, to pick rates by, to test."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+class Task(NamedTuple):
+    """What all entrants learn."""
+
+    parts: Parts
+    model: Any
+    """The Flax network, called without further arguments where it is evaluated."""
+    start: Callable[[int], tuple[Any, Any]]
+    """Takes a seed to the first parameters and network state."""
+    augment: Callable[[int], Augment] | None = None
+    """Takes a seed to what is done to each batch's images."""
+
+
+def held_out(dataset: Dataset, fraction: float = 0.1) -> Parts:
+    """The last of the training images are for validation."""
+    images, labels = dataset.train
+    cut = len(labels) - max(1, round(fraction * len(labels)))
+    return Parts(Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), dataset.test)
+
+
+def hold(
+    runs: Runs,
+    title: str,
+    task: Task,
+    entrants: Sequence[Entrant],
+    effort: Effort,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Tune all entrants with equal effort, then let them run from the same starts.
+
+    A tuning run takes `effort.tuning_steps` at one rate; the rate whose run ends with the lowest
+    validation loss wins, and a loss that is not a number loses. At each of the seeds all entrants
+    then start from the same weights and see the same batches. The best baseline's training loss in
+    the end, in the median, is the target.
+
+    Args:
+      runs: Takes the training runs, and shows how far all of them are.
+      title: Tells the contest's runs from another's.
+      task: What is learnt.
+      entrants: Who takes part, each with as many rates as the others.
+      effort: How much is done for each.
+      seconds: Of a step of each entrant, about: for the time left.
+
+    Returns:
+      Every number, by entrant, and the target.
+
+    Raises:
+      ValueError: If some entrant has more rates than another.
+    """
+    if len({len(entrant.rates) for entrant in entrants}) > 1:
+        counts = {entrant.name: len(entrant.rates) for entrant in entrants}
+        raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
+    (images, labels), validation, test = task.parts
+    examples = jnp.asarray(images), jnp.asarray(labels)
+    validating = {"validation_loss": mean_loss(task.model, *validation)}
+    evaluating = {
+        "train_loss": mean_loss(task.model, images[: effort.measured], labels[: effort.measured]),
+        **validating,
+        "test_accuracy": accuracy(task.model, *test),
+    }
+
+    def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
+        label = f"{title}: {entrant.name} {rate:g}, " + ("tuning" if tuning else f"seed {seed}")
+        steps = effort.tuning_steps if tuning else effort.steps
+        return runs.train(
+            entrant.method(rate, label),
+            task.start(seed),
+            examples,
+            shuffled_batches(seed, len(labels), effort.batch_size, steps),
+            {} if tuning else evaluating,
+            validating if tuning else None,
+            augment=task.augment and task.augment(seed),
+            cost=seconds[entrant.name],
+        )
+
+    tuned = {
+        entrant.name: [(rate, run(entrant, rate, effort.seed, True)) for rate in entrant.rates]
+        for entrant in entrants
+    }
+    rates = {name: winner(tried) for name, tried in tuned.items()}
+    seeds = range(effort.seed + 1, effort.seed + 1 + effort.seeds)
+    ran: dict[str, list[History]] = {entrant.name: [] for entrant in entrants}
+    for seed in seeds:
+        for entrant in entrants:
+            ran[entrant.name].append(run(entrant, rates[entrant.name], seed, False))
+    baselines = [entrant.name for entrant in entrants if entrant.role == "baseline"]
+    target = _target({name: ran[name] for name in baselines})
+    return {
+        "images": dict(zip(Parts._fields, (len(part.labels) for part in task.parts), strict=True))
+        | {"training_loss": min(effort.measured, len(labels))},
+        "effort": effort._asdict(),
+        "target": target,
+        "entrants": {
+            entrant.name: {
+                "role": entrant.role,
+                "tuning": [_tuning(rate, history) for rate, history in tuned[entrant.name]],
+                "rate": rates[entrant.name],
+                "runs": [
+                    {"seed": seed, **history.summary(), "to_target": reached(history, target)}
+                    for seed, history in zip(seeds, ran[entrant.name], strict=True)
+                ],
+            }
+            for entrant in entrants
+        },
+    }
+
+
+def winner(tried: Sequence[tuple[float, History]]) -> float:
+    """The rate whose run ended with the lowest validation loss; the first, if all diverged."""
+
+    def loss(run: tuple[float, History]) -> float:
+        value = run[1].last("validation_loss")
+        return math.inf if math.isnan(value) else value
+
+    return min(tried, key=loss)[0]
+
+
+def reached(history: History, target: Mapping[str, Any]) -> dict[str, float] | None:
+    """The first evaluation whose training loss is at most the target's, if there is one."""
+    first = history.metrics["train_loss"].first_at_most(target["train_loss"])
+    if first is None:
+        return None
+    step, seconds = first
+    curve = history.metrics["test_accuracy"]
+    return {
+        "step": step,
+        "seconds": seconds,
+        "seconds_with_compilation": history.compile_seconds + seconds,
+        "test_accuracy": curve.value[curve.step.index(step)],
+    }
+
+
+def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
+    """The best of some entrants, by the training loss in the end, and this loss."""
+    losses = {
+        name: median([history.last("train_loss") for history in histories])
+        for name, histories in ran.items()
+    }
+    best = min(losses, key=losses.__getitem__)
+    return {"entrant": best, "train_loss": losses[best]}
+
+
+def _tuning(rate: float, history: History) -> dict[str, float]:
+    return {
+        "rate": rate,
+        "validation_loss": history.last("validation_loss"),
+        "seconds": history.train_seconds,
+        "compile_seconds": history.compile_seconds,
+    }

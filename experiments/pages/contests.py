@@ -1,0 +1,154 @@
+"""What the pages of all contests have: tables, where our method loses, the figure's panels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from experiments import drawing
+from experiments.page import count, median, spread
+
+Contest = Mapping[str, Any]
+"""What `experiments.contest.hold` returns."""
+
+MEASURES = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
+NEEDED = {
+    "step": ("steps", ",.0f"),
+    "seconds_with_compilation": ("seconds, compilation counted", ",.1f"),
+}
+FORMS = {"train_loss": ".4f", "validation_loss": ".4f", "test_accuracy": ".2%"}
+
+
+def last(contest: Contest, name: str, metric: str) -> list[float]:
+    """An entrant's metric in the end, at each seed."""
+    return [run[metric] for run in contest["entrants"][name]["runs"]]
+
+
+def to_target(contest: Contest, name: str, key: str) -> list[float | None]:
+    """What an entrant needed, or had, when it reached the target, at each seed."""
+    runs = contest["entrants"][name]["runs"]
+    return [run["to_target"] and run["to_target"][key] for run in runs]
+
+
+def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """An entrant's steps; seconds with compilation, and a metric, `(seeds, evaluations)`."""
+    runs = [run["history"] for run in contest["entrants"][name]["runs"]]
+    curves = [run["metrics"][metric] for run in runs]
+    seconds = [
+        np.array(curve["seconds"]) + run["compile_seconds"]
+        for run, curve in zip(runs, curves, strict=True)
+    ]
+    values = np.array([curve["value"] for curve in curves], float)
+    return curves[0]["step"], np.array(seconds), values
+
+
+def behind(title: str, contest: Contest) -> list[str]:
+    """Where another entrant does better than one of ours, in the median; ∞ is never."""
+    entrants, lines = contest["entrants"], []
+    others = [name for name in entrants if entrants[name]["role"] != "ours"]
+    for ours in entrants.keys() - set(others):
+        for name in others:
+            for metric, words in MEASURES.items():
+                theirs, our = (last(contest, n, metric) for n in (name, ours))
+                sign = -1 if metric == "test_accuracy" else 1
+                if sign * median(theirs) < sign * median(our):
+                    theirs, our = (spread(values, FORMS[metric]) for values in (theirs, our))
+                    lines.append(f"{title}: {name} ends with a {words} of {theirs}, {ours} {our}.")
+            for key, (words, form) in NEEDED.items():
+                theirs, our = (to_target(contest, n, key) for n in (name, ours))
+                if median(theirs) < median(our):
+                    theirs, our = (spread(values, form) for values in (theirs, our))
+                    lines.append(
+                        f"{title}: {name} reaches the target after {theirs} {words}, {ours} after "
+                        f"{our}."
+                    )
+    return lines
+
+
+def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
+    """How the entrants were tuned, how they ended, and when they reached the target."""
+    entrants, target = contest["entrants"], contest["target"]
+    ends = [
+        {
+            "optimizer": name,
+            "rate": f"{entrant['rate']:g}",
+            **{words: spread(last(contest, name, m), FORMS[m]) for m, words in MEASURES.items()},
+            "validation loss": spread(last(contest, name, "validation_loss"), ".4f"),
+            "seconds": spread(last(contest, name, "seconds"), ",.1f"),
+            "with compilation": spread(last(contest, name, "seconds_with_compilation"), ",.1f"),
+        }
+        for name, entrant in entrants.items()
+    ]
+    reached = [
+        {
+            "optimizer": name,
+            "reached": f"{sum(run['to_target'] is not None for run in entrant['runs'])} of "
+            f"{len(entrant['runs'])}",
+            "steps": spread(to_target(contest, name, "step")),
+            "seconds": spread(to_target(contest, name, "seconds"), ",.1f"),
+            "with compilation": spread(
+                to_target(contest, name, "seconds_with_compilation"), ",.1f"
+            ),
+            "test accuracy then": spread(to_target(contest, name, "test_accuracy"), ".2%"),
+        }
+        for name, entrant in entrants.items()
+    ]
+    tuning = [
+        {
+            "optimizer": name,
+            **{
+                f"rate {number}": f"{at['rate']:g}: {count(median([at['validation_loss']]), '.4f')}"
+                for number, at in enumerate(entrant["tuning"], start=1)
+            },
+            "chosen": f"{entrant['rate']:g}" + (" (at the grid's edge)" if edge(entrant) else ""),
+        }
+        for name, entrant in entrants.items()
+    ]
+    steps, tuned = contest["effort"]["steps"], contest["effort"]["tuning_steps"]
+    loss = count(target["train_loss"], ".4f")
+    return {
+        f"{title}: after {steps:,} steps": ends,
+        f"{title}: to the target, {loss}, {target['entrant']}'s training loss in the end": reached,
+        f"{title}: validation loss after {tuned:,} steps, by learning rate": tuning,
+    }
+
+
+def edge(entrant: Mapping[str, Any]) -> bool:
+    """Whether the chosen rate is the least or the greatest that was tried."""
+    rates = [at["rate"] for at in entrant["tuning"]]
+    return entrant["rate"] in (min(rates), max(rates))
+
+
+def draw(rows: Sequence[Any], contest: Contest, title: str) -> None:
+    """Training loss by steps and by seconds, and test accuracy, into three coordinate systems."""
+    by_steps, by_seconds, accuracy = rows
+    entrants = contest["entrants"]
+    for number, name in enumerate(sorted(entrants, key=lambda n: entrants[n]["role"] != "ours")):
+        steps, seconds, loss = curves(contest, name, "train_loss")
+        _, _, right = curves(contest, name, "test_accuracy")
+        label = f"{name}, rate {entrants[name]['rate']:g}"
+        middle = _middle(seconds)[0]
+        drawing.band(by_steps, steps, *_middle(loss), label, number)
+        drawing.band(by_seconds, middle, *_middle(loss), label, number)
+        drawing.band(accuracy, steps, *_middle(100 * right), label, number)
+    for axes in (by_steps, by_seconds):
+        axes.axhline(contest["target"]["train_loss"], color="0.4", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.yaxis.set(
+            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)),
+            major_formatter=StrMethodFormatter("{x:g}"),
+            minor_locator=NullLocator(),
+        )
+        axes.set_ylabel("training loss (cross-entropy, log scale)")
+    by_steps.set(title=title, xlabel="steps", xlim=(0, None))
+    by_seconds.set(xlabel="seconds of training, compilation counted", xlim=(0, None))
+    accuracy.set(xlabel="steps", ylabel="test accuracy, %", xlim=(0, None))
+    by_steps.legend(fontsize="small", title="line: the target", title_fontsize="small")
+
+
+def _middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Median, least and greatest over the seeds; what is not a number is infinite."""
+    numbers = np.nan_to_num(values, nan=np.inf)
+    middle, low, high = np.quantile(numbers, (0.5, 0, 1), axis=0, method="nearest")
+    return middle, low, high
