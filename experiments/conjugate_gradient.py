@@ -26,7 +26,7 @@ PRESETS: dict[options.Preset, dict[str, Any]] = {
     "paper": {"starts": 10, "searches": 2000, "budget": 20_000, "problems": tuple(PROBLEMS)},
 }
 BETAS = ("fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan")
-TOLERANCES = (1e-3, 1e-2, 0.1, 0.3, 0.6, 0.9)  # of the slope after a line search
+TOLERANCES = (1e-6, 1e-3, 0.1, 0.3, 0.6, 0.9)  # of the slope after a line search
 RATES = {
     "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
     "Dai-Yuan, fixed rate": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1),
@@ -125,7 +125,7 @@ def _tuned(settings: ConjugateGradient, problem: Any, target: float, method: str
         there = (values <= target * values[:, :1]) & (evaluations <= settings.budget)
         steps = [int(at.argmax()) if at.any() else None for at in there]
         found = [None if i is None else int(e[i]) for i, e in zip(steps, evaluations, strict=True)]
-        shown = np.unique(np.geomspace(1, values.shape[1], 100, dtype=int) - 1)
+        shown = np.unique([*range(10), *np.geomspace(10, values.shape[1], 50, dtype=int) - 1])
         return {
             "setting": choice,
             "steps": steps,

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import cqjax
 from experiments.scans import descend
+from experiments.training import shuffled_batches
 
 SIZES = (2, 3, 5, 3, 1)
 TRAINING, VALIDATION, TEST = 200, 200, 1000
@@ -89,15 +91,15 @@ def optimizer(method: str, rate: Any) -> optax.GradientTransformation:
     }[method]
 
 
-def setting(
-    key: jax.Array, kind: str, first: str, points: int, steps: int
-) -> tuple[Params, Examples, jax.Array]:
-    """A seed's first parameters, all points, and the order of the training points to be used."""
-    data, weights, batches = jax.random.split(key, 3)
-    epochs = jax.random.split(batches, -(-steps * BATCH // points))
-    order = jax.vmap(lambda epoch: jax.random.permutation(epoch, points))(epochs)
-    batches = order.reshape(-1, BATCH)[:steps]
-    return initial(weights, first), gaussians(data, kind), batches
+def setting(key: jax.Array, kind: str, first: str) -> tuple[Params, Examples]:
+    """A seed's first parameters, and all points."""
+    data, weights = jax.random.split(key)
+    return initial(weights, first), gaussians(data, kind)
+
+
+def orders(seeds: int, points: int, steps: int) -> np.ndarray:
+    """Indices of the training points in each step's batch, `(seeds, steps, batch)`."""
+    return np.stack([shuffled_batches(seed, points, BATCH, steps) for seed in range(seeds)])
 
 
 def split(examples: Examples) -> tuple[Examples, Examples, Examples]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from experiments.pruning import at_once, by_and_by
 from experiments.scans import stages, timed
 
 PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"seeds": 2, "steps": 60, "retraining": 5},
-    "cpu": {"seeds": 10, "steps": 2000, "retraining": 100},
-    "paper": {"seeds": 10, "steps": 2000, "retraining": 100},
+    "smoke": {"seeds": 2, "steps": 80, "retraining": 5, "retrainers": ("Adam", "C-SGD")},
+    "cpu": {"seeds": 10, "steps": 2000, "retraining": 100, "retrainers": tuple(RATES)},
+    "paper": {"seeds": 10, "steps": 2000, "retraining": 100, "retrainers": tuple(RATES)},
 }
-EVERY, FEW = 20, 40  # steps between measurements; L2's training points
+EVERY, FEW = 40, 40  # steps between measurements; L2's training points
 DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 REMOVED = (4, 8, 12, 16, 20, 23, 27, 31, 35)  # of 39 weights
+CASES = list(product(GAUSSIANS, INITIALISATIONS))
 CASE = "around", "random"  # what L2 and pruning are tried on
 
 
@@ -42,9 +43,11 @@ class Lecture:
     seeds: int | None = None
     """How many draws of data, weights and batches; by the preset if not given."""
     steps: int | None = None
-    """Training steps, a multiple of 20; by the preset if not given."""
+    """Training steps, a multiple of 40; by the preset if not given."""
     retraining: int | None = None
     """Steps of decay, and then of retraining, at each sparsity; by the preset if not given."""
+    retrainers: tuple[Literal["SGD", "momentum", "Adam", "C-SGD"], ...] | None = None
+    """What retrains pruned networks; by the preset if not given."""
     output: Path = Path("results/lecture")
     """Folder for README.md, the figures and results.json."""
 
@@ -61,40 +64,41 @@ class Lecture:
     def run(self) -> None:
         """Train, draw how it went, and judge the source's claims."""
         settings, console = options.filled(self, PRESETS), Console()
-        assert settings.seeds
-        keys = jax.random.split(jax.random.key(0), settings.seeds)
+        assert settings.seeds and settings.retrainers
+        starts = jax.jit(jax.vmap(_starts))(jax.random.split(jax.random.key(0), settings.seeds))
         training: dict[str, Any] = {loss: {} for loss in LOSSES}
         for loss, method in stages(console, list(product(LOSSES, RATES))):
-            training[loss][method] = _trained(settings, loss, method, keys)
+            training[loss][method] = _trained(settings, loss, method, starts)
         rates = {m: training["squared"][m][CASE[0]][CASE[1]]["rate"] for m in RATES}
-        decays = _decayed(settings, rates["Adam"], keys)
+        case = jax.tree.map(lambda leaf: leaf[:, CASES.index(CASE)], starts)
+        decays = _decayed(settings, rates["Adam"], case)
         pruning: dict[str, Any] = {}
-        for _, method in stages(console, [("pruning", method) for method in RATES]):
-            pruning[method] = _pruned(settings, rates, method, keys)
-        results = {"training": training, "decays": decays, "pruning": pruning}
+        for _, method in stages(console, [("pruning", m) for m in settings.retrainers]):
+            pruning[method] = _pruned(settings, rates, method, case)
+        at = list(range(0, (settings.steps or 0) + 1, EVERY))
+        results = {"at": at, "training": training, "decays": decays, "pruning": pruning}
         publish("lecture", self, settings, pages, results, console)
 
 
-def _trained(settings: Any, loss: str, method: str, keys: jax.Array) -> dict[str, Any]:
-    """All first weights on both pairs of Gaussians, at the rate that is best for each."""
-    cases = [(kind, first) for kind in GAUSSIANS for first in INITIALISATIONS]
+def _starts(key: jax.Array) -> Any:
+    """A seed's first parameters and points, of all cases."""
+    return jax.tree.map(lambda *a: jnp.stack(a), *(homework.setting(key, *c) for c in CASES))
 
-    def run(rate: jax.Array, start: Any) -> Any:
+
+def _trained(settings: Any, loss: str, method: str, starts: Any) -> dict[str, Any]:
+    """All first weights on both pairs of Gaussians, at the rate that is best for each."""
+
+    def run(rate: jax.Array, start: Any, order: jax.Array) -> Any:
         rule = homework.optimizer(method, rate)
-        params, history = homework.train(LOSSES[loss], rule, *start, every=EVERY)
+        params, history = homework.train(LOSSES[loss], rule, *start, order=order, every=EVERY)
         return history | {"unequal": homework.unequal(params)}
 
-    def start(case: tuple[str, str]) -> Any:
-        return jax.vmap(
-            lambda key: homework.setting(key, *case, homework.TRAINING, settings.steps)
-        )(keys)
-
-    starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(start, cases))
-    every = jax.vmap(jax.vmap(jax.vmap(run, (None, 0)), (None, 0)), (0, None))
-    timing = timed(every, np.array(RATES[method]), starts)
+    every = jax.vmap(jax.vmap(jax.vmap(run, (None, 0, None)), (None, 0, 0)), (0, None, None))
+    orders = homework.orders(settings.seeds, homework.TRAINING, settings.steps)
+    timing = timed(every, np.array(RATES[method]), starts, orders)
     found: dict[str, Any] = {kind: {} for kind in GAUSSIANS}
-    for i, (kind, first) in enumerate(cases):
-        history = {name: value[:, i] for name, value in timing.result.items()}
+    for i, (kind, first) in enumerate(CASES):
+        history = {name: value[:, :, i] for name, value in timing.result.items()}
         losses = np.nan_to_num(np.median(history["validation_loss"][:, :, -1], axis=1), nan=np.inf)
         best = int(losses.argmin())
         at_best = {name: value[best] for name, value in history.items()}
@@ -106,15 +110,18 @@ def _trained(settings: Any, loss: str, method: str, keys: jax.Array) -> dict[str
     return found | {"seconds": timing.seconds, "compile_seconds": timing.compile_seconds}
 
 
-def _decayed(settings: Any, rate: float, keys: jax.Array) -> dict[str, Any]:
+def _decayed(settings: Any, rate: float, starts: Any) -> dict[str, Any]:
     """Adam from few points, with the squared norm of the parameters in the loss."""
 
-    def run(decay: jax.Array, key: jax.Array) -> Any:
+    def run(decay: jax.Array, start: Any, order: jax.Array) -> Any:
         rule = homework.optimizer("Adam", rate)
-        start = homework.setting(key, *CASE, FEW, settings.steps)
-        return homework.train(homework.squared, rule, *start, every=EVERY, decay=decay)[1]
+        return homework.train(
+            homework.squared, rule, *start, order=order, every=EVERY, decay=decay
+        )[1]
 
-    timing = timed(jax.vmap(jax.vmap(run, (None, 0)), (0, None)), np.array(DECAYS), keys)
+    every = jax.vmap(jax.vmap(run, (None, 0, 0)), (0, None, None))
+    orders = homework.orders(settings.seeds, FEW, settings.steps)
+    timing = timed(every, np.array(DECAYS), starts, orders)
     curves = {k: np.median(timing.result[k], axis=1).tolist() for k in ("accuracy", "squared_norm")}
     at = [{k: v[i] for k, v in timing.result.items()} for i in range(len(DECAYS))]
     return {"decays": DECAYS, "curves": curves, "last": [_last(history) for history in at]}
@@ -125,16 +132,16 @@ def _last(history: dict[str, np.ndarray]) -> dict[str, list[float]]:
     return {name: value[:, -1].tolist() for name, value in history.items() if value.ndim == 2}
 
 
-def _pruned(settings: Any, rates: dict[str, float], method: str, keys: jax.Array) -> dict[str, Any]:
+def _pruned(settings: Any, rates: dict[str, float], method: str, starts: Any) -> dict[str, Any]:
     """Networks that Adam trained, without their smallest weights, retrained by a method."""
 
-    def run(key: jax.Array) -> Any:
-        start, examples, order = homework.setting(key, *CASE, homework.TRAINING, settings.steps)
+    def run(start: Any, order: jax.Array) -> Any:
         adam, rule = (homework.optimizer(m, rates[m]) for m in ("Adam", method))
-        params, history = homework.train(homework.squared, adam, start, examples, order, EVERY)
-        rest = rule, params, examples, order[: settings.retraining], jnp.array(REMOVED)
+        params, history = homework.train(homework.squared, adam, *start, order=order, every=EVERY)
+        rest = rule, params, start[1], order[: settings.retraining], jnp.array(REMOVED)
         once = at_once(*rest)[:, jnp.array([0, 1, 2, -1])]  # steps of retraining
         return {"whole": history["accuracy"][-1], "at_once": once, "by_and_by": by_and_by(*rest)}
 
-    timing = timed(jax.vmap(run), keys)
+    orders = homework.orders(settings.seeds, homework.TRAINING, settings.steps)
+    timing = timed(jax.vmap(run), starts, orders)
     return {"removed": REMOVED} | {k: v.tolist() for k, v in timing.result.items()}

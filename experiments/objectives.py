@@ -41,7 +41,7 @@ def network(key: jax.Array) -> tuple[Objective, Any]:
 
 
 Problem = Literal["quadratic valley", "Rosenbrock", "network", "network, further"]
-PROBLEMS: dict[Problem, tuple[Any, float]] = {  # and what part of the first value is to be reached
+PROBLEMS: dict[str, tuple[Any, float]] = {  # and what part of the first value is to be reached
     "quadratic valley": (valley, 1e-8),
     "Rosenbrock": (rosenbrock, 1e-8),
     "network": (network, 1e-2),

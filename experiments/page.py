@@ -15,7 +15,13 @@ Rows = Sequence[Mapping[str, str]]
 
 
 def judge(*checks: bool) -> Holds:
-    """Whether a claim holds of which these are the parts."""
+    """Whether a claim holds of which these are the parts.
+
+    Raises:
+      ValueError: If there are none.
+    """
+    if not checks:
+        raise ValueError("a claim of which nothing was checked cannot be judged")
     return "yes" if all(checks) else "partly" if any(checks) else "no"
 
 
@@ -144,7 +150,7 @@ def publish(
             "environment": environment,
             "claims": [claim._asdict() for claim in page.claims],
             "behind": list(page.behind),
-            "results": results,
+            "results": _short(results),
         },
     )
     for title, rows in page.tables.items():
@@ -152,6 +158,18 @@ def publish(
     for claim in page.claims:
         console.print(f"{claim.holds:>6}: {claim.claim} [{claim.measured}]", markup=False)
     console.print(f"Written: {folder}/README.md", highlight=False, soft_wrap=True)
+
+
+def _short(value: Any) -> Any:
+    """The same with seven digits of each number."""
+    match value:
+        case dict():
+            return {key: _short(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_short(item) for item in value]
+        case float():
+            return float(f"{value:.7g}")
+    return value
 
 
 def _list(lines: Sequence[str]) -> str:

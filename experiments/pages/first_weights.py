@@ -13,11 +13,11 @@ def accuracy(training: Any, loss: str, method: str, kind: str, first: str) -> fl
     return median(training[loss][method][kind][first]["last"]["accuracy"])
 
 
-def steps_to_sgd(training: Any, kind: str, every: int = 20) -> dict[str, float]:
+def steps_to_sgd(training: Any, kind: str, at: list[int]) -> dict[str, float]:
     """Steps until the median training loss is that of SGD in the end."""
     curves = {m: np.array(training[m][kind]["random"]["training_loss"][0]) for m in RATES}
     there = {m: np.flatnonzero(curve <= curves["SGD"][-1]) for m, curve in curves.items()}
-    return {m: float(every * at[0]) if len(at) else np.inf for m, at in there.items()}
+    return {m: float(at[i[0]]) if len(i) else np.inf for m, i in there.items()}
 
 
 def first_weights(training: Any) -> list[Claim]:

@@ -15,7 +15,9 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     """The source's claims, judged by the results."""
     training = results["training"]
     steps = {
-        (loss, kind): steps_to_sgd(training[loss], kind) for loss in LOSSES for kind in GAUSSIANS
+        (loss, kind): steps_to_sgd(training[loss], kind, results["at"])
+        for loss in LOSSES
+        for kind in GAUSSIANS
     }
     behind = [
         f"{loss.capitalize()} loss, Gaussians {kind}, weights {first}: C-SGD's test accuracy is "

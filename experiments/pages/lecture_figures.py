@@ -12,22 +12,21 @@ from experiments.pages.regularisation import WEIGHTS
 def draw(settings: Any, results: dict[str, Any]) -> None:
     """All figures, into the output folder."""
     training, folder = results["training"], settings.output
-    drawing.save(_training(training), folder / "training.png")
+    drawing.save(_training(training, results["at"]), folder / "training.png")
     drawing.save(_initialisation(training["squared"]), folder / "initialisation.png")
-    drawing.save(_l2(results["decays"]), folder / "regularisation.png")
+    drawing.save(_l2(results["decays"], results["at"]), folder / "regularisation.png")
     drawing.save(_pruning(results["pruning"]), folder / "pruning.png")
 
 
-def _training(training: Any) -> Any:
+def _training(training: Any, at: list[int]) -> Any:
     figure, axes = drawing.panels(2, 2, (5, 3.6))
     panels = [(kind, loss) for kind in GAUSSIANS for loss in LOSSES]
     for axis, (kind, loss) in zip(axes, panels, strict=True):
         for number, method in enumerate(RATES):
             found = training[loss][method][kind]["random"]
-            steps = 20 * np.arange(len(found["training_loss"][0]))
             label = f"{method}, rate {found['rate']:g}"
             middle, low, high = found["training_loss"]
-            drawing.band(axis, steps, middle, low, high, label, number)
+            drawing.band(axis, at, middle, low, high, label, number)
         top = max(1, training[loss]["Adam"][kind]["random"]["training_loss"][0][0])
         axis.set(title=f"{loss} loss, Gaussians {kind}", xlabel="iterations", ylim=(0, 1.3 * top))
         axis.set_ylabel(f"training loss ({loss})")
@@ -53,12 +52,12 @@ def _initialisation(training: Any) -> Any:
     return figure
 
 
-def _l2(decays: Any) -> Any:
+def _l2(decays: Any, at: list[int]) -> Any:
     figure, axes = drawing.panels(1, 2, (5, 3.6))
     for axis, (name, curves) in zip(axes, decays["curves"].items(), strict=True):
         for number, (decay, curve) in enumerate(zip(decays["decays"], curves, strict=True)):
-            steps, style = 20 * np.arange(len(curve)), drawing.style(number)
-            axis.plot(steps, curve, label=f"{decay:g}", markevery=max(1, len(curve) // 8), **style)
+            style = drawing.style(number, markevery=max(1, len(at) // 8))
+            axis.plot(at, curve, label=f"{decay:g}", **style)
         axis.set(xlabel="iterations", ylabel=name.replace("accuracy", "test accuracy"))
     axes[1].set(yscale="symlog", ylabel="squared norm of all parameters")
     axes[0].legend(title="coefficient of L2", fontsize="small")

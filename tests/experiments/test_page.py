@@ -1,0 +1,105 @@
+"""The page of claims, and the options that are behind it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from experiments import options, report
+from experiments.page import Claim, Page, before, count, judge, median, spread, write
+
+
+@dataclass(frozen=True)
+class Some:
+    preset: options.Preset = "cpu"
+    steps: int | None = None
+    rates: tuple[float, ...] = (0.5,)
+    fast: bool = False
+    output: Path = Path("results")
+
+
+PRESETS = {"smoke": {"steps": 3}, "cpu": {"steps": 30}, "paper": {"steps": 300}}
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("smoke", 3), ("cpu", 30), ("paper", 300)])
+def test_a_preset_fills_what_is_not_given(preset, steps):
+    assert options.filled(Some(preset), PRESETS) == Some(preset, steps)
+    assert options.filled(Some(preset, 7), PRESETS) == Some(preset, 7)
+
+
+def test_the_command_has_what_is_not_the_default():
+    assert options.command("some", Some()) == "python -m experiments some"
+    given = Some("paper", 5, (0.1, 0.2), True, Path("here"))
+    assert options.command("some", given) == (
+        "python -m experiments some --preset paper --steps 5 --rates 0.1 0.2 --fast --output here"
+    )
+
+
+def test_whether_a_claim_holds():
+    assert judge(True, True) == "yes"
+    assert judge(True, False) == "partly"
+    assert judge(False, False) == "no"
+    with pytest.raises(ValueError, match="nothing"):
+        judge()
+
+
+def test_numbers_in_words():
+    nan = float("nan")
+    assert median([3, None, 1, nan, 2]) == 3 and median([1, None, nan]) == float("inf")
+    assert spread([3, 1, None]) == "3 [1, ∞]" and spread([2, 2]) == "2"
+    assert spread([0.25, 0.5, 0.125], ".0%") == "25% [12%, 50%]" and count(12345.6) == "12,346"
+    assert before(1, 2) and before(1, None)
+    assert not before(2, 1) and not before(None, 1) and not before(None, None)
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write_page(*behind):
+        page = Page(
+            title="A title",
+            source="A paper, section 3",
+            summary="Something was done.",
+            behind=behind,
+            claims=[
+                Claim("section 3.1", "it is a|b", "1 of 2", "partly"),
+                Claim("section 3.2", "it is fast", "3 s", "no"),
+            ],
+            choices=["A rate was taken."],
+            tables={"Numbers": [{"method": "ours", "steps": "7"}]},
+            figures={"it.png": "A caption."},
+        )
+        settings = {"rates": (0.1, 0.2), "steps": 3}
+        path = tmp_path / "README.md"
+        write(path, page, settings, "python -m x", report.environment())
+        return path.read_text()
+
+    return write_page
+
+
+def test_the_page_says_first_where_our_method_loses(written):
+    page = written("At 0.1 it loses.")
+    parts = [
+        "# A title",
+        "## Where our method loses",
+        "- At 0.1 it loses.",
+        "## What was done",
+        "Something was done.",
+        "Source: A paper, section 3.",
+        "## Does it hold?",
+        "| it is a\\|b (section 3.1) | 1 of 2 | **partly** |",
+        "| it is fast (section 3.2) | 3 s | **no** |",
+        "![A caption.](it.png)",
+        "## Numbers",
+        "| ours | 7 |",
+        "- A rate was taken.",
+        "python -m x",
+        "(results.json)",
+        "rates `0.1 0.2`, steps `3`",
+        f"jax {report.environment()['versions']['jax']}",
+    ]
+    places = [page.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_or_that_it_loses_nowhere(written):
+    assert "## Where our method loses\n\nNowhere, in what was measured here." in written()

@@ -1,0 +1,38 @@
+"""What the tests of the experiments with a page have in common."""
+
+import json
+
+import matplotlib.image
+
+from experiments.__main__ import main
+
+
+def run(name, folder, *options):
+    """Runs it in its smoke preset: the JSON file and the page."""
+    main([name, "--preset=smoke", f"--output={folder}", *options])
+    return json.loads((folder / "results.json").read_text()), (folder / "README.md").read_text()
+
+
+def check_page(content, page, claims):
+    """All claims stand on the page, with their verdicts, and what is lost stands first."""
+    assert len(content["claims"]) == claims
+    for claim in content["claims"]:
+        assert claim["holds"] in {"yes", "partly", "no"}
+        row = (
+            f"| {claim['claim']} ({claim['source']}) | {claim['measured']} | **{claim['holds']}** |"
+        )
+        assert row in page
+    lost = page[: page.index("## What was done")]
+    assert all(line in lost for line in content["behind"])
+    assert content["environment"]["versions"]["jax"] in page
+
+
+def check_figure(path, panels):
+    """It is a picture of so many panels side by side, none of them empty."""
+    picture = matplotlib.image.imread(path)[..., :3]
+    assert picture.shape[1] >= 400 * panels and picture.shape[0] >= 350
+    assert path.stat().st_size < 300_000
+    width = picture.shape[1] // panels
+    for panel in range(panels):
+        part = picture[:, panel * width : (panel + 1) * width]
+        assert (part.max(axis=-1) - part.min(axis=-1) > 0.2).sum() > 150  # coloured lines
