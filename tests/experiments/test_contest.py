@@ -1,0 +1,190 @@
+"""The contests' protocol, with training runs whose outcome is known."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.contest import Effort, Entrant, Parts, Task, held_out, hold, reached, winner
+from experiments.data import Dataset, Split
+from experiments.models import MLP
+from experiments.training import Curve, History
+
+EFFORT = Effort(steps=20, tuning_steps=5, seeds=3, seed=7, batch_size=4, measured=6)
+STEPS = [0, 10, 20]
+NAN = float("nan")
+
+
+def split(n, first=0):
+    labels = np.arange(first, first + n, dtype=np.int32)
+    return Split(np.full((n, 2, 2), 0.5, np.float32) * labels[:, None, None], labels)
+
+
+PARTS = Parts(split(12), split(2, 20), split(3, 30))
+
+
+def entrant(name, role="baseline", rates=(0.1, 0.2)):
+    return Entrant(name, lambda rate: ((name, rate), None), rates, role)
+
+
+def tuned(loss):
+    return History(
+        1.0, 2.0, Curve([5], [2.0], [1.0]), {"validation_loss": Curve([5], [2.0], [loss])}
+    )
+
+
+def trained(*losses):
+    """A run with these training losses at the steps 0, 10 and 20."""
+    seconds = [0.0, 3.0, 6.0]
+    metrics = {
+        "train_loss": Curve(STEPS, seconds, list(losses)),
+        "validation_loss": Curve(STEPS, seconds, [1.0, 1.0, 1.0]),
+        "test_accuracy": Curve(STEPS, seconds, [0.1, 0.5, 0.6]),
+    }
+    return History(1.5, 6.0, Curve([20], [6.0], [1.0]), metrics)
+
+
+class Runs:
+    """Has the outcomes ready, and remembers what it was asked for."""
+
+    def __init__(self, tuning, final):
+        self.tuning, self.final, self.calls = tuning, final, []
+
+    def train(self, method, start, examples, batches, metrics, at_end=None, **options):
+        self.calls.append(
+            SimpleNamespace(
+                label=method.label,
+                at=method.optimizer,
+                start=start,
+                examples=examples,
+                batches=batches,
+                metrics=metrics,
+                at_end=at_end,
+                **options,
+            )
+        )
+        name, rate = method.optimizer
+        return tuned(self.tuning[name, rate]) if at_end else next(self.final[name])
+
+
+def contest(final, augment=None, seconds=None):
+    """Three baselines and one of ours, whose final losses are these at the seeds 8, 9 and 10."""
+    entrants = [entrant("A"), entrant("B"), entrant("other", "other"), entrant("ours", "ours")]
+    tuning = {("A", 0.1): 0.5, ("A", 0.2): 0.4, ("B", 0.1): 0.3, ("B", 0.2): NAN}
+    tuning |= {(name, rate): NAN for name in ("other", "ours") for rate in (0.1, 0.2)}
+    runs = Runs(tuning, {name: iter(histories) for name, histories in final.items()})
+    task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}), augment)
+    seconds = seconds or dict.fromkeys(final, 1.0)
+    return hold(runs, "title", task, entrants, EFFORT, seconds), runs.calls
+
+
+FINAL = {
+    "A": [trained(3, 2, 1.0), trained(3, 2, 0.8), trained(3, 2, 1.2)],
+    "B": [trained(3, 2, 0.7), trained(3, 2, NAN), trained(3, 2, 2.0)],
+    "other": [trained(3, 0.1, 0.1)] * 3,
+    "ours": [trained(3, 1.0, 0.5), trained(3, 1.1, 0.5), trained(3, 2, 1.5)],
+}
+
+
+def test_every_entrant_is_tuned_alike_and_runs_alike():
+    held, calls = contest(FINAL, seconds={"A": 1.0, "B": 2.0, "other": 3.0, "ours": 4.0})
+    tuning = [call for call in calls if call.at_end]
+    assert [call.at for call in tuning] == [(name, r) for name in FINAL for r in (0.1, 0.2)]
+    assert {call.start[0]["seed"] for call in tuning} == {7}
+    assert {len(call.batches) for call in tuning} == {5}
+    assert all(list(call.at_end) == ["validation_loss"] and not call.metrics for call in tuning)
+    final = [call for call in calls if not call.at_end]
+    assert calls == tuning + final
+    chosen = {"A": 0.2, "B": 0.1, "other": 0.1, "ours": 0.1}
+    assert {name: e["rate"] for name, e in held["entrants"].items()} == chosen
+    for turn, seed in enumerate((8, 9, 10)):
+        four = final[4 * turn : 4 * turn + 4]
+        assert [call.at for call in four] == list(chosen.items())
+        assert {call.start[0]["seed"] for call in four} == {seed}
+    groups = [tuning, *(final[i : i + 4] for i in (0, 4, 8))]
+    for group in groups:
+        for call in group:
+            np.testing.assert_array_equal(call.batches, group[0].batches)
+            assert call.batches.max() < 12 and call.batches.shape[1] == 4
+    assert len({group[0].batches.tobytes() for group in groups}) == 4
+    for call in calls:
+        np.testing.assert_array_equal(call.examples[1], PARTS.train.labels)
+    assert len({call.label for call in calls}) == len(calls) == EFFORT.runs([entrant("A")] * 4)
+    costs = {"A": 1.0, "B": 2.0, "other": 3.0, "ours": 4.0}
+    assert sum(call.cost * len(call.batches) for call in calls) == EFFORT.cost(
+        [entrant(name) for name in costs], costs
+    )
+
+
+def test_the_target_is_the_best_baselines_median():
+    held, _ = contest(FINAL)
+    assert held["target"] == {"entrant": "A", "train_loss": 1.0}  # B's median is 2.0
+    steps = {
+        name: [run["to_target"] and run["to_target"]["step"] for run in e["runs"]]
+        for name, e in held["entrants"].items()
+    }
+    assert steps == {
+        "A": [20, 20, None],
+        "B": [20, None, None],
+        "other": [10, 10, 10],
+        "ours": [10, 20, None],
+    }
+    assert held["entrants"]["ours"]["runs"][0]["to_target"] == {
+        "step": 10,
+        "seconds": 3.0,
+        "seconds_with_compilation": 4.5,
+        "test_accuracy": 0.5,
+    }
+    assert [run["seed"] for run in held["entrants"]["A"]["runs"]] == [8, 9, 10]
+    assert held["images"] == {"train": 12, "validation": 2, "test": 3, "training_loss": 6}
+
+
+def test_metrics_are_of_the_parts_that_they_say():
+    _, calls = contest(FINAL)
+    model = MLP(2, 1, 40)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2, 2)))["params"]
+
+    def expected(images, labels):
+        logits = np.asarray(model.apply({"params": params}, images), np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+        return losses.mean(), (logits.argmax(axis=1) == labels).mean()
+
+    metrics = calls[-1].metrics
+    for name, part, index in (
+        ("train_loss", Split(PARTS.train.images[:6], PARTS.train.labels[:6]), 0),
+        ("validation_loss", PARTS.validation, 0),
+        ("test_accuracy", PARTS.test, 1),
+    ):
+        assert metrics[name](params, {}) == pytest.approx(expected(*part)[index], rel=1e-5)
+    validating = calls[0].at_end["validation_loss"]
+    assert validating(params, {}) == metrics["validation_loss"](params, {})
+
+
+def test_augmentation_is_that_of_the_seed():
+    _, calls = contest(FINAL, augment=lambda seed: f"changes {seed}")
+    assert all(call.augment == f"changes {call.start[0]['seed']}" for call in calls)
+
+
+def test_who_diverges_loses():
+    assert winner([(0.1, tuned(NAN)), (0.2, tuned(5.0)), (0.3, tuned(4.0))]) == 0.3
+    assert winner([(0.1, tuned(NAN)), (0.2, tuned(NAN))]) == 0.1
+    assert reached(trained(3, NAN, 0.5), {"train_loss": 0.6})["step"] == 20
+    assert reached(trained(3, 2, NAN), {"train_loss": 0.6}) is None
+
+
+def test_unequal_grids_are_refused():
+    with pytest.raises(ValueError, match=r"same number of tuning runs.*'A': 2, 'B': 3"):
+        entrants = [entrant("A"), entrant("B", rates=(1, 2, 3))]
+        hold(Runs({}, {}), "", Task(PARTS, None, None), entrants, EFFORT, {})
+
+
+def test_the_last_tenth_is_held_out():
+    dataset = Dataset("x", "y", split(41), split(5))
+    parts = held_out(dataset)
+    np.testing.assert_array_equal(parts.train.labels, np.arange(37))
+    np.testing.assert_array_equal(parts.validation.labels, np.arange(37, 41))
+    np.testing.assert_array_equal(parts.validation.images, dataset.train.images[37:])
+    assert parts.test is dataset.test
