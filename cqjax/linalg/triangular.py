@@ -5,12 +5,18 @@ their own, which on a CPU fight XLA's for the cores: a step can then take ten ti
 arithmetic, or a thousand. Products do not, and suit accelerators.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 128
 """Rows that LAPACK factorises at once."""
+
+_TOGETHER = 1 << 19
+"""B m³ up to which a CPU factorises a batch in one call. In larger ones, up to jaxlib 0.11.1, a
+thread of XLA's pool waits for others of it: for ever, where all of them do."""
 
 _LOOPED = 32
 """Rows of a triangle up to which doubling is a loop, which is compiled once."""
@@ -32,7 +38,7 @@ def inverse_factor(matrix: jax.Array) -> jax.Array:
     """
     size = matrix.shape[-1]
     if size <= BLOCK:
-        return inverse_lower(jnp.linalg.cholesky(matrix, symmetrize_input=False))
+        return inverse_lower(_cholesky(matrix))
     half = _half(size)
     first = inverse_factor(matrix[:, :half, :half])
     across = _product(matrix[:, half:, :half], first.mT)
@@ -40,6 +46,18 @@ def inverse_factor(matrix: jax.Array) -> jax.Array:
     below = -_product(_product(second, across), first)
     above = jnp.zeros((len(matrix), half, size - half), matrix.dtype)
     return jnp.block([[first, above], [below, second]])
+
+
+def _cholesky(matrix: jax.Array) -> jax.Array:
+    """L of symmetric positive definite matrices LLᵀ: (B, m, m). Only the lower triangle is read."""
+
+    def together(matrix: jax.Array) -> jax.Array:
+        return jnp.linalg.cholesky(matrix, symmetrize_input=False)
+
+    if len(matrix) == 1 or len(matrix) * matrix.shape[-1] ** 3 <= _TOGETHER:
+        return together(matrix)
+    one_by_one = functools.partial(lax.map, together)
+    return lax.platform_dependent(matrix, cpu=one_by_one, default=together)
 
 
 def inverse_lower(factor: jax.Array) -> jax.Array:
