@@ -38,6 +38,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         if found[method] < found["C-SGD"]
     ]
     seconds = {m: sum(training[loss][m]["seconds"] for loss in LOSSES) for m in RATES}
+    behind += regularisation.pruning_behind(results["pruning"])
     compiling = {m: sum(training[loss][m]["compile_seconds"] for loss in LOSSES) for m in RATES}
     behind.append(
         f"A step of C-SGD takes {seconds['C-SGD'] / seconds['SGD']:.1f} times as long as SGD's, "
@@ -63,7 +64,8 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "The source names neither the Gaussians, the sizes, the rates, the number of steps "
             "nor the optimizer; batches of 20 for homework 2 and 3 alike, classes ±1, a linear "
             "output.",
-            "*Random* weights are standard normal; biases are zero in all cases.",
+            "*Random* weights are standard normal; biases are zero in all cases. From equal "
+            "weights C-SGD's neurons, too, would stay equal in exact arithmetic.",
             "L2 is tried with Adam, from 40 training points, on *around*: the squared norm of all "
             "parameters, times a coefficient, is part of the loss. (C-SGD would want its decay "
             "after the solve.)",

@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments import drawing
 from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES
+from experiments.page import median
 from experiments.pages.regularisation import WEIGHTS
 
 
@@ -79,7 +80,7 @@ def _pruning(results: Any) -> Any:
     axes[0].set(title="retrained by Adam, medians", ylabel="test accuracy")
     axes[1].set(title="by and by, medians and ranges", ylabel="test accuracy")
     for axis in axes:
-        axis.axhline(np.median(results["Adam"]["whole"]), color="0.4", linewidth=0.8)
+        axis.axhline(median(results["Adam"]["whole"]), color="0.4", linewidth=0.8)
         axis.set(xlabel="part of the weights removed", xlim=(0, 1), ylim=(0.45, 1))
         axis.legend(fontsize="small")
     return figure

@@ -81,6 +81,7 @@ def test_mini_batches_take_turns(tmp_path):
     )
     direct = content["claims"][0]
     assert direct["claim"].startswith("C-SGD steers") and direct["holds"] == "no"
+    assert "In mini-batches of 5 C-SGD's paths are not straight" in page
 
 
 def test_the_page_and_the_figure(ran):
