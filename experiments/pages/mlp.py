@@ -211,7 +211,7 @@ def _times(results: dict[str, Any]) -> dict[str, str]:
 def draw(settings: Any, results: dict[str, Any]) -> None:
     """One row of coordinate systems for each kind of inputs, into losses.png."""
     held = results["contests"]
-    figure, axes = drawing.panels(len(held), 3, (4.6, 4.0))
+    figure, axes = drawing.panels(len(held), 3, (4.2, 3.6))
     for row, (title, contest) in zip(axes.reshape(-1, 3), held.items(), strict=True):
         contests.draw(row, contest, f"{title} inputs")
     drawing.save(figure, settings.output / "losses.png")

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import matplotlib.image
 import numpy as np
+import numpy_mlp
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -112,52 +113,21 @@ def test_the_figure_shows_every_optimizer_in_both_panels(run):
             assert (np.abs(panel - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 200
 
 
-def numpy_sgd(params, x, y, batches, rate):
-    """SGD on the multi-layer perceptron in float64: the batches' losses, the last weights."""
-    layers = [
-        (np.float64(layer["kernel"]), np.float64(layer["bias"]))
-        for _, layer in sorted(params["params"].items())
-    ]
-    losses = []
-    for batch in batches:
-        inputs, logits = forward(layers, x[batch])
-        p = softmax(logits)
-        losses.append(-np.log(p[np.arange(len(batch)), y[batch]]).mean())
-        dz = (p - np.eye(10)[y[batch]]) / len(batch)
-        for i in reversed(range(len(layers))):
-            kernel, bias = layers[i]
-            layers[i] = (kernel - rate * inputs[i].T @ dz, bias - rate * dz.sum(axis=0))
-            dz = (dz @ kernel.T) * (inputs[i] > 0)
-    return np.array(losses), layers
-
-
-def forward(layers, x):
-    inputs = [np.float64(x).reshape(len(x), -1)]
-    for kernel, bias in layers[:-1]:
-        inputs.append(np.maximum(inputs[-1] @ kernel + bias, 0))
-    return inputs, inputs[-1] @ layers[-1][0] + layers[-1][1]
-
-
-def softmax(logits):
-    e = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return e / e.sum(axis=1, keepdims=True)
-
-
 def test_sgd_is_numpys_sgd(run):
     result = run[0]["results"]["sgd"]
     digits = data.load("digits", None, download=False)
     (x, y), test = digits.train, digits.test
     params = MLP(WIDTH, DEPTH, 10).init(jax.random.key(0), x[:1])
     batches = shuffled_batches(0, len(y), BATCH, STEPS)
-    losses, layers = numpy_sgd(params, x, y, batches, RATE)
+    losses, layers = numpy_mlp.train(params, x, y, batches, RATE)
 
     curve = result["history"]["batch_loss"]
     means = [part.mean() for part in np.split(losses, curve["step"][:-1])]
     np.testing.assert_allclose(curve["value"], means, rtol=1e-4)
-    p = softmax(forward(layers, x)[1])
-    assert result["train_loss"] == pytest.approx(-np.log(p[np.arange(len(y)), y]).mean(), rel=1e-4)
-    right = forward(layers, test.images)[1].argmax(axis=1) == test.labels
-    assert result["test_accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+    loss = numpy_mlp.mean_loss(numpy_mlp.forward(layers, x)[1], y)
+    assert result["train_loss"] == pytest.approx(loss, rel=1e-4)
+    right = numpy_mlp.accuracy(numpy_mlp.forward(layers, test.images)[1], test.labels)
+    assert result["test_accuracy"] == pytest.approx(right, abs=1e-6)
 
 
 def test_divergence_is_reported_not_hidden(tmp_path, capsys):

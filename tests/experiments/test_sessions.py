@@ -23,6 +23,11 @@ NARROW = (
     f"--steps={STEPS} --checkpoint-seconds=0"
 ).split()
 
+CONTEST = (
+    "mlp --preset=smoke --width=8 --depth=1 --optimizers sgd csgd --seeds=1 --epochs=0.5 "
+    "--sgd-rates 0.2 0.3 --checkpoint-seconds=0"
+).split()
+
 
 @pytest.fixture(autouse=True, scope="module")
 def hasty():
@@ -82,15 +87,19 @@ def numbers(output, *ignored):
     return without([results, [json.loads(line) for line in lines]])
 
 
-TIMED = ("seconds", "seconds_with_compilation", "train_seconds", "compile_seconds")
+TIMED = (
+    *("seconds", "seconds_with_compilation", "train_seconds", "compile_seconds"),
+    *("seconds_per_step", "pipeline"),
+)
 
 
-@pytest.mark.parametrize("experiment", ["quickstart", "lenet"])
+@pytest.mark.parametrize("experiment", ["quickstart", "lenet", "mlp"])
 def test_stopped_and_resumed_is_run_at_once(experiment, stopped, cifar10_folder, tmp_path, capsys):
     """Twice, also where training diverges, and with batch normalisation's averages."""
     command = {
         "quickstart": [*QUICKSTART, "--sgd-learning-rate=1e30"],
         "lenet": [*NARROW, f"--data-dir={cifar10_folder}"],
+        "mlp": CONTEST,
     }[experiment]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     main([*command, f"--output={whole}"])
@@ -100,7 +109,11 @@ def test_stopped_and_resumed_is_run_at_once(experiment, stopped, cifar10_folder,
     stopped(part, STEPS + 2)
     main(part)
     printed = capsys.readouterr().out
-    first, second = ("SGD 0.1", "back-matching 0.02") if "lenet" in command else ("Adam", "SGD")
+    first, second = {
+        "quickstart": ("Adam", "SGD"),
+        "lenet": ("SGD 0.1", "back-matching 0.02"),
+        "mlp": ("raw: SGD 0.2, tuning", "raw: SGD 0.3, tuning"),
+    }[experiment]
     for line in (f"{first}: resumed after {STOP - 1} steps", f"{first}: finished before"):
         assert line in printed
     assert re.search(rf"{second}: resumed after \d+ steps", printed)
