@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from experiments.checkpoints import Session
 from experiments.classification import Metric
@@ -32,7 +33,7 @@ def progress_bars(console: Console) -> Progress:
         BarColumn(),
         TextColumn("{task.fields[done]}"),
         TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(min_width=7)),
         console=console,
         speed_estimate_period=120,
     )

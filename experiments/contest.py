@@ -100,7 +100,7 @@ def hold(
 
     Args:
       runs: Takes the training runs, and shows how far all of them are.
-      title: Tells the contest's runs from another's.
+      title: Stands before the runs' names, to tell them from another contest's.
       task: What is learnt.
       entrants: Who takes part, each with as many rates as the others.
       effort: How much is done for each.
@@ -125,7 +125,8 @@ def hold(
     }
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
-        label = f"{title}: {entrant.name} {rate:g}, " + ("tuning" if tuning else f"seed {seed}")
+        kind = "tuning" if tuning else f"seed {seed}"
+        label = f"{title}{entrant.name} {rate:g}, {kind}"
         steps = effort.tuning_steps if tuning else effort.steps
         return runs.train(
             entrant.method(rate, label),

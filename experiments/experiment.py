@@ -185,7 +185,9 @@ class Contest(Experiment):
             Runs(console, session, times * number, times * cost) as runs,
         ):
             held = {
-                title: contest.hold(runs, title, task, entrants, effort, seconds)
+                title: contest.hold(
+                    runs, f"{title}: " * (times > 1), task, entrants, effort, seconds
+                )
                 for title, (task, entrants) in contests.items()
             }
         return {"dataset": dataset.summary(), **timing, "contests": held}

@@ -31,6 +31,11 @@ def to_target(contest: Contest, name: str, key: str) -> list[float | None]:
     return [run["to_target"] and run["to_target"][key] for run in runs]
 
 
+def accuracies_then(contest: Contest, name: str) -> list[float]:
+    """The test accuracies when the target was reached, at the seeds where it was."""
+    return [at for at in to_target(contest, name, "test_accuracy") if at is not None]
+
+
 def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndarray, np.ndarray]:
     """An entrant's steps; seconds with compilation, and a metric, `(seeds, evaluations)`."""
     runs = [run["history"] for run in contest["entrants"][name]["runs"]]
@@ -90,7 +95,9 @@ def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
             "with compilation": spread(
                 to_target(contest, name, "seconds_with_compilation"), ",.1f"
             ),
-            "test accuracy then": spread(to_target(contest, name, "test_accuracy"), ".2%"),
+            "test accuracy then": spread(accuracies_then(contest, name), ".2%")
+            if accuracies_then(contest, name)
+            else "–",
         }
         for name, entrant in entrants.items()
     ]
@@ -144,7 +151,13 @@ def draw(rows: Sequence[Any], contest: Contest, title: str) -> None:
     by_steps.set(title=title, xlabel="steps", xlim=(0, None))
     by_seconds.set(xlabel="seconds of training, compilation counted", xlim=(0, None))
     accuracy.set(xlabel="steps", ylabel="test accuracy, %", xlim=(0, None))
-    by_steps.legend(fontsize="small", title="line: the target", title_fontsize="small")
+    accuracy.legend(
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        fontsize="small",
+        title="grey line: the target",
+        title_fontsize="small",
+    )
 
 
 def _middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -203,6 +203,28 @@ def test_who_never_reaches_the_target_has_not_held(ran):
     assert any(line.startswith("raw: SGD ends with a training loss") for line in page.behind)
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds", "accuracy", "holds"),
+    [
+        (28, 5.0, 0.7, "yes"),
+        (29, 5.0, 0.7, "partly"),
+        (28, 5.1, 0.7, "partly"),
+        (28, 5.0, 0.69, "partly"),
+        (29, 5.1, 0.69, "no"),
+    ],
+)
+def test_this_projects_bar(ran, steps, seconds, accuracy, holds):
+    """At most 0.35 of 80 steps and half of 10 seconds, and an accuracy of at least 0.7."""
+    results = json.loads(json.dumps(ran[0]["results"]))
+    held = results["contests"].pop("normalised") and results["contests"]["raw"]
+    for result in held["entrants"][held["target"]["entrant"]]["runs"]:
+        result |= {"seconds_with_compilation": 10.0, "test_accuracy": 0.7}
+    for result in held["entrants"]["C-SGD"]["runs"]:
+        result["to_target"] = {"step": steps, "seconds": 0.0, "test_accuracy": accuracy}
+        result["to_target"]["seconds_with_compilation"] = seconds
+    assert judged(results)[0]["raw inputs: C-SGD has th"].holds == holds
+
+
 BAD_OPTIONS = {
     "--optimizers sgd": "--optimizers must have sgd and csgd",
     "--optimizers sgd csgd sgd": "none twice",

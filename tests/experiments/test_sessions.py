@@ -118,7 +118,7 @@ def test_stopped_and_resumed_is_run_at_once(
     first, second = {
         "quickstart": ("Adam", "SGD"),
         "lenet": ("SGD 0.1", "back-matching 0.02"),
-        "mlp": ("raw: SGD 0.2, tuning", "raw: SGD 0.3, tuning"),
+        "mlp": ("SGD 0.2, tuning", "SGD 0.3, tuning"),
     }[experiment]
     for line in (f"{first}: resumed after {STOP - 1} steps", f"{first}: finished before"):
         assert line in printed
