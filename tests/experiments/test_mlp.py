@@ -74,7 +74,7 @@ def test_a_run_is_numpys(contest, name):
         params, batches = start(jax.random.key(0), x[:1]), shuffled_batches(0, 1293, 32, 20)
         _, layers = numpy_mlp.train(params, x, y, batches, at["rate"], damping)
         loss = numpy_mlp.mean_loss(numpy_mlp.forward(layers, validation[0])[1], validation[1])
-        assert at["validation_loss"] == pytest.approx(loss, rel=1e-3)
+        assert at["validation_loss"] == pytest.approx(loss, rel=1e-4)
     for seed, result in enumerate(entrant["runs"], start=1):
         params, batches = start(jax.random.key(seed), x[:1]), shuffled_batches(seed, 1293, 32, 80)
         _, layers = numpy_mlp.train(params, x, y, batches, entrant["rate"], damping)
@@ -195,11 +195,13 @@ def test_who_never_reaches_the_target_has_not_held(ran):
         for metric in ("train_loss", "test_accuracy"):
             result[metric] = None
         result["history"]["metrics"]["train_loss"]["value"][3:] = [None] * 13
+    for result in held["entrants"]["SGD"]["runs"]:
+        result["history"]["metrics"]["train_loss"]["value"][1] = 0.0
     claims, page = judged(results)
     bar = claims["raw inputs: C-SGD has th"]
     assert bar.holds == "no" and "does not get there" in bar.measured
     first = claims["C-SGD optimizes faster t"]
-    assert first.holds == "no" and "at 2 of 15 times (the other inputs were not" in first.measured
+    assert first.holds == "no" and "at 1 of 15 times (the other inputs were not" in first.measured
     assert any(line.startswith("raw: SGD ends with a training loss") for line in page.behind)
 
 
