@@ -6,7 +6,6 @@ become of the gradient, so that it is not lost.
 """
 
 import collections
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
@@ -185,9 +184,14 @@ class Incoming:
         dtype = self._leaves[self.captures[label].block.view.paths[0]].dtype
         if dtype == result.weight.dtype:
             return False
-        parts = (part for part in result if part is not None)
-        lost = (~jnp.isfinite(p.astype(dtype)).all(tuple(range(1, p.ndim))) for p in parts)
-        return functools.reduce(jnp.logical_or, lost)
+
+        def lost(part: jax.Array) -> jax.Array:
+            return ~jnp.isfinite(part.astype(dtype)).all(tuple(range(1, part.ndim)))
+
+        weight = lost(result.weight)
+        if result.bias is None:
+            return weight
+        return weight | jnp.repeat(lost(result.bias), len(weight) // len(result.bias))
 
     def check_counts(self, counts: jax.Array) -> None:
         """Refuses counts of a state that was made for other parameters.
