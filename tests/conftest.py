@@ -12,6 +12,15 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_forgotten():
+    """Compiled programs of one file are of no use to the next, and take gigabytes together."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def float64():
     """The test, in float64."""
