@@ -18,6 +18,7 @@ from cqjax.capture.jaxprs import aval
 from cqjax.capture.matrix_form import Convolution
 from cqjax.capture.sites import Position, Site
 from cqjax.capture.walk import Use
+from cqjax.linalg import devices
 
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _SAME_AXES = frozenset({"pad", "concatenate"})
@@ -39,6 +40,7 @@ class Node:
       sources: the nodes whose outputs it reads, by number.
       pooled: the part of its output's positions that pooling leaves, before another layer reads
         them.
+      devices: how many have rows of their own of its output, within `jax.shard_map`.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Node:
     bias: tuple[str, ...] = ()
     sources: tuple[int, ...] = ()
     pooled: float = 1.0
+    devices: int = 1
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -199,7 +202,9 @@ class _Following:
                     parameters[use.primitive].append(path)
         z = aval(eqn.outvars[0])
         scale, bias = (tuple(dict.fromkeys(parameters[p])) for p in ("mul", "add"))
-        node = Node(name, position, None, start, (z.shape, z.dtype), loops, scale, bias)
+        number = devices.number(jaxprs.varying(eqn.outvars[0]))
+        output = z.shape, z.dtype
+        node = Node(name, position, None, start, output, loops, scale, bias, devices=number)
         axes = next((trace.axes for trace in result.values()), None)
         return {self._node(node, fed): _Trace(1.0, axes)}
 

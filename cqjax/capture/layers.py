@@ -76,5 +76,5 @@ def make_layers(
 
 
 def _size(node: Node) -> int:
-    """Entries of a node's output, over all trips of the loops around it."""
-    return math.prod(node.output[0]) * math.prod(node.loops)
+    """Entries of a node's output, over all trips of the loops around it, and all devices."""
+    return math.prod(node.output[0]) * math.prod(node.loops) * node.devices

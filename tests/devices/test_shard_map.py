@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -221,3 +222,30 @@ def test_a_batch_size_that_differs_between_devices():
 
     with pytest.raises(ValueError, match="batch_size varies over data.*lax.psum"):
         mapped(update, 2)(params, TX.init(params), *batch)
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.LayerNorm()(nn.Dense(6)(x))))
+
+
+def test_rates_of_normalisations():
+    """By Algorithm 1: the updates are those of one device, for every parameter."""
+    model, x = Normalised(), jax.random.normal(jax.random.key(0), (16, 4))
+    params = model.init(jax.random.key(1), x)
+
+    def updates(reduce, params, x):
+        def loss(params, x):
+            return reduce(jnp.mean(model.apply(params, x) ** 2))
+
+        _, grads, captures = cqjax.value_and_grad(loss)(params, x)
+        rates = cqjax.back_matching_rates(captures, params)
+        return jax.tree.map(jnp.multiply, rates, grads)
+
+    own = functools.partial(updates, lambda loss: loss)
+    mean = functools.partial(updates, lambda loss: lax.pmean(loss, "data"))
+    specs = {"mesh": MESH, "in_specs": (P(), P("data")), "out_specs": P()}
+    expected = own(params, x)
+    for sharded in (own, mean):
+        assert_close(jax.jit(jax.shard_map(sharded, **specs))(params, x), expected, 1e-5)
