@@ -145,20 +145,19 @@ class Contest(Experiment):
         Args:
           console: Where to draw the progress.
           dataset: The data set.
-          contests: By title; they differ in the task, and have entrants of the same names.
+          contests: By title.
           absent: Entrants whose step is timed, and who take no part.
 
         Returns:
-          What `pipeline.measure` and, for each contest, `contest.hold` return, and the data's name.
+          What `pipeline.measure` and `contest.hold` return for each contest, and the data's name.
 
         Raises:
           DataError: If a batch is more than all training images.
         """
         assert self.epochs and self.tuning_epochs and self.seeds and self.measured
-        task, entrants = next(iter(contests.values()))
-        replace(dataset, train=task.parts.train).check_batch_size(self.batch_size)
-        images, labels = task.parts.train
-        per_epoch = len(labels) // self.batch_size
+        train = next(iter(contests.values()))[0].parts.train
+        replace(dataset, train=train).check_batch_size(self.batch_size)
+        per_epoch = len(train.labels) // self.batch_size
         effort = Effort(
             max(1, round(self.epochs * per_epoch)),
             max(1, round(self.tuning_epochs * per_epoch)),
@@ -167,27 +166,44 @@ class Contest(Experiment):
             self.batch_size,
             self.measured,
         )
-        timing = pipeline.measure(
+        timings = {
+            title: self._timing(
+                console, f"{title}: " * (len(contests) > 1), task, [*entrants, *absent]
+            )
+            for title, (task, entrants) in contests.items()
+        }
+        number = sum(effort.runs(entrants) for _, entrants in contests.values())
+        cost = sum(
+            effort.cost(entrants, timings[title]["seconds_per_step"])
+            for title, (_, entrants) in contests.items()
+        )
+        with self.session(dataset) as session, Runs(console, session, number, cost) as runs:
+            held = {
+                title: timings[title]
+                | contest.hold(
+                    runs,
+                    f"{title}: " * (len(contests) > 1),
+                    task,
+                    entrants,
+                    effort,
+                    timings[title]["seconds_per_step"],
+                )
+                for title, (task, entrants) in contests.items()
+            }
+        return {"dataset": dataset.summary(), "contests": held}
+
+    def _timing(
+        self, console: Console, title: str, task: Task, entrants: Sequence[Entrant]
+    ) -> dict[str, Any]:
+        """Time a step of each entrant."""
+        images, labels = task.parts.train
+        per_epoch = len(labels) // self.batch_size
+        return pipeline.measure(
             console,
-            {
-                entrant.name: entrant.method(entrant.rates[0], "")
-                for entrant in [*entrants, *absent]
-            },
+            {entrant.name: entrant.method(entrant.rates[0], "") for entrant in entrants},
             task.start(self.seed),
             (jnp.asarray(images), jnp.asarray(labels)),
             shuffled_batches(self.seed, len(labels), self.batch_size, per_epoch),
             task.augment and task.augment(self.seed),
+            title=title,
         )
-        seconds, times = timing["seconds_per_step"], len(contests)
-        number, cost = effort.runs(entrants), effort.cost(entrants, seconds)
-        with (
-            self.session(dataset) as session,
-            Runs(console, session, times * number, times * cost) as runs,
-        ):
-            held = {
-                title: contest.hold(
-                    runs, f"{title}: " * (times > 1), task, entrants, effort, seconds
-                )
-                for title, (task, entrants) in contests.items()
-            }
-        return {"dataset": dataset.summary(), **timing, "contests": held}

@@ -24,6 +24,8 @@ def measure(
     examples: tuple[jax.Array, jax.Array],
     batches: np.ndarray,
     augment: Augment | None = None,
+    *,
+    title: str = "",
 ) -> dict[str, Any]:
     """Time steps of each method with the data's way, and the first's on one given batch.
 
@@ -34,6 +36,7 @@ def measure(
       examples: All training images and labels.
       batches: Indices of some steps' examples, `(steps, batch_size)`.
       augment: What is done to each batch's images.
+      title: Stands before what is said.
 
     Returns:
       Seconds per step, each the median of interleaved samples, and the pipeline's share of the
@@ -57,8 +60,8 @@ def measure(
     seconds = {name: float(np.median(values)) for name, values in times.items()}
     alone = seconds.pop(ALONE)
     console.print(
-        f"A step of {first}: {1e3 * seconds[first]:.2f} ms; on a batch that is there already: "
-        f"{1e3 * alone:.2f} ms",
+        f"{title}A step of {first}: {1e3 * seconds[first]:.2f} ms; on a batch that is there "
+        f"already: {1e3 * alone:.2f} ms",
         highlight=False,
     )
     return {

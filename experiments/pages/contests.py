@@ -121,6 +121,31 @@ def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def times(contests: Mapping[str, Contest]) -> list[dict[str, str]]:
+    """What a step costs, in milliseconds, and how much of that is to bring it its batch."""
+    rows = []
+    for title, contest in contests.items():
+        pipeline = contest["pipeline"]
+        row = {
+            "": title,
+            **{name: f"{1e3 * s:.2f}" for name, s in contest["seconds_per_step"].items()},
+            f"{pipeline['entrant']} on a batch at hand": f"{1e3 * pipeline['seconds_without']:.2f}",
+            "share of fetching it": f"{pipeline['share']:.1%}",
+        }
+        rows.append(row)
+    return rows
+
+
+def recompressed(data: str) -> str:
+    """What to say of files with the structure of the official ones, and other contents."""
+    if "not the official" not in data:
+        return ""
+    return (
+        "**The files are not the official ones**, but a copy with their structure, such as one of "
+        "images recompressed as JPEG: losses and accuracies on them differ a little. "
+    )
+
+
 def edge(entrant: Mapping[str, Any]) -> bool:
     """Whether the chosen rate is the least or the greatest that was tried."""
     rates = [at["rate"] for at in entrant["tuning"]]

@@ -17,18 +17,14 @@ STEPS_BAR, SECONDS_BAR = 0.35, 0.5  # what this project asks for
 def page(settings: Any, results: dict[str, Any]) -> Page:
     """The source's claims, judged by the results."""
     held, data = results["contests"], results["dataset"]["name"]
-    first, seconds = next(iter(held.values())), results["seconds_per_step"]
-    effort = first["effort"]
-    recompressed = (
-        "**The files are not the official ones**, but a copy with their structure, such as one of "
-        "images recompressed as JPEG: losses and accuracies on them differ a little. "
-    )
+    first = next(iter(held.values()))
+    effort, seconds = first["effort"], first["seconds_per_step"]
     return Page(
         f"{settings.depth} hidden layers on {data}",
         "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
         "Consequentialism Weight Updates over Mini-Batches*, section 5.3, Fig. 5",
         f"Batches of {settings.batch_size}, {effort['steps']:,} steps ({settings.epochs:g} "
-        f"epochs). {recompressed if 'not the official' in data else ''}Each optimizer had "
+        f"epochs). {contests.recompressed(data)}Each optimizer had "
         f"{settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one at each rate of "
         "its grid; the rate with the lowest validation loss then had "
         f"{effort['seeds']} runs. At each seed all optimizers share first weights and batches "
@@ -58,7 +54,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
                 for title, held_ in held.items()
                 for k, v in contests.tables(title, held_).items()
             },
-            "Time per step, in milliseconds": [_times(results)],
+            "Time per step, in milliseconds": contests.times(held),
         },
         {"losses.png": "Medians over the seeds, and their ranges. The grey line is the target."},
     )
@@ -97,7 +93,7 @@ def _bar(title: str, contest: Contest) -> Claim:
 def _source(results: dict[str, Any]) -> list[Claim]:
     """What the source says of this figure."""
     held, data = results["contests"], results["dataset"]["name"]
-    seconds = results["seconds_per_step"]
+    seconds = next(iter(held.values()))["seconds_per_step"]
     below = {title: _below(contest) for title, contest in held.items()}
     rises = {
         title: [_rises(contest, name) for name in (OURS, SGD)] for title, contest in held.items()
@@ -197,15 +193,6 @@ def _seconds_to_sgd(contest: Contest) -> tuple[float, float]:
         min(s[loss <= goal], default=np.inf) for s, loss in zip(seconds, losses, strict=True)
     ]
     return median(reached), median(last(contest, SGD, "seconds_with_compilation"))
-
-
-def _times(results: dict[str, Any]) -> dict[str, str]:
-    pipeline = results["pipeline"]
-    return {
-        **{name: f"{1e3 * s:.2f}" for name, s in results["seconds_per_step"].items()},
-        f"{pipeline['entrant']} on a batch at hand": f"{1e3 * pipeline['seconds_without']:.2f}",
-        "share of fetching it": f"{pipeline['share']:.1%}",
-    }
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
