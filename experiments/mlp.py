@@ -27,12 +27,12 @@ PRESETS: dict[options.Preset, dict[str, Any]] = {
     },
     "cpu": {
         **{"dataset": "cifar10", "measured": 5000, "depth": 8},
-        **{"epochs": 2.0, "tuning_epochs": 0.25, "tries": 4, "seeds": 5},
+        **{"epochs": 2.0, "tuning_epochs": 1.0, "tries": 5, "seeds": 5},
         **{"inputs": ("raw",), "optimizers": ("sgd", "nesterov", "adam", "csgd")},
     },
     "paper": {
         **{"dataset": "cifar10", "measured": 45_000, "depth": 8},
-        **{"epochs": 100.0, "tuning_epochs": 5.0, "tries": 4, "seeds": 3},
+        **{"epochs": 100.0, "tuning_epochs": 5.0, "tries": 5, "seeds": 3},
         **{"inputs": ("raw", "normalised"), "optimizers": EVERYONE},
     },
 }
@@ -60,15 +60,15 @@ class Mlp(Contest):
     """Neurons of a hidden layer; by the preset, or 800, and 1600 for CIFAR-100."""
     depth: int | None = None
     """Number of hidden layers."""
-    sgd_rates: tuple[float, ...] = (0.05, 0.02, 0.1, 0.01)
+    sgd_rates: tuple[float, ...] = (0.05, 0.02, 0.1, 0.01, 0.005)
     """Learning rates to try for SGD."""
-    nesterov_rates: tuple[float, ...] = (0.003, 0.008, 0.001, 0.02)
+    nesterov_rates: tuple[float, ...] = (0.003, 0.008, 0.001, 0.02, 0.0003)
     """Learning rates to try for SGD with Nesterov's momentum."""
-    adam_rates: tuple[float, ...] = (1e-4, 3e-4, 3e-5, 1e-3)
+    adam_rates: tuple[float, ...] = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5)
     """Learning rates to try for Adam."""
-    muon_rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4, 1e-2)
+    muon_rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)
     """Learning rates to try for Muon."""
-    csgd_rates: tuple[float, ...] = (0.05, 0.1, 0.02, 0.2)
+    csgd_rates: tuple[float, ...] = (0.05, 0.1, 0.02, 0.2, 0.01)
     """Learning rates to try for C-SGD."""
     output: Path = Path("results/mlp")
     """Folder for the results."""
