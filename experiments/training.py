@@ -184,6 +184,48 @@ def fetching(
     return run
 
 
+def _chunks(
+    run: Callable[..., tuple[State, jax.Array]],
+    state: State,
+    examples: tuple[jax.Array, jax.Array],
+    batches: np.ndarray,
+    looped: bool,
+) -> Callable[[State, int, int], tuple[State, Any]]:
+    """Compile what takes the steps from one number to before another, with their losses or mean."""
+    if not looped:
+        step = jax.jit(run, donate_argnums=0).lower(state, *examples, batches[0], np.int32(0))
+        step = step.compile()
+
+        def one_by_one(state: State, first: int, last: int) -> tuple[State, Any]:
+            losses = []
+            for number in range(first, last):
+                state, loss = step(state, *examples, batches[number], np.int32(number))
+                losses.append(loss)
+            return state, losses
+
+        return one_by_one
+
+    def loop(
+        state: State,
+        images: jax.Array,
+        labels: jax.Array,
+        batches: jax.Array,
+        first: Any,
+        last: Any,
+    ) -> tuple[State, jax.Array]:
+        def body(number: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+            state, loss = run(carry[0], images, labels, batches[number], number)
+            return state, carry[1] + loss.astype(jnp.float32)
+
+        state, total = jax.lax.fori_loop(first, last, body, (state, jnp.float32(0)))
+        return state, total / (last - first)
+
+    given = (*examples, jnp.asarray(batches))
+    program = jax.jit(loop, donate_argnums=0)
+    program = program.lower(state, *given, np.int32(0), np.int32(1)).compile()
+    return lambda state, *bounds: program(state, *given, *map(np.int32, bounds))
+
+
 def train(
     step: Step,
     state: State,
@@ -195,12 +237,11 @@ def train(
     at_end: Mapping[str, Metric] | None = None,
     history: History | None = None,
     augment: Augment | None = None,
+    looped: bool | None = None,
 ) -> tuple[State, History]:
     """Take one step for each batch.
 
-    The step is compiled ahead, and waited for only at the end of a chunk. (`lax.scan` over the
-    steps is no faster on a CPU for the network of the quick start, and slower by far for
-    convolutions.)
+    All is compiled ahead, and waited for only at the end of a chunk.
 
     Args:
       step: Takes a state and a batch of examples to the next state and the batch's loss.
@@ -214,6 +255,9 @@ def train(
       history: How it went until `state`, if that is where earlier training of the same kind
         stopped, at the end of a chunk; it is gone on with, and the batches until then are skipped.
       augment: What is done to each batch's images, as a part of the compiled step.
+      looped: A chunk is one program, without Python between its steps. If it is not given, it is
+        so but on CPUs, where XLA's loops are no faster for the network of the quick start, and
+        slower by far for convolutions.
 
     Returns:
       The last state, and how the training went.
@@ -223,9 +267,9 @@ def train(
         on_chunk(state, history)
         return state, history
     state = jax.tree.map(jnp.copy, state)
-    run = jax.jit(fetching(step, augment), donate_argnums=0)
+    looped = jax.default_backend() != "cpu" if looped is None else looped
     started = time.perf_counter()
-    compiled = run.lower(state, *examples, batches[0], np.int32(0)).compile()
+    chunk = _chunks(fetching(step, augment), state, examples, batches, looped)
     history.compile_seconds += time.perf_counter() - started
 
     def evaluate(metrics: Mapping[str, Metric]) -> None:
@@ -237,22 +281,17 @@ def train(
     if history.steps == 0:
         evaluate(metrics)
     on_chunk(state, history)
-    chunks, done = np.array_split(batches, min(CHUNKS, len(batches))), 0
-    for number, chunk in enumerate(chunks, start=1):
-        done += len(chunk)
+    lengths = [len(part) for part in np.array_split(batches, min(CHUNKS, len(batches)))]
+    for number, done in enumerate(np.cumsum(lengths).tolist(), start=1):
         if done <= history.steps:
             continue
-        losses = []
         started = time.perf_counter()
-        for index, batch in enumerate(chunk, start=done - len(chunk)):
-            state, loss = compiled(state, *examples, batch, np.int32(index))
-            losses.append(loss)
-        jax.block_until_ready(state)
+        state, losses = jax.block_until_ready(chunk(state, history.steps, done))
         history.train_seconds += time.perf_counter() - started
         history.batch_loss.add(done, history.train_seconds, float(np.mean(losses)))
-        if number % EVALUATE_EVERY == 0 or number == len(chunks):
+        if number % EVALUATE_EVERY == 0 or number == len(lengths):
             evaluate(metrics)
-        if number == len(chunks):
+        if number == len(lengths):
             evaluate(at_end or {})
         on_chunk(state, history)
     return state, history

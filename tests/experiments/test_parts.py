@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.report import write_json
-from experiments.training import Curve, shuffled_batches
+from experiments.training import Curve, State, shuffled_batches, train
 
 
 def test_an_epoch_is_a_permutation_in_batches_and_the_next_another():
@@ -33,3 +34,38 @@ def test_json_is_standard(tmp_path):
     write_json(tmp_path / "x.json", {"a": [float("nan"), {"b": (1.5, Path("c"), True, None)}]})
     content = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
     assert content == {"a": [None, {"b": [1.5, "c", True, None]}]}
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_chunks_of_steps_are_numpys(looped):
+    """160 steps in 75 chunks, of three or two; a step augmented by its number."""
+    values = np.random.default_rng(0).uniform(size=20).astype(np.float32)
+    batches, seen = shuffled_batches(1, 20, 4, 160), []
+
+    def step(state, images, labels):
+        return State(0.9 * state.params + images.mean(), {}, ()), images.sum()
+
+    end, history = train(
+        step,
+        State(jnp.float32(0), {}, ()),
+        (jnp.asarray(values), jnp.zeros(20)),
+        batches,
+        {"value": lambda params, model_state: float(params)},
+        lambda state, history: seen.append(history.steps),
+        augment=lambda number, images: images + number,
+        looped=looped,
+    )
+    params, losses = [0.0], []
+    for number, batch in enumerate(batches):
+        images = np.float64(values[batch]) + number
+        params.append(0.9 * params[-1] + images.mean())
+        losses.append(images.sum())
+    chunks = np.array_split(losses, 75)
+    ends = np.cumsum([len(chunk) for chunk in chunks])
+    assert seen == [0, *ends] and len(set(map(len, chunks))) == 2
+    np.testing.assert_allclose(end.params, params[-1], rtol=1e-5)
+    means = [chunk.mean() for chunk in chunks]
+    np.testing.assert_allclose(history.batch_loss.value, means, rtol=1e-5)
+    curve = history.metrics["value"]
+    assert curve.step == [0, *ends[4::5]]
+    np.testing.assert_allclose(curve.value, np.array(params)[curve.step], rtol=1e-5)
