@@ -87,13 +87,7 @@ class Mlp(Contest):
         if self.inputs is not None and not 0 < len(self.inputs) == len(set(self.inputs)):
             raise ValueError(f"--inputs must have at least one, and none twice, got {self.inputs}")
         tries = self.tries or PRESETS[self.preset]["tries"]
-        for option in (f"{name}_rates" for name in names):
-            options.require(self, options.POSITIVE, option)
-            if len(set(getattr(self, option)[:tries])) < tries:
-                raise ValueError(
-                    f"--{option.replace('_', '-')} must be at least --tries, {tries}, different "
-                    f"rates, got {getattr(self, option)}"
-                )
+        options.require_rates(self, tries, *(f"{name}_rates" for name in names))
 
     def run(self) -> None:
         """Tune, train, draw, and judge the source's claims.

@@ -58,3 +58,19 @@ def require(settings: Any, allowed: Range, *fields: str) -> None:
             if value is not None and not allowed.has(value):
                 option = "--" + field.replace("_", "-")
                 raise ValueError(f"{option} must be {allowed.words}, got {value}")
+
+
+def require_rates(settings: Any, tries: int, *fields: str) -> None:
+    """Refuse learning rates that are not positive, or not as many as there are tuning runs.
+
+    Raises:
+      ValueError: If there are any; the message names the option.
+    """
+    require(settings, POSITIVE, *fields)
+    for field in fields:
+        rates = getattr(settings, field)
+        if len(set(rates[:tries])) < tries:
+            raise ValueError(
+                f"--{field.replace('_', '-')} must be at least --tries, {tries}, different rates, "
+                f"got {rates}"
+            )

@@ -79,6 +79,16 @@ class Dataset:
                 f"{self.name}"
             )
 
+    def pictures(self, side: int) -> "Dataset":
+        """The same with channels, and pixels repeated until a side has at least so many."""
+
+        def enlarge(split: Split) -> Split:
+            images = split.images if split.images.ndim == 4 else split.images[..., None]
+            times = -(-side // min(images.shape[1:3]))
+            return Split(images.repeat(times, axis=1).repeat(times, axis=2), split.labels)
+
+        return replace(self, train=enlarge(self.train), test=enlarge(self.test))
+
     def standardised(self) -> "Dataset":
         """Each channel less its mean, over its standard deviation: both the training images'."""
         channels = self.train.images.reshape(-1, self.train.images.shape[-1]).T

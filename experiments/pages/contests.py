@@ -1,6 +1,7 @@
 """What the pages of all contests have: tables, where our method loses, the figure's panels."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,10 +147,54 @@ def recompressed(data: str) -> str:
     )
 
 
+def protocol(settings: Any, results: Mapping[str, Any]) -> str:
+    """What was done, as in all contests."""
+    held = results["contests"]
+    effort = next(iter(held.values()))["effort"]
+    entrants = [entrant for contest in held.values() for entrant in contest["entrants"].items()]
+    baselines = dict.fromkeys(name for name, entrant in entrants if entrant["role"] == "baseline")
+    best = f"the best of the baselines ({', '.join(baselines)})"
+    return (
+        f"Batches of {settings.batch_size}, {effort['steps']:,} steps ({settings.epochs:g} "
+        f"epochs). {recompressed(results['dataset']['name'])}Each optimizer had "
+        f"{settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one at each rate of "
+        "its grid; the rate with the lowest validation loss then had "
+        f"{effort['seeds']} runs. At each seed all optimizers share first weights and batches "
+        "(medians, and ranges in brackets). The target is the training loss that "
+        f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
+    )
+
+
+def measuring(results: Mapping[str, Any]) -> list[str]:
+    """What all contests take where their sources leave it open."""
+    images = next(iter(results["contests"].values()))["images"]
+    return [
+        "The last tenth of the training images is for validation only; the training loss is that "
+        f"of the first {images['training_loss']:,} of the others. The source took all.",
+        "A step or second counts when the next evaluation, 15 in a run, finds the target reached. "
+        "Seconds are of training, and of compilation where it says so; evaluation is off the "
+        "clock.",
+    ]
+
+
+def all_tables(contests: Mapping[str, Contest]) -> dict[str, list[dict[str, str]]]:
+    """The tables of each contest, and what a step costs in each."""
+    each = {k: v for title, contest in contests.items() for k, v in tables(title, contest).items()}
+    return {**each, "Time per step, in milliseconds": times(contests)}
+
+
 def edge(entrant: Mapping[str, Any]) -> bool:
     """Whether the chosen rate is the least or the greatest that was tried."""
     rates = [at["rate"] for at in entrant["tuning"]]
     return entrant["rate"] in (min(rates), max(rates))
+
+
+def draw_all(path: Path, contests: Mapping[str, Contest]) -> None:
+    """A row of coordinate systems for each contest, by title, into one file."""
+    figure, axes = drawing.panels(len(contests), 3, (4.2, 3.6))
+    for row, (title, contest) in zip(axes.reshape(-1, 3), contests.items(), strict=True):
+        draw(row, contest, title)
+    drawing.save(figure, path)
 
 
 def draw(rows: Sequence[Any], contest: Contest, title: str) -> None:

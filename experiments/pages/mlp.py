@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments import drawing
 from experiments.page import Claim, Page, count, judge, median, spread
 from experiments.pages import contests
 from experiments.pages.contests import Contest, accuracies_then, curves, last, to_target
@@ -18,29 +17,18 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     """The source's claims, judged by the results."""
     held, data = results["contests"], results["dataset"]["name"]
     first = next(iter(held.values()))
-    effort, seconds = first["effort"], first["seconds_per_step"]
+    seconds = first["seconds_per_step"]
     return Page(
         f"{settings.depth} hidden layers on {data}",
         "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
         "Consequentialism Weight Updates over Mini-Batches*, section 5.3, Fig. 5",
-        f"Batches of {settings.batch_size}, {effort['steps']:,} steps ({settings.epochs:g} "
-        f"epochs). {contests.recompressed(data)}Each optimizer had "
-        f"{settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one at each rate of "
-        "its grid; the rate with the lowest validation loss then had "
-        f"{effort['seeds']} runs. At each seed all optimizers share first weights and batches "
-        "(medians, and ranges in brackets). The target is the training loss that the best of the "
-        "baselines (SGD, Nesterov, Adam) has in the end, in the median.",
+        contests.protocol(settings, results),
         [line for title, contest in held.items() for line in contests.behind(title, contest)],
         [*(_bar(title, contest) for title, contest in held.items()), *_source(results)],
         [
             "The source tells no rates of SGD and C-SGD for this figure. Nesterov's momentum is "
             "0.95, as in its section 5.4; Adam and Muon are Optax's, with their defaults.",
-            "The last tenth of the training images is for validation only; the training loss is "
-            f"that of the first {first['images']['training_loss']:,} of the others. The source "
-            "took all.",
-            "A step or second counts when the next evaluation, 15 in a run, finds the target "
-            "reached. Seconds are of training, and of compilation where it says so; evaluation is "
-            "off the clock.",
+            *contests.measuring(results),
             *(
                 f"{name} takes no part: its step takes {seconds[name] / seconds[SGD]:.0f} times "
                 f"as long as SGD's ({1e3 * seconds[name]:.2g} ms) here."
@@ -48,14 +36,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
                 if name not in first["entrants"]
             ),
         ],
-        {
-            **{
-                k: v
-                for title, held_ in held.items()
-                for k, v in contests.tables(title, held_).items()
-            },
-            "Time per step, in milliseconds": contests.times(held),
-        },
+        contests.all_tables(held),
         {"losses.png": "Medians over the seeds, and their ranges. The grey line is the target."},
     )
 
@@ -197,8 +178,5 @@ def _seconds_to_sgd(contest: Contest) -> tuple[float, float]:
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
     """One row of coordinate systems for each kind of inputs, into losses.png."""
-    held = results["contests"]
-    figure, axes = drawing.panels(len(held), 3, (4.2, 3.6))
-    for row, (title, contest) in zip(axes.reshape(-1, 3), held.items(), strict=True):
-        contests.draw(row, contest, f"{title} inputs")
-    drawing.save(figure, settings.output / "losses.png")
+    held = {f"{title} inputs": contest for title, contest in results["contests"].items()}
+    contests.draw_all(settings.output / "losses.png", held)
