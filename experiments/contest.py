@@ -4,56 +4,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.classification import accuracy, mean_loss
+from experiments.classification import Metric, accuracy, mean_loss
 from experiments.comparison import Method, Runs
 from experiments.data import Dataset, Split
 from experiments.page import median
 from experiments.training import Augment, History, Step, shuffled_batches
-
-
-class Entrant(NamedTuple):
-    """An optimizer, and the learning rates that are tried for it."""
-
-    name: str
-    at: Callable[[float], tuple[optax.GradientTransformation, Step]]
-    """Takes a rate to the optimizer and its step."""
-    rates: Sequence[float]
-    role: Literal["ours", "baseline", "other"] = "baseline"
-    """The best of the baselines sets the target."""
-
-    def method(self, rate: float, label: str) -> Method:
-        """It at work at a rate."""
-        return Method(label, *self.at(rate))
-
-
-class Effort(NamedTuple):
-    """How much is done for each entrant."""
-
-    steps: int
-    """Of each run."""
-    tuning_steps: int
-    """Of a tuning run."""
-    seeds: int
-    """Runs at the rate that won."""
-    seed: int
-    """Of the tuning runs; the others have the seeds after it."""
-    batch_size: int
-    measured: int
-    """The training loss is that of the first so many training images."""
-
-    def runs(self, entrants: Sequence[Entrant]) -> int:
-        """How many runs a contest has."""
-        return sum(len(entrant.rates) + self.seeds for entrant in entrants)
-
-    def cost(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> float:
-        """Seconds of all its steps, of seconds of a step of each entrant."""
-        return sum(
-            seconds[name] * (len(rates) * self.tuning_steps + self.seeds * self.steps)
-            for name, _, rates, _ in entrants
-        )
 
 
 class Parts(NamedTuple):
@@ -74,6 +33,62 @@ class Task(NamedTuple):
     """Takes a seed to the first parameters and network state."""
     augment: Callable[[int], Augment] | None = None
     """Takes a seed to what is done to each batch's images."""
+    watched: Mapping[str, Metric] | None = None
+    """What else is evaluated now and then."""
+
+
+class Entrant(NamedTuple):
+    """An optimizer, and the learning rates that are tried for it."""
+
+    name: str
+    at: Callable[[float], tuple[optax.GradientTransformation, Step]]
+    """Takes a rate to the optimizer and its step."""
+    rates: Sequence[float]
+    role: Literal["ours", "baseline", "other", "variant"] = "baseline"
+    """The best of the baselines sets the target; a variant is tuned, and no more."""
+    task: Task | None = None
+    """What it learns, where that is another network or other inputs than the others'; of as many
+    images as theirs."""
+
+    def method(self, rate: float, label: str) -> Method:
+        """It at work at a rate."""
+        return Method(label, *self.at(rate))
+
+    def runs(self, seeds: int) -> int:
+        """How many runs it has at the rate that won."""
+        return 0 if self.role == "variant" else seeds
+
+    def cost(self, seconds: Mapping[str, float]) -> float:
+        """Seconds of its step, of those that were timed: a variant's are the slowest's."""
+        return max(seconds.values()) if self.role == "variant" else seconds[self.name]
+
+
+class Effort(NamedTuple):
+    """How much is done for each entrant."""
+
+    steps: int
+    """Of each run."""
+    tuning_steps: int
+    """Of a tuning run."""
+    seeds: int
+    """Runs at the rate that won."""
+    seed: int
+    """Of the tuning runs; the others have the seeds after it."""
+    batch_size: int
+    measured: int
+    """The training loss is that of the first so many training images."""
+
+    def runs(self, entrants: Sequence[Entrant]) -> int:
+        """How many runs a contest has."""
+        return sum(len(entrant.rates) + entrant.runs(self.seeds) for entrant in entrants)
+
+    def cost(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> float:
+        """Seconds of all its steps, of seconds of a step of each entrant."""
+        return sum(
+            entrant.cost(seconds)
+            * (len(entrant.rates) * self.tuning_steps + entrant.runs(self.seeds) * self.steps)
+            for entrant in entrants
+        )
 
 
 def held_out(dataset: Dataset, fraction: float = 0.1) -> Parts:
@@ -95,8 +110,8 @@ def hold(
 
     A tuning run takes `effort.tuning_steps` at one rate; the rate whose run ends with the lowest
     validation loss wins, and a loss that is not a number loses. At each of the seeds all entrants
-    then start from the same weights and see the same batches. The best baseline's training loss in
-    the end, in the median, is the target.
+    but the variants then start from the same weights and see the same batches. The best baseline's
+    training loss in the end, in the median, is the target.
 
     Args:
       runs: Takes the training runs, and shows how far all of them are.
@@ -107,7 +122,7 @@ def hold(
       seconds: Of a step of each entrant, about: for the time left.
 
     Returns:
-      Every number, by entrant, and the target.
+      Every number, by entrant, and the target; of the variants the tuning runs.
 
     Raises:
       ValueError: If some entrant has more rates than another.
@@ -115,28 +130,24 @@ def hold(
     if len({len(entrant.rates) for entrant in entrants}) > 1:
         counts = {entrant.name: len(entrant.rates) for entrant in entrants}
         raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
-    (images, labels), validation, test = task.parts
-    examples = jnp.asarray(images), jnp.asarray(labels)
-    validating = {"validation_loss": mean_loss(task.model, *validation)}
-    evaluating = {
-        "train_loss": mean_loss(task.model, images[: effort.measured], labels[: effort.measured]),
-        **validating,
-        "test_accuracy": accuracy(task.model, *test),
-    }
+    tasks = {entrant.name: entrant.task or task for entrant in entrants}
+    evaluated = {id(its): _Evaluated.of(its, effort.measured) for its in tasks.values()}
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
         kind = "tuning" if tuning else f"seed {seed}"
         label = f"{title}{entrant.name} {rate:g}, {kind}"
         steps = effort.tuning_steps if tuning else effort.steps
+        its = tasks[entrant.name]
+        examples, validating, evaluating = evaluated[id(its)]
         return runs.train(
             entrant.method(rate, label),
-            task.start(seed),
+            its.start(seed),
             examples,
-            shuffled_batches(seed, len(labels), effort.batch_size, steps),
+            shuffled_batches(seed, len(examples[1]), effort.batch_size, steps),
             {} if tuning else evaluating,
             validating if tuning else None,
-            augment=task.augment and task.augment(seed),
-            cost=seconds[entrant.name],
+            augment=its.augment and its.augment(seed),
+            cost=entrant.cost(seconds),
         )
 
     tuned = {
@@ -145,28 +156,33 @@ def hold(
     }
     rates = {name: winner(tried) for name, tried in tuned.items()}
     seeds = range(effort.seed + 1, effort.seed + 1 + effort.seeds)
-    ran: dict[str, list[History]] = {entrant.name: [] for entrant in entrants}
+    running = [entrant for entrant in entrants if entrant.runs(effort.seeds)]
+    ran: dict[str, list[History]] = {entrant.name: [] for entrant in running}
     for seed in seeds:
-        for entrant in entrants:
+        for entrant in running:
             ran[entrant.name].append(run(entrant, rates[entrant.name], seed, False))
     baselines = [entrant.name for entrant in entrants if entrant.role == "baseline"]
     target = _target({name: ran[name] for name in baselines})
     return {
         "images": dict(zip(Parts._fields, (len(part.labels) for part in task.parts), strict=True))
-        | {"training_loss": min(effort.measured, len(labels))},
+        | {"training_loss": min(effort.measured, len(task.parts.train.labels))},
         "effort": effort._asdict(),
         "target": target,
         "entrants": {
             entrant.name: {
                 "role": entrant.role,
-                "tuning": [_tuning(rate, history) for rate, history in tuned[entrant.name]],
-                "rate": rates[entrant.name],
+                **_tuning(tuned[entrant.name]),
                 "runs": [
                     {"seed": seed, **history.summary(), "to_target": reached(history, target)}
                     for seed, history in zip(seeds, ran[entrant.name], strict=True)
                 ],
             }
+            for entrant in running
+        },
+        "variants": {
+            entrant.name: _tuning(tuned[entrant.name])
             for entrant in entrants
+            if entrant.name not in ran
         },
     }
 
@@ -206,10 +222,39 @@ def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
     return {"entrant": best, "train_loss": losses[best]}
 
 
-def _tuning(rate: float, history: History) -> dict[str, float]:
+def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
+    """What came of the tuning runs."""
     return {
-        "rate": rate,
-        "validation_loss": history.last("validation_loss"),
-        "seconds": history.train_seconds,
-        "compile_seconds": history.compile_seconds,
+        "tuning": [
+            {
+                "rate": rate,
+                "validation_loss": history.last("validation_loss"),
+                "seconds": history.train_seconds,
+                "compile_seconds": history.compile_seconds,
+            }
+            for rate, history in tried
+        ],
+        "rate": winner(tried),
     }
+
+
+class _Evaluated(NamedTuple):
+    """A task's training images and labels, and what is evaluated."""
+
+    examples: tuple[jax.Array, jax.Array]
+    validating: dict[str, Metric]
+    """After a tuning run."""
+    evaluating: dict[str, Metric]
+    """In the other runs, now and then."""
+
+    @classmethod
+    def of(cls, task: Task, measured: int) -> "_Evaluated":
+        (images, labels), validation, test = task.parts
+        validating = {"validation_loss": mean_loss(task.model, *validation)}
+        evaluating = {
+            "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
+            **validating,
+            "test_accuracy": accuracy(task.model, *test),
+            **(task.watched or {}),
+        }
+        return cls((jnp.asarray(images), jnp.asarray(labels)), validating, evaluating)

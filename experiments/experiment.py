@@ -195,15 +195,17 @@ class Contest(Experiment):
     def _timing(
         self, console: Console, title: str, task: Task, entrants: Sequence[Entrant]
     ) -> dict[str, Any]:
-        """Time a step of each entrant."""
+        """Time a step of each entrant but the variants."""
         images, labels = task.parts.train
         per_epoch = len(labels) // self.batch_size
+        timed = [entrant for entrant in entrants if entrant.role != "variant"]
         return pipeline.measure(
             console,
-            {entrant.name: entrant.method(entrant.rates[0], "") for entrant in entrants},
+            {entrant.name: entrant.method(entrant.rates[0], "") for entrant in timed},
             task.start(self.seed),
             (jnp.asarray(images), jnp.asarray(labels)),
             shuffled_batches(self.seed, len(labels), self.batch_size, per_epoch),
             task.augment and task.augment(self.seed),
             title=title,
+            starts={e.name: e.task.start(self.seed) for e in timed if e.task},
         )

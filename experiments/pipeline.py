@@ -26,6 +26,7 @@ def measure(
     augment: Augment | None = None,
     *,
     title: str = "",
+    starts: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> dict[str, Any]:
     """Time steps of each method with the data's way, and the first's on one given batch.
 
@@ -37,6 +38,7 @@ def measure(
       batches: Indices of some steps' examples, `(steps, batch_size)`.
       augment: What is done to each batch's images.
       title: Stands before what is said.
+      starts: Of those methods that start elsewhere.
 
     Returns:
       Seconds per step, each the median of interleaved samples, and the pipeline's share of the
@@ -44,6 +46,7 @@ def measure(
     """
     first, method = next(iter(methods.items()))
     ready = tuple(array[batches[0]] for array in examples)
+    starts = {**dict.fromkeys(methods, start), **(starts or {})}
     turns = itertools.cycle(enumerate(batches.astype(np.int32)))
 
     def fetched() -> tuple[Any, ...]:
@@ -51,10 +54,10 @@ def measure(
         return (*examples, batch, np.int32(number))
 
     calls = {
-        name: _steps(fetching(method.step, augment), method, start, fetched)
+        name: _steps(fetching(method.step, augment), method, starts[name], fetched)
         for name, method in methods.items()
     }
-    calls[ALONE] = _steps(method.step, method, start, lambda: ready)
+    calls[ALONE] = _steps(method.step, method, starts[first], lambda: ready)
     samples = {name: timing.planned(call, EFFORT) for name, call in calls.items()}
     times = timing.interleaved(samples)
     seconds = {name: float(np.median(values)) for name, values in times.items()}

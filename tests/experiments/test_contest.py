@@ -168,6 +168,53 @@ def test_augmentation_is_that_of_the_seed():
     assert all(call.augment == f"changes {call.start[0]['seed']}" for call in calls)
 
 
+def test_an_entrant_may_learn_something_else_and_a_variant_is_only_tuned():
+    def doubled(part):
+        return Split(2 * part.images, part.labels)
+
+    task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}))
+    other = Task(
+        Parts(*map(doubled, PARTS)),
+        MLP(3, 1, 40),
+        lambda seed: ({"other": seed}, {}),
+        lambda seed: f"changes {seed}",
+        {"watched": lambda params, state: 5.0},
+    )
+    entrants = [
+        entrant("A"),
+        entrant("ours", "ours")._replace(task=other),
+        entrant("less", "variant")._replace(task=other),
+    ]
+    tuning = {(name, rate): rate for name in ("A", "ours", "less") for rate in (0.1, 0.2)}
+    runs = Runs(tuning, {name: iter(FINAL[name]) for name in ("A", "ours")})
+    seconds = {"A": 1.0, "ours": 2.0}
+    held = hold(runs, "", task, entrants, EFFORT, seconds)
+    assert [call.at[0] for call in runs.calls] == [
+        *("A", "A", "ours", "ours", "less", "less"),
+        *("A", "ours") * 3,
+    ]
+    for call in runs.calls:
+        mine = call.at[0] == "A"
+        images = PARTS.train.images if mine else 2 * PARTS.train.images
+        np.testing.assert_array_equal(call.examples[0], images)
+        assert list(call.start[0]) == ["seed" if mine else "other"]
+        assert (call.augment is None) == mine and call.cost == (1.0 if mine else 2.0)
+        assert ("watched" in call.metrics) == (not mine and not call.at_end)
+    assert list(held["entrants"]) == ["A", "ours"]
+    (variant,) = held["variants"].items()
+    assert variant[0] == "less" and variant[1]["rate"] == 0.1
+    assert [at["validation_loss"] for at in variant[1]["tuning"]] == [0.1, 0.2]
+    assert len(runs.calls) == EFFORT.runs(entrants)
+    assert sum(call.cost * len(call.batches) for call in runs.calls) == EFFORT.cost(
+        entrants, seconds
+    )
+    params = other.model.init(jax.random.key(0), jnp.zeros((1, 2, 2)))["params"]
+    measured = runs.calls[-1].metrics["train_loss"](params, {})
+    logits = other.model.apply({"params": params}, 2 * PARTS.train.images[:6])
+    expected = -jax.nn.log_softmax(logits)[np.arange(6), PARTS.train.labels[:6]].mean()
+    assert measured == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_who_diverges_loses():
     assert winner([(0.1, tuned(NAN)), (0.2, tuned(5.0)), (0.3, tuned(4.0))]) == 0.3
     assert winner([(0.1, tuned(NAN)), (0.2, tuned(NAN))]) == 0.1

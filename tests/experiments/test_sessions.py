@@ -87,7 +87,7 @@ def numbers(output, *ignored):
     return without([results, [json.loads(line) for line in lines]])
 
 
-def untimed(console, methods, *args, title):
+def untimed(console, methods, *args, **options):
     """No steps are timed: their compilation would be most of a short session."""
     pipeline = {"entrant": "SGD", "seconds_with": 1.0, "seconds_without": 1.0, "share": 0.0}
     return {"seconds_per_step": dict.fromkeys(methods, 1.0), "pipeline": pipeline}
