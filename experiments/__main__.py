@@ -9,6 +9,7 @@ from experiments.benchmarks.bench import Bench
 from experiments.checkpoints import ResumeError
 from experiments.conjugate_gradient import ConjugateGradient
 from experiments.data import DataError
+from experiments.index import Index
 from experiments.lecture import Lecture
 from experiments.lenet import LeNet
 from experiments.loss_surface import LossSurface
@@ -27,6 +28,7 @@ EXPERIMENTS = {
     "lecture": Lecture,
     "conjugate_gradient": ConjugateGradient,
     "bench": Bench,
+    "index": Index,
 }
 
 

@@ -1,0 +1,76 @@
+"""One page about all experiments: what holds of what their sources claim."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+
+from experiments import report
+from experiments.page import Holds
+
+INTRODUCTION = """\
+Each experiment of the source documents has a page, with figures and, in its `results.json`, every
+number. All run by `python -m experiments NAME`; `--help` tells the options. A claim holds if all
+of its parts do, and partly if some do; the pages have the numbers. "Where ours loses" counts the
+comparisons that a method of this library loses, which its page names first."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Write the overview of all experiments' pages."""
+
+    folder: Path = Path("docs/experiments")
+    """Has the experiments' folders, and gets README.md."""
+
+    def run(self) -> None:
+        """Write it."""
+        (self.folder / "README.md").write_text(overview(self.folder))
+        Console().print(f"Written: {self.folder}/README.md", highlight=False, soft_wrap=True)
+
+
+def overview(folder: Path) -> str:
+    """What stands in README.md, in Markdown.
+
+    Args:
+      folder: Has a folder for each experiment, with its README.md and results.json.
+
+    Returns:
+      A table of the experiments, and one of all claims.
+    """
+    experiments, claims = [], []
+    for path in sorted(folder.glob("*/results.json")):
+        content, name = json.loads(path.read_text()), path.parent.name
+        title = (path.parent / "README.md").read_text().splitlines()[0].removeprefix("# ")
+        holds = Counter(claim["holds"] for claim in content["claims"])
+        environment = content["environment"]
+        device = environment["device"]
+        if device.startswith("cpu"):
+            device = f"{environment['cpu_count']} CPU cores"
+        row = {
+            "experiment": f"[{name}]({name}/README.md)",
+            "": title,
+            **{word: f"{holds[word]}" for word in get_args(Holds)},
+            "where ours loses": f"{len(content['behind'])}",
+            "preset": content["settings"]["preset"],
+            "measured on": device,
+        }
+        experiments.append(row)
+        claims += [
+            {
+                "experiment": name,
+                "the source": f"{claim['claim']} ({claim['source']})",
+                "holds": f"**{claim['holds']}**",
+            }
+            for claim in content["claims"]
+        ]
+    parts = [
+        "# Experiments",
+        INTRODUCTION,
+        report.markdown_table(experiments, align="---"),
+        "## All claims",
+        report.markdown_table(claims, align="---"),
+    ]
+    return "\n\n".join(parts) + "\n"

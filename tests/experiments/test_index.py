@@ -1,0 +1,41 @@
+"""The overview of the experiments' pages is that of their results."""
+
+import json
+from pathlib import Path
+
+from experiments.__main__ import main
+from experiments.index import overview
+
+COMMITTED = Path(__file__).parents[2] / "docs" / "experiments"
+
+
+def test_the_committed_overview_is_that_of_the_committed_results():
+    assert (COMMITTED / "README.md").read_text() == overview(COMMITTED)
+
+
+def test_claims_are_counted_and_listed(tmp_path, capsys):
+    holds = {"b": ["yes", "no", "yes"], "a": ["partly"]}
+    for name, verdicts in holds.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"# Title of {name}\n\ntext\n")
+        content = {
+            "claims": [
+                {"claim": f"{name}{number}", "source": "Fig. 1", "measured": "", "holds": verdict}
+                for number, verdict in enumerate(verdicts)
+            ],
+            "behind": ["x"] * len(verdicts),
+            "settings": {"preset": "cpu"},
+            "environment": {"device": {"a": "TPU v5", "b": "cpu: cpu"}[name], "cpu_count": 2},
+        }
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    main(["index", "--folder", str(tmp_path)])
+    assert "README.md" in capsys.readouterr().out
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "| [a](a/README.md) | Title of a | 0 | 1 | 0 | 1 | cpu | TPU v5 |" in lines
+    assert "| [b](b/README.md) | Title of b | 2 | 0 | 1 | 3 | cpu | 2 CPU cores |" in lines
+    assert [line for line in lines if "Fig. 1" in line] == [
+        "| a | a0 (Fig. 1) | **partly** |",
+        "| b | b0 (Fig. 1) | **yes** |",
+        "| b | b1 (Fig. 1) | **no** |",
+        "| b | b2 (Fig. 1) | **yes** |",
+    ]
