@@ -19,11 +19,14 @@ def filled(settings: Settings, presets: Mapping[Preset, Mapping[str, Any]]) -> S
 
 
 def command(name: str, settings: Any) -> str:
-    """The command line that gives an experiment these settings: all that are not the default."""
+    """The command line that gives an experiment these settings: all that are not the default.
+
+    It begins anew, also if these settings resumed an earlier session.
+    """
     words = ["python -m experiments", name]
     for field in fields(settings):
         value, option = getattr(settings, field.name), field.name.replace("_", "-")
-        if value == field.default:
+        if value == field.default or field.name == "resume":
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

@@ -16,6 +16,7 @@ class Some:
     rates: tuple[float, ...] = (0.5,)
     fast: bool = False
     output: Path = Path("results")
+    resume: bool = False
 
 
 PRESETS = {"smoke": {"steps": 3}, "cpu": {"steps": 30}, "paper": {"steps": 300}}
@@ -29,7 +30,7 @@ def test_a_preset_fills_what_is_not_given(preset, steps):
 
 def test_the_command_has_what_is_not_the_default():
     assert options.command("some", Some()) == "python -m experiments some"
-    given = Some("paper", 5, (0.1, 0.2), True, Path("here"))
+    given = Some("paper", 5, (0.1, 0.2), True, Path("here"), resume=True)
     assert options.command("some", given) == (
         "python -m experiments some --preset paper --steps 5 --rates 0.1 0.2 --fast --output here"
     )
