@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 # Paul Tol's muted colours, in an order that stays apart in grey.
 STYLES = (
@@ -32,6 +33,16 @@ def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic vertical axis, with plain numbers at its ticks."""
+    axes.set_yscale("log")
+    axes.yaxis.set(
+        major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)),
+        major_formatter=StrMethodFormatter("{x:g}"),
+        minor_locator=NullLocator(),
+    )
 
 
 def band(axes: Axes, x: Any, median: Any, low: Any, high: Any, label: str, number: int) -> None:
