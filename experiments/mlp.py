@@ -60,15 +60,15 @@ class Mlp(Contest):
     """Neurons of a hidden layer; by the preset, or 800, and 1600 for CIFAR-100."""
     depth: int | None = None
     """Number of hidden layers."""
-    sgd_rates: tuple[float, ...] = (0.05, 0.02, 0.1, 0.01, 0.005)
+    sgd_rates: tuple[float, ...] = (0.005, 0.01, 0.002, 0.02, 0.001)
     """Learning rates to try for SGD."""
-    nesterov_rates: tuple[float, ...] = (0.003, 0.008, 0.001, 0.02, 0.0003)
+    nesterov_rates: tuple[float, ...] = (3e-4, 1e-3, 1e-4, 3e-3, 3e-5)
     """Learning rates to try for SGD with Nesterov's momentum."""
-    adam_rates: tuple[float, ...] = (1e-4, 3e-4, 3e-5, 1e-3, 1e-5)
+    adam_rates: tuple[float, ...] = (1e-5, 3e-5, 3e-6, 1e-4, 1e-6)
     """Learning rates to try for Adam."""
-    muon_rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4, 1e-2, 1e-4)
+    muon_rates: tuple[float, ...] = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2)
     """Learning rates to try for Muon."""
-    csgd_rates: tuple[float, ...] = (0.05, 0.1, 0.02, 0.2, 0.01)
+    csgd_rates: tuple[float, ...] = (0.05, 0.02, 0.1, 0.01, 0.2)
     """Learning rates to try for C-SGD."""
     output: Path = Path("results/mlp")
     """Folder for the results."""
