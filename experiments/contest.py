@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -53,6 +54,10 @@ class Entrant(NamedTuple):
     def method(self, rate: float, label: str) -> Method:
         """It at work at a rate."""
         return Method(label, *self.at(rate))
+
+    def remembering(self) -> "Entrant":
+        """The same with one step for each rate, so that it is compiled once."""
+        return self._replace(at=cache(self.at))
 
     def runs(self, seeds: int) -> int:
         """How many runs it has at the rate that won."""
@@ -130,6 +135,7 @@ def hold(
     if len({len(entrant.rates) for entrant in entrants}) > 1:
         counts = {entrant.name: len(entrant.rates) for entrant in entrants}
         raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
+    entrants = [entrant.remembering() for entrant in entrants]
     tasks = {entrant.name: entrant.task or task for entrant in entrants}
     evaluated = {id(its): _Evaluated.of(its, effort.measured) for its in tasks.values()}
 

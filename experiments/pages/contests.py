@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from experiments import drawing
 from experiments.page import count, median, spread
@@ -38,9 +37,12 @@ def accuracies_then(contest: Contest, name: str) -> list[float]:
 
 
 def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """An entrant's steps; seconds with compilation, and a metric, `(seeds, evaluations)`."""
+    """An entrant's steps; seconds with compilation, and a metric, `(seeds, evaluations)`.
+
+    The metric may be "batch_loss", too: means over the batches since the point before.
+    """
     runs = [run["history"] for run in contest["entrants"][name]["runs"]]
-    curves = [run["metrics"][metric] for run in runs]
+    curves = [(run["metrics"] | {"batch_loss": run["batch_loss"]})[metric] for run in runs]
     seconds = [
         np.array(curve["seconds"]) + run["compile_seconds"]
         for run, curve in zip(runs, curves, strict=True)
@@ -102,7 +104,18 @@ def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
         }
         for name, entrant in entrants.items()
     ]
-    tuning = [
+    steps, tuned = contest["effort"]["steps"], contest["effort"]["tuning_steps"]
+    loss = count(target["train_loss"], ".4f")
+    return {
+        f"{title}: after {steps:,} steps": ends,
+        f"{title}: to the target, {loss}, {target['entrant']}'s training loss in the end": reached,
+        f"{title}: validation loss after {tuned:,} steps, by learning rate": tuning(entrants),
+    }
+
+
+def tuning(entrants: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The validation losses of the tuning runs."""
+    return [
         {
             "optimizer": name,
             **{
@@ -113,13 +126,6 @@ def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
         }
         for name, entrant in entrants.items()
     ]
-    steps, tuned = contest["effort"]["steps"], contest["effort"]["tuning_steps"]
-    loss = count(target["train_loss"], ".4f")
-    return {
-        f"{title}: after {steps:,} steps": ends,
-        f"{title}: to the target, {loss}, {target['entrant']}'s training loss in the end": reached,
-        f"{title}: validation loss after {tuned:,} steps, by learning rate": tuning,
-    }
 
 
 def times(contests: Mapping[str, Contest]) -> list[dict[str, str]]:
@@ -205,18 +211,13 @@ def draw(rows: Sequence[Any], contest: Contest, title: str) -> None:
         steps, seconds, loss = curves(contest, name, "train_loss")
         _, _, right = curves(contest, name, "test_accuracy")
         label = f"{name}, rate {entrants[name]['rate']:g}"
-        middle = _middle(seconds)[0]
-        drawing.band(by_steps, steps, *_middle(loss), label, number)
-        drawing.band(by_seconds, middle, *_middle(loss), label, number)
-        drawing.band(accuracy, steps, *_middle(100 * right), label, number)
+        its_seconds = middle(seconds)[0]
+        drawing.band(by_steps, steps, *middle(loss), label, number)
+        drawing.band(by_seconds, its_seconds, *middle(loss), label, number)
+        drawing.band(accuracy, steps, *middle(100 * right), label, number)
     for axes in (by_steps, by_seconds):
         axes.axhline(contest["target"]["train_loss"], color="0.4", linewidth=0.8)
-        axes.set_yscale("log")
-        axes.yaxis.set(
-            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)),
-            major_formatter=StrMethodFormatter("{x:g}"),
-            minor_locator=NullLocator(),
-        )
+        drawing.logarithmic(axes)
         axes.set_ylabel("training loss (cross-entropy, log scale)")
     by_steps.set(title=title, xlabel="steps", xlim=(0, None))
     by_seconds.set(xlabel="seconds of training, compilation counted", xlim=(0, None))
@@ -230,7 +231,7 @@ def draw(rows: Sequence[Any], contest: Contest, title: str) -> None:
     )
 
 
-def _middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Median, least and greatest over the seeds; what is not a number is infinite."""
     numbers = np.nan_to_num(values, nan=np.inf)
     middle, low, high = np.quantile(numbers, (0.5, 0, 1), axis=0, method="nearest")

@@ -1,0 +1,120 @@
+"""What Figures 6 and 7 of seed 000 are said to show, and what they show."""
+
+from typing import Any
+
+from experiments.contest import reached
+from experiments.page import Page, count, median, spread
+from experiments.pages import contests, resnet20_claims, resnet20_figures
+from experiments.pages.contests import FORMS, MEASURES, NEEDED, Contest, last, to_target
+from experiments.training import History
+
+TIME = "seconds_with_compilation"
+WORDS = MEASURES | {"train_accuracy": "training accuracy"}
+
+
+def page(settings: Any, results: dict[str, Any]) -> Page:
+    """The source's claims, judged by the results."""
+    ((title, contest),) = results["contests"].items()
+    tuned, images = contest["effort"]["tuning_steps"], contest["images"]
+    side = f"means of {settings.shrink} x {settings.shrink} pixels" * (settings.shrink > 1)
+    return Page(
+        f"{title} with and without batch normalisation on {results['dataset']['name']}",
+        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
+        "Consequentialism Weight Updates over Mini-Batches*, section 5.4, Figs. 6, 7",
+        f"{title} of width {settings.width} learns {side or 'the images'}, without augmentation. "
+        "The C- forms have no batch normalisation (BN); the others are there with it and without. "
+        f"Damping is {settings.damping:g}, momentum {settings.momentum:g} for SGD and Nesterov in "
+        f"all forms; inputs are in ±{settings.inputs:g}, and ±{settings.our_inputs:g} for the C- "
+        f"forms, whose last layer's rate is multiplied by {settings.last_layer:g}. "
+        + contests.protocol(settings, results),
+        behind(contest),
+        resnet20_claims.claims(contest),
+        [
+            *resnet20_claims.unchecked(contest),
+            "Momentum accumulates the C-updates, as it does where they take the gradient's place "
+            "in a solver; the variant has it the other way round.",
+            "The source tells neither rates nor first weights. Kernels start from He's normal "
+            "distribution, the same for all forms; there are no biases, and batch normalisation "
+            "has no parameters (the source's has some). Where a block changes the shape, its "
+            "shortcut appends zero channels. Rates are constant.",
+            "The source draws the loss and accuracy of the last batch of each 100. Here the loss "
+            "is the mean over the batches since the last of 75 points, by which the figures go; "
+            f"tables and claims go by the {images['training_loss']:,} images, evaluated with batch "
+            "normalisation's running averages.",
+            f"For validation and testing, the first {images['validation']:,} and "
+            f"{images['test']:,} of the images are taken.",
+            *contests.measuring(results),
+        ],
+        {
+            "C- forms against plain ones": pairs(contest),
+            **contests.all_tables(results["contests"]),
+            f"C-SGD with single settings changed: validation loss after {tuned:,} steps": variants(
+                contest
+            ),
+        },
+        {
+            "steps.png": "By steps, as in Fig. 6: medians over the seeds, and their ranges.",
+            "seconds.png": "The same by seconds, as in Fig. 7; compilation counted.",
+            "variants.png": f"What single settings do to C-SGD in {tuned:,} steps; the grey line "
+            "is the best that SGD-BN has then.",
+        },
+    )
+
+
+def behind(contest: Contest) -> list[str]:
+    """Who does better than each of ours, in the median; ∞ is never."""
+    entrants, lines = contest["entrants"], []
+    others = [name for name, entrant in entrants.items() if entrant["role"] != "ours"]
+
+    def add(ours: str, values: dict[str, list[Any]], words: str, form: str, sign: int) -> None:
+        ahead = [n for n in others if sign * median(values[n]) < sign * median(values[ours])]
+        if ahead:
+            best = ", ".join(f"{name} {spread(values[name], form)}" for name in ahead)
+            lines.append(f"{ours}'s {words} {spread(values[ours], form)}; better: {best}.")
+
+    for ours in (name for name in entrants if name not in others):
+        for metric, words in WORDS.items():
+            values = {name: last(contest, name, metric) for name in entrants}
+            sign = 1 if metric == "train_loss" else -1
+            add(ours, values, f"{words} in the end is", FORMS.get(metric, ".2%"), sign)
+        for key, (words, form) in NEEDED.items():
+            values = {name: to_target(contest, name, key) for name in entrants}
+            add(ours, values, f"{words} to the target are", form, 1)
+    return lines
+
+
+def pairs(contest: Contest) -> list[dict[str, str]]:
+    """When each C- form has the last training loss of its plain forms, without BN and with it."""
+    rows = []
+    for ours in (n for n, entrant in contest["entrants"].items() if entrant["role"] == "ours"):
+        for plain in (ours.removeprefix("C-"), f"{ours.removeprefix('C-')}-BN"):
+            goal = median(last(contest, plain, "train_loss"))
+            there = [
+                reached(History.of(run["history"]), {"train_loss": goal})
+                for run in contest["entrants"][ours]["runs"]
+            ]
+            taken = {key: [at and at[key] for at in there] for key in NEEDED}
+            row = {"C- form": ours, "plain form": plain, "its training loss": count(goal, ".4f")}
+            for key, whole in {"step": "steps", TIME: TIME}.items():
+                words, form = NEEDED[key]
+                row[f"{words}, to that loss"] = spread(taken[key], form)
+                row[f"of the plain form's {whole.split('_')[0]}"] = count(
+                    median(taken[key]) / median(last(contest, plain, whole)), ".2f"
+                )
+            rows.append(row)
+    return rows
+
+
+def variants(contest: Contest) -> list[dict[str, str]]:
+    """The tuning runs of C-SGD as in the source, of its variants, and of SGD with BN."""
+    entrants = contest["entrants"]
+    known = {"C-SGD": entrants["C-SGD"], **contest["variants"], "SGD-BN": entrants["SGD-BN"]}
+    return contests.tuning(known)
+
+
+def draw(settings: Any, results: dict[str, Any]) -> None:
+    """steps.png, seconds.png and variants.png."""
+    ((_, contest),) = results["contests"].items()
+    resnet20_figures.curves(settings.output / "steps.png", contest, "steps")
+    resnet20_figures.curves(settings.output / "seconds.png", contest, "seconds")
+    resnet20_figures.variants(settings.output / "variants.png", contest)

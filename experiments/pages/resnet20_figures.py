@@ -1,0 +1,64 @@
+"""The figures of `resnet20`: curves as in Figures 6 and 7 of seed 000, and what settings do."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from experiments import drawing
+from experiments.page import median
+from experiments.pages import contests
+from experiments.pages.contests import Contest
+
+NUMBERS = {"C-SGD": 0, "C-Nesterov": 3, "C-Adam": 5, "SGD": 1, "Nesterov": 2, "Adam": 4}
+BY = {"steps": "steps", "seconds": "seconds of training, compilation counted"}
+
+
+def curves(path: Path, contest: Contest, by: Literal["steps", "seconds"]) -> None:
+    """Loss and accuracy, beside the C- forms: left the plain ones without BN, right with it."""
+    figure, axes = drawing.panels(2, 2, (5.2, 3.4))
+    for column, (title, suffix) in enumerate({"without BN": "", "with BN": "-BN"}.items()):
+        loss, accuracy = axes[column], axes[2 + column]
+        for name in NUMBERS:
+            name += "" if name.startswith("C-") else suffix
+            if name in contest["entrants"]:
+                _line(loss, contest, name, "batch_loss", by, 1)
+                _line(accuracy, contest, name, "train_accuracy", by, 100)
+        drawing.logarithmic(loss)
+        loss.set(title=f"C- forms, and plain ones {title}", xlim=(0, None))
+        loss.set_ylabel("loss of the batches (log scale)")
+        loss.legend(fontsize="small")
+        accuracy.set(xlabel=BY[by], ylabel="training accuracy, %", xlim=(0, None))
+    for row in (axes[:2], axes[2:]):
+        limits = [limit for each in row for limit in each.get_ylim()]
+        for each in row:
+            each.set_ylim(min(limits), max(limits))
+    drawing.save(figure, path)
+
+
+def _line(axes: Any, contest: Contest, name: str, metric: str, by: str, unit: float) -> None:
+    steps, seconds, values = contests.curves(contest, name, metric)
+    x = steps if by == "steps" else contests.middle(seconds)[0]
+    label = f"{name}, rate {contest['entrants'][name]['rate']:g}"
+    number = NUMBERS[name.removesuffix("-BN")]
+    drawing.band(axes, x, *contests.middle(unit * values), label, number)
+
+
+def variants(path: Path, contest: Contest) -> None:
+    """The validation loss after the tuning steps, by the chosen rate's multiple."""
+    entrants = contest["entrants"]
+    figure, (axes,) = drawing.panels(1, 1, (7.2, 4))
+    known = {"as in the source": entrants["C-SGD"], **contest["variants"]}
+    for number, (name, entrant) in enumerate(known.items()):
+        tried = sorted((at["rate"], median([at["validation_loss"]])) for at in entrant["tuning"])
+        label = name.removeprefix("C-SGD, ")
+        axes.plot(*zip(*tried, strict=True), label=label, **drawing.style(number, markersize=6))
+    best = min(median([at["validation_loss"]]) for at in entrants["SGD-BN"]["tuning"])
+    axes.axhline(best, color="0.4", linewidth=0.8)
+    drawing.logarithmic(axes)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (log scale)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", title="C-SGD")
+    drawing.save(figure, path)
