@@ -1,174 +1,216 @@
-"""SGD against back-matching on LeNet: from the command line to the files, and by hand."""
+"""SGD against back-matching on LeNet, run small: by hand, and the page against its numbers."""
 
+import copy
 import io
-import json
-import re
 from contextlib import redirect_stdout
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from judged_experiment import check_figure, check_page, run, untimed
 
-from experiments import lenet, models
+from experiments import data, models, options
 from experiments.__main__ import main
-from experiments.data import cifar
-from experiments.report import STYLES
+from experiments.lenet import PRESETS, LeNet
+from experiments.pages import lenet as pages
 from experiments.training import shuffled_batches
 
-STEPS, BATCH = 6, 20
-NARROW = f"lenet --channels 2 3 --hidden 8 6 --batch-size {BATCH} --steps {STEPS}".split()
+SMOKE = options.filled(LeNet(preset="smoke"), PRESETS)
+DECAYS = {"no decay": 0.0, "decay 5e-4": 5e-4}
 
 
-@pytest.fixture
-def run(cifar10_folder, tmp_path):
-    """Runs the experiment: its results, its figure, what it printed."""
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The JSON file, the page, the folder."""
+    folder = tmp_path_factory.mktemp("lenet")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        patch.setattr("experiments.pipeline.measure", untimed)
+        jax.config.update("jax_disable_most_optimizations", True)
+        content, page = run("lenet", folder)
+        jax.config.update("jax_disable_most_optimizations", False)
+    return content, page, folder
 
-    def with_options(*options):
-        output = tmp_path / "new" / "folder"
-        with redirect_stdout(io.StringIO()) as printed:
-            main([*NARROW, f"--data-dir={cifar10_folder}", f"--output={output}", *options])
-        results = json.loads((output / "results.json").read_text())
-        return results, matplotlib.image.imread(output / "lenet.png")[..., :3], printed.getvalue()
 
-    return with_options
+@pytest.fixture(scope="module")
+def differentiate():
+    model = models.LeNet()
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, x, y):
+        logits, _ = model.apply({"params": params}, x, train=True, mutable=["batch_stats"])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+
+    return loss
+
+
+@pytest.fixture(scope="module")
+def training():
+    """The digits, each pixel four times, without their mean and deviation; 1,293 to train on."""
+    images, labels = data.load("digits", None, download=False).train
+    images = np.kron(np.float64(images), np.ones((2, 2)))[..., None]
+    images = np.float32((images - images.mean()) / images.std())
+    return images[:1293], labels[:1293]
 
 
 def back_matching_rates(params):
-    """The supplement of seed 004, in its order and letters: rows are outputs there."""
-    w = {name: np.float64(layer["kernel"]) for name, layer in params.items()}
-    square = {name: (kernel**2).sum() for name, kernel in w.items()}
-    outputs = {name: square[name] / kernel.shape[-1] for name, kernel in w.items()}
-    inputs = {name: square[name] / kernel.shape[-2] for name, kernel in w.items()}
-    fc2 = outputs["fc2"] / inputs["fc3"]
-    fc1 = outputs["fc2"] * outputs["fc1"] / (inputs["fc3"] * inputs["fc2"])
-    above = inputs["fc3"] * inputs["fc2"] * inputs["fc1"]
-    cv2 = outputs["fc2"] * outputs["fc1"] * outputs["cv2"] / (25 * above)
-    cv1 = outputs["fc2"] * outputs["fc1"] * outputs["cv2"] * outputs["cv1"] / (
-        25 * above * inputs["cv2"]
-    )  # fmt: skip
-    return {"fc3": 1.0, "fc2": fc2, "fc1": fc1, "cv2": cv2, "cv1": cv1}
+    """The supplement of seed 004 for images of 16 x 16: s is 36 for cv1, and 1 for the others."""
+    square = {name: (np.float64(layer["kernel"]) ** 2).sum() for name, layer in params.items()}
+    m = {"fc3": 1.0}
+    m["fc2"] = m["fc3"] * (square["fc3"] / 84) / (square["fc2"] / 84)
+    m["fc1"] = m["fc2"] * (square["fc2"] / 120) / (square["fc1"] / 120)
+    m["cv2"] = m["fc1"] * (square["fc1"] / 16) / (square["cv2"] / 16)
+    m["cv1"] = m["cv2"] * (square["cv2"] / 6) / 36 / (square["cv1"] / 6)
+    return {name: 1 / (value * (36 if name == "cv1" else 1)) for name, value in m.items()}
 
 
 def sgd_rates(params):
     return dict.fromkeys(params, 1.0)
 
 
-def by_hand(dataset, rate, rates_of, decay, nesterov):
-    """The batches' losses under momentum of 0.9: the decay first, then the layers' rates."""
-    model = models.LeNet((2, 3), (8, 6))
-    images, labels = dataset.train
-    params = model.init(jax.random.key(0), images[:1])["params"]
-
-    @jax.jit
-    @jax.value_and_grad
-    def differentiate(params, x, y):
-        logits, _ = model.apply({"params": params}, x, train=True, mutable=["batch_stats"])
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
-
+@pytest.mark.parametrize("title", DECAYS)
+@pytest.mark.parametrize(
+    ("name", "rates_of"), [("SGD", sgd_rates), ("back-matching", back_matching_rates)]
+)
+def test_a_run_is_what_it_says(ran, training, differentiate, title, name, rates_of):
+    """Momentum of 0.9: the decay first, then the layers' rates; losses without the decay."""
+    images, labels = training
+    entrant = ran[0]["results"]["contests"][title]["entrants"][name]
+    (result,) = entrant["runs"]
+    params = models.LeNet().init(jax.random.key(1), images[:1])["params"]
     velocity, losses = dict.fromkeys(params, 0.0), []
-    for batch in shuffled_batches(0, len(labels), BATCH, STEPS):
+    for batch in shuffled_batches(1, len(labels), 128, 20):
         loss, grads = differentiate(params, images[batch], labels[batch])
         losses.append(loss)
         rates = rates_of(params)
-        for name, layer in list(params.items()):
-            update = rates[name] * (grads[name]["kernel"] + decay * layer["kernel"])
-            velocity[name] = 0.9 * velocity[name] + update
-            step = 0.9 * velocity[name] + update if nesterov else velocity[name]
-            params[name] = {"kernel": layer["kernel"] - rate * step}
-    return losses
+        for layer, at in list(params.items()):
+            update = grads[layer]["kernel"] + DECAYS[title] * at["kernel"]
+            velocity[layer] = 0.9 * velocity[layer] + rates[layer] * update
+            params[layer] = {"kernel": at["kernel"] - entrant["rate"] * velocity[layer]}
+    np.testing.assert_allclose(result["history"]["batch_loss"]["value"], losses, rtol=1e-2)
+    weights = np.sqrt(sum(np.sum(np.float64(at["kernel"]) ** 2) for at in params.values()))
+    assert result["weights"] == pytest.approx(weights, rel=1e-2)
 
 
-@pytest.mark.parametrize(("decay", "nesterov"), [(0.01, False), (0.0, True)])
-def test_both_methods_at_the_papers_rates_are_what_it_says(run, cifar10_folder, decay, nesterov):
-    nesterov_options = ["--nesterov"] if nesterov else []
-    results, _, printed = run("--rates=paper", f"--weight-decay={decay}", *nesterov_options)
-    assert ("weight decay 0.01" if decay else "no weight decay") in printed
-    dataset = cifar.CIFAR10.load(cifar10_folder, download=False).standardised()
-    settings = (("sgd", 0.1, sgd_rates), ("back_matching", 0.02, back_matching_rates))
-    for result, (method, rate, rates_of) in zip(results["results"], settings, strict=True):
-        assert (result["method"], result["learning_rate"]) == (method, rate)
-        losses = by_hand(dataset, rate, rates_of, decay, nesterov)
-        np.testing.assert_allclose(result["history"]["batch_loss"]["value"], losses, rtol=1e-3)
+def test_both_are_tuned_at_the_papers_candidates(ran):
+    assert sorted(SMOKE.sgd_rates) == [0.02, 0.05, 0.1, 0.2, 0.5] and SMOKE.sgd_rates[0] == 0.1
+    ours = SMOKE.back_matching_rates
+    assert sorted(ours) == [0.005, 0.01, 0.02, 0.05, 0.1] and ours[0] == 0.02
+    for contest in ran[0]["results"]["contests"].values():
+        for name, rates in (("SGD", [0.1, 0.05]), ("back-matching", [0.02, 0.01])):
+            entrant = contest["entrants"][name]
+            assert [at["rate"] for at in entrant["tuning"]] == rates
+            best = min(entrant["tuning"], key=lambda at: at["validation_loss"])
+            assert entrant["rate"] == best["rate"]
 
 
-def test_the_candidates_are_the_papers():
-    assert lenet.POOLS == {
-        "sgd": (0.02, 0.05, 0.1, 0.2, 0.5),
-        "back_matching": (0.005, 0.01, 0.02, 0.05, 0.1),
-    }
+def test_the_page_and_the_figure(ran):
+    content, page, folder = ran
+    check_page(content, page, claims=7)
+    assert list(content["results"]["contests"]) == list(DECAYS)
+    assert "not the official" not in page and "the training loss that SGD has in the end" in page
+    for title, contest in content["results"]["contests"].items():
+        for name, entrant in contest["entrants"].items():
+            chosen = f"{name} {entrant['rate']:g} (validation loss "
+            assert chosen in content["claims"][6]["measured"]
+            losing = f"{title}: SGD ends with a training loss of"
+            assert (losing in page) == any(losing in line for line in content["behind"])
+    check_figure(folder / "losses.png", panels=3)
 
 
-def test_all_candidates_are_run_and_the_best_are_named(run, monkeypatch):
-    monkeypatch.setattr(lenet, "POOLS", {"sgd": (0.02, 0.1), "back_matching": (0.02, 0.05)})
-    results, picture, printed = run()
-    assert results["settings"]["rates"] == "all" and results["settings"]["momentum"] == 0.9
-    assert results["dataset"]["name"] == "CIFAR-10 (not the official files)"
-    assert results["dataset"]["images_for_training_loss"] == 200
-    assert results["environment"]["versions"]["jax"] == jax.__version__
-    runs = results["results"]
-    for result in runs:
-        for metric in ("train_loss", "test_accuracy"):
-            curve = result["history"]["metrics"][metric]
-            assert curve["step"][0] == 0 and curve["step"][-1] == result["steps"] == STEPS
-            assert curve["value"][-1] == result[metric]
-            assert curve["value"][0] == runs[0]["history"]["metrics"][metric]["value"][0]
-    assert [(result["method"], result["learning_rate"]) for result in runs] == [
-        ("sgd", 0.02),
-        ("sgd", 0.1),
-        ("back_matching", 0.02),
-        ("back_matching", 0.05),
-    ]
-
-    rows = [line.split() for line in printed.splitlines() if re.match(r" (SGD|back-m).*%", line)]
-    for row, result in zip(rows, runs, strict=True):
-        same = [other for other in runs if other["method"] == result["method"]]
-        chosen = {
-            "the paper": result["learning_rate"] == {"SGD": 0.1, "back-matching": 0.02}[row[0]],
-            "loss": result is min(same, key=lambda other: other["train_loss"]),
-            "accuracy": result is max(same, key=lambda other: other["test_accuracy"]),
-        }
-        assert row[1:5] == [
-            f"{result['learning_rate']:g}",
-            f"{result['seconds']:.1f}",
-            f"{result['train_loss']:.4f}",
-            f"{result['test_accuracy']:.2%}",
-        ]
-        assert " ".join(row[5:]) == ", ".join(name for name in chosen if chosen[name])
-    for half in np.split(picture, [picture.shape[1] // 2], axis=1):
-        for quarter in np.split(half, [picture.shape[0] // 2]):
-            for colour, _ in (STYLES[0], STYLES[2]):
-                assert (np.abs(quarter - to_rgb(colour)).max(axis=-1) < 0.02).sum() > 200
+# By contest and entrant: the training loss in the end; the test accuracy after 5, 10, 15 and 20
+# epochs. The paper's claims hold of them.
+CLAIMED = {
+    "no decay": {
+        "SGD": (0.01, 0.5, 0.6, 0.58, 0.57),
+        "back-matching": (0.02, 0.5, 0.705, 0.7, 0.7),
+    },
+    "decay 5e-4": {
+        "SGD": (0.9, 0.6, 0.6, 0.6, 0.65),
+        "back-matching": (0.7, 0.6, 0.6, 0.7, 0.705),
+    },
+}
 
 
-def test_one_run_that_diverges_is_reported_and_not_the_best(run, monkeypatch):
-    monkeypatch.setattr(lenet, "POOLS", {"sgd": (1e30, 0.1), "back_matching": (0.02,)})
-    results, _, printed = run("--weight-decay=1")
-    assert [r["train_loss"] is None for r in results["results"]] == [True, False, False]
-    rows = [line for line in printed.splitlines() if "%" in line]
-    assert ["nan" in row for row in rows] == ["loss" not in row for row in rows]
+def judged(results, numbers, rates=(0.1, 0.02), heaviest="back-matching"):
+    """The page's verdicts when these are the numbers; an epoch has 10 steps."""
+    results = copy.deepcopy(results)
+    for title, contest in results["contests"].items():
+        for (name, entrant), rate in zip(contest["entrants"].items(), rates, strict=True):
+            loss, *accuracies = numbers[title][name]
+            entrant["rate"] = rate
+            for result in entrant["runs"]:
+                weights = 30.0 if name == heaviest else 20.0
+                result |= {"train_loss": loss, "test_accuracy": accuracies[-1], "weights": weights}
+                curve = {"step": [50, 100, 150, 200], "seconds": [1, 2, 3, 4], "value": accuracies}
+                result["history"]["metrics"]["test_accuracy"] = curve
+    page = pages.page(SMOKE, results)
+    return [claim.holds for claim in page.claims], page
+
+
+@pytest.mark.parametrize(
+    ("claim", "holds", "title", "name", "numbers"),
+    [
+        (0, "partly", "no decay", "SGD", (0.06, 0.5, 0.6, 0.58, 0.57)),
+        (1, "partly", "no decay", "SGD", (0.01, 0.5, 0.55, 0.58, 0.572)),
+        (1, "partly", "no decay", "back-matching", (0.02, 0.5, 0.7, 0.7, 0.6)),
+        (1, "no", "no decay", "SGD", (0.01, 0.5, 0.5, 0.5, 0.6)),
+        (2, "partly", "no decay", "back-matching", (0.02, 0.5, 0.605, 0.6, 0.6)),
+        (2, "no", "no decay", "back-matching", (0.02, 0.5, 0.5, 0.5, 0.5)),
+        (3, "partly", "decay 5e-4", "back-matching", (0.85, 0.7, 0.7, 0.7, 0.7)),
+        (3, "no", "decay 5e-4", "SGD", (0.04, 0.7, 0.7, 0.7, 0.7)),
+        (4, "partly", "decay 5e-4", "SGD", (0.9, 0.6, 0.6, 0.6, 0.56)),
+        (4, "partly", "decay 5e-4", "back-matching", (0.7, 0.6, 0.6, 0.73, 0.71)),
+    ],
+)
+def test_the_verdicts_are_those_of_the_numbers(ran, claim, holds, title, name, numbers):
+    changed = {**CLAIMED, title: {**CLAIMED[title], name: numbers}}
+    assert judged(ran[0]["results"], changed)[0][claim] == holds
+
+
+def test_the_verdict_on_the_weights(ran):
+    assert judged(ran[0]["results"], CLAIMED, heaviest="SGD")[0][5] == "no"
+
+
+@pytest.mark.parametrize(("rates", "holds"), [((0.1, 0.01), "partly"), ((0.05, 0.01), "no")])
+def test_the_verdict_on_the_papers_rates(ran, rates, holds):
+    assert judged(ran[0]["results"], CLAIMED, rates)[0][6] == holds
+
+
+def test_what_the_page_says_of_numbers_like_the_papers(ran):
+    holds, page = judged(ran[0]["results"], CLAIMED)
+    assert holds == ["yes"] * 7
+    assert page.claims[1].measured == (
+        "SGD has at most 60.00%, after 10.0 epochs, and in the end 57.00%; back-matching has at "
+        "most 70.50%, after 10.0 epochs, and in the end 70.00%"
+    )
+    assert "differ by +10.50%, the last by +13.00%" in page.claims[2].measured
+    assert any("no decay: SGD ends with a training loss of 0.0100" in line for line in page.behind)
 
 
 BAD_OPTIONS = {
-    "--steps=0": "--steps must be at least 1, got 0",
     "--channels 6 0": "--channels must be at least 1, got 0",
     "--hidden -3 84": "--hidden must be at least 1, got -3",
-    "--momentum=1": "--momentum must be at least 0 and less than 1, got 1",
-    "--weight-decay=-1e-4": "--weight-decay must be finite and not negative, got -0.0001",
-    "--weight-decay=nan": "--weight-decay must be finite and not negative, got nan",
-    "--rates=best": "best",
-    "--batch-size=201": "--batch-size 201 is more than the 200 training images of CIFAR-10",
-    "--data-dir=/no/such/folder": "data_batch_1 is missing",
+    "--sgd-rates 0.1 -1": "--sgd-rates must be positive and finite, got -1",
+    "--back-matching-rates 0.1": "--back-matching-rates must be at least --tries, 2, different",
+    "--batch-size=1400": "--batch-size 1400 is more than the 1,293 training images of digits",
+    "--dataset=cifar10 --data-dir=/no/such/folder": "data_batch_1 is missing",
 }
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
-def test_bad_options_end_with_a_message_and_status_2(options, cifar10_folder, capsys):
+def test_bad_options_end_with_a_message_and_status_2(options, capsys, tmp_path):
     with pytest.raises(SystemExit) as exit_:
-        main([*NARROW, f"--data-dir={cifar10_folder}", *options.split()])
+        main(["lenet", "--preset=smoke", f"--output={tmp_path}", *options.split()])
     assert exit_.value.code == 2
-    message = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
-    assert BAD_OPTIONS[options] in message
-    assert "Traceback" not in message
+    printed = "".join(c for c in capsys.readouterr().err if c not in "│╭╮╰╯─")
+    assert BAD_OPTIONS[options] in " ".join(printed.split()) and "Traceback" not in printed
+
+
+def test_presets_are_whole():
+    for preset in ("cpu", "paper"):
+        settings = options.filled(LeNet(preset=preset), PRESETS)
+        assert [name for name, value in vars(settings).items() if value is None] == ["data_dir"]
+        assert settings.tries == 5 and settings.seeds >= 3 and settings.batch_size == 128
+    assert settings.epochs == 200 and settings.dataset == "cifar10"

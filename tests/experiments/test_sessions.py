@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from judged_experiment import untimed
 
 from experiments import checkpoints
 from experiments.__main__ import main
@@ -19,8 +20,8 @@ QUICKSTART = (
     f"--steps={STEPS} --checkpoint-seconds=0"
 ).split()
 NARROW = (
-    "lenet --rates=paper --channels 2 3 --hidden 8 6 --batch-size=20 "
-    f"--steps={STEPS} --checkpoint-seconds=0"
+    "lenet --preset=smoke --dataset=cifar10 --channels 2 3 --hidden 8 6 --batch-size=20 --tries=1 "
+    f"--seeds=1 --epochs={STEPS / 9} --tuning-epochs={STEPS / 9} --checkpoint-seconds=0"
 ).split()
 
 CONTEST = (
@@ -87,12 +88,6 @@ def numbers(output, *ignored):
     return without([results, [json.loads(line) for line in lines]])
 
 
-def untimed(console, methods, *args, **options):
-    """No steps are timed: their compilation would be most of a short session."""
-    pipeline = {"entrant": "SGD", "seconds_with": 1.0, "seconds_without": 1.0, "share": 0.0}
-    return {"seconds_per_step": dict.fromkeys(methods, 1.0), "pipeline": pipeline}
-
-
 TIMED = ("seconds", "seconds_with_compilation", "train_seconds", "compile_seconds")
 
 
@@ -117,7 +112,7 @@ def test_stopped_and_resumed_is_run_at_once(
     printed = capsys.readouterr().out
     first, second = {
         "quickstart": ("Adam", "SGD"),
-        "lenet": ("SGD 0.1", "back-matching 0.02"),
+        "lenet": ("no decay: SGD 0.1, tuning", "no decay: back-matching 0.02, tuning"),
         "mlp": ("SGD 0.2, tuning", "SGD 0.3, tuning"),
     }[experiment]
     for line in (f"{first}: resumed after {STOP - 1} steps", f"{first}: finished before"):
