@@ -135,7 +135,6 @@ def hold(
     if len({len(entrant.rates) for entrant in entrants}) > 1:
         counts = {entrant.name: len(entrant.rates) for entrant in entrants}
         raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
-    entrants = [entrant.remembering() for entrant in entrants]
     tasks = {entrant.name: entrant.task or task for entrant in entrants}
     evaluated = {id(its): _Evaluated.of(its, effort.measured) for its in tasks.values()}
 

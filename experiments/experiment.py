@@ -155,6 +155,10 @@ class Contest(Experiment):
           DataError: If a batch is more than all training images.
         """
         assert self.epochs and self.tuning_epochs and self.seeds and self.measured
+        contests = {
+            title: (task, [entrant.remembering() for entrant in entrants])
+            for title, (task, entrants) in contests.items()
+        }
         train = next(iter(contests.values()))[0].parts.train
         replace(dataset, train=train).check_batch_size(self.batch_size)
         per_epoch = len(train.labels) // self.batch_size
