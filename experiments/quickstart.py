@@ -1,9 +1,8 @@
 """SGD, Adam and C-SGD train the paper's fully-connected network (seed 000, section 5.3)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
@@ -15,9 +14,9 @@ from experiments.classification import accuracy, cross_entropy, initialise, mean
 from experiments.comparison import Method, compare
 from experiments.experiment import Experiment
 from experiments.models import MLP
+from experiments.pages import quickstart as pages
 from experiments.training import History, capturing_step, gradient_step, shuffled_batches
 
-LABELS = {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD"}
 DEFAULTS = {  # one epoch; five. The rates are, for each optimizer, the best of those tried
     "Fashion-MNIST": {
         "steps": 1875,
@@ -106,28 +105,16 @@ class Quickstart(Experiment):
         defaults = DEFAULTS[dataset.name].items()
         settings = replace(self, **{k: v for k, v in defaults if getattr(self, k) is None})
         histories = _train_all(settings, dataset, console)
-        target = histories["sgd"].last("train_loss") if "sgd" in histories else None
-        results = {name: _summary(history, target) for name, history in histories.items()}
-        rows = [_table_row(LABELS[name], result) for name, result in results.items()]
-        report.print_table(console, f"{dataset.name}, batches of {self.batch_size}", rows)
+        results = pages.summaries(histories)
+        batches = f"batches of {self.batch_size}"
+        report.print_table(console, f"{dataset.name}, {batches}", pages.rows(results))
         measured = min(MEASURED, len(dataset.train.labels))
-        lines = [
-            report.Line(
-                f"{LABELS[name]}, rate {getattr(settings, f'{name}_learning_rate'):g}",
-                history.metrics["train_loss"],
-                style,
-                history.batch_loss,
-            )
-            for style, (name, history) in enumerate(histories.items())
-        ]
-        note = f"{measured:,} training images;\nfaint: batches, averaged"
-        label = "training loss (cross-entropy, log scale)"
-        report.plot(
-            self.output / "losses.png",
-            f"{dataset.name}: {self.depth} hidden layers of {self.width}, "
-            f"batches of {self.batch_size}",
-            [[report.Panel(lines, label, note), report.Panel(lines, label, "", against="seconds")]],
-        )
+        lines = {
+            f"{pages.LABELS[name]}, rate {getattr(settings, f'{name}_learning_rate'):g}": its
+            for name, its in histories.items()
+        }
+        title = f"{dataset.name}: {self.depth} hidden layers of {self.width}, {batches}"
+        pages.draw(self.output / "losses.png", title, measured, lines)
         settings.write(console, "losses.png", dataset, measured, results)
 
 
@@ -157,29 +144,3 @@ def _train_all(settings: Quickstart, dataset: data.Dataset, console: Console) ->
             {"test_accuracy": accuracy(model, *dataset.test)},
         )
     return dict(zip(settings.optimizers, histories, strict=True))
-
-
-def _summary(history: History, sgd_loss: float | None) -> dict[str, Any]:
-    """The numbers of one optimizer, as they go into the JSON file."""
-    summary = history.summary()
-    if sgd_loss is not None:
-        reached = history.metrics["train_loss"].first_at_most(sgd_loss)
-        summary["reaches_sgd_loss"] = reached and {"step": reached[0], "seconds": reached[1]}
-    return summary
-
-
-def _table_row(label: str, result: Mapping[str, Any]) -> dict[str, str]:
-    row = {
-        "optimizer": label,
-        "steps": f"{result['steps']:,}",
-        "seconds": f"{result['seconds']:.1f}",
-        "with\ncompiling": f"{result['seconds_with_compilation']:.1f}",
-        "training\nloss": f"{result['train_loss']:.4f}",
-        "test\naccuracy": f"{result['test_accuracy']:.2%}",
-    }
-    if "reaches_sgd_loss" in result:
-        reached = result["reaches_sgd_loss"]
-        row["SGD's final loss\nreached after"] = (
-            f"{reached['step']:,} steps, {reached['seconds']:.1f} s" if reached else "not reached"
-        )
-    return row

@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: a table, a figure, and every number as JSON."""
+"""What an experiment leaves behind: tables, and every number as JSON."""
 
 import json
 import math
@@ -8,21 +8,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-from experiments.training import Curve
-
-# Paul Tol's high-contrast colours: told apart by colour-blind readers and in grey.
-STYLES = (("#004488", "o"), ("#DDAA33", "s"), ("#BB5566", "^"))
 
 
 def print_table(console: Console, title: str, rows: Sequence[Mapping[str, str]]) -> None:
@@ -44,62 +36,6 @@ def markdown_table(rows: Sequence[Mapping[str, str]], *, align: str = "---:") ->
     ]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-class Line(NamedTuple):
-    """A curve, drawn in the colour and with the marks of its style."""
-
-    label: str
-    curve: Curve
-    style: int
-    faint: Curve | None = None
-    """Another curve of the same, behind it."""
-
-
-class Panel(NamedTuple):
-    """Lines in one coordinate system."""
-
-    lines: Sequence[Line]
-    ylabel: str
-    note: str
-    """Stands over the legend; without it, there is none."""
-    against: Literal["step", "seconds"] = "step"
-    log: bool = True
-
-
-def plot(path: Path, title: str, rows: Sequence[Sequence[Panel]]) -> None:
-    """Draw curves in rows of panels; the panels of a row share their vertical axis."""
-    figure = Figure(figsize=(11, 0.8 + 4 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(rows[0]), sharey="row", squeeze=False)
-    for axes_row, panels in zip(grid, rows, strict=True):
-        axes_row[0].set_ylabel(panels[0].ylabel)
-        for axes, panel in zip(axes_row, panels, strict=True):
-            _draw(axes, panel)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-
-
-def _draw(axes: Axes, panel: Panel) -> None:
-    for label, curve, style, faint in panel.lines:
-        colour, marker = STYLES[style]
-        line = {"color": colour, "marker": marker, "markersize": 4.5, "label": label}
-        if faint:
-            horizontal = getattr(faint, panel.against)
-            axes.plot(horizontal, faint.value, color=colour, alpha=0.3, linewidth=1)
-        axes.plot(getattr(curve, panel.against), curve.value, **line)
-    seconds = "training time in seconds, without compilation"
-    axes.set(xlim=(0, None), xlabel="steps" if panel.against == "step" else seconds)
-    if panel.log:
-        axes.set_yscale("log")
-        axes.yaxis.set(
-            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)),
-            major_formatter=StrMethodFormatter("{x:g}"),
-            minor_locator=NullLocator(),
-        )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if panel.note:
-        axes.legend(title=panel.note, title_fontsize="small")
 
 
 def environment() -> dict[str, Any]:
