@@ -67,13 +67,15 @@ class VGG(nn.Module):
     """VGG with one fully-connected layer and batch normalisation: seed 004, section 4.
 
     Five stages of 3 x 3 convolutions, each ended by 2 x 2 pooling, take 32 x 32 images to one
-    position of 512 channels.
+    position of 512 channels. Smaller images are at one position earlier, which is not pooled.
     """
 
     depth: Literal[11, 13, 16, 19]
     """The network's name; it counts the two fully-connected layers that are left out here."""
     classes: int = 10
     """Number of outputs."""
+    width: int = 64
+    """Channels of the first stage; the last two have eight times as many."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -85,11 +87,12 @@ class VGG(nn.Module):
             19: (2, 2, 4, 4, 4),
         }[self.depth]
         x = images
-        for stage, channels in enumerate((64, 128, 256, 512, 512)):
+        for stage, times in enumerate((1, 2, 4, 8, 8)):
             for number in range(convolutions[stage]):
-                x = _Conv(channels, (3, 3), name=f"conv{stage + 1}_{number + 1}")(x)
+                x = _Conv(times * self.width, (3, 3), name=f"conv{stage + 1}_{number + 1}")(x)
                 x = nn.relu(_normalise(x, train))
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            if min(x.shape[1:3]) > 1:
+                x = nn.max_pool(x, (2, 2), (2, 2))
         return _Dense(self.classes, name="fc")(x.reshape(len(x), -1))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.benchmarks import timing
 from experiments.comparison import Method
-from experiments.training import Augment, State, fetching
+from experiments.training import Augment, State, Step, compiled, fetching
 
 EFFORT = timing.Effort(repeats=10, budget=3.0, compiles=1)
 ALONE = "alone"
@@ -54,10 +54,12 @@ def measure(
         return (*examples, batch, np.int32(number))
 
     calls = {
-        name: _steps(fetching(method.step, augment), method, starts[name], fetched)
+        name: _steps(
+            fetching(method.step, augment), method, starts[name], fetched, (method.step, augment)
+        )
         for name, method in methods.items()
     }
-    calls[ALONE] = _steps(method.step, method, starts[first], lambda: ready)
+    calls[ALONE] = _steps(method.step, method, starts[first], lambda: ready, (method.step, None))
     samples = {name: timing.planned(call, EFFORT) for name, call in calls.items()}
     times = timing.interleaved(samples)
     seconds = {name: float(np.median(values)) for name, values in times.items()}
@@ -83,11 +85,12 @@ def _steps(
     method: Method,
     start: tuple[Any, Any],
     batch: Callable[[], tuple[Any, ...]],
+    key: tuple[Step, Augment | None],
 ) -> Callable[[], State]:
     """A compiled step that is called over and over; each call takes the next."""
     params, model_state = jax.tree.map(jnp.copy, start)  # the step donates its buffers
     state = State(params, model_state, method.optimizer.init(params))
-    program = jax.jit(step, donate_argnums=0).lower(state, *batch()).compile()
+    program, _ = compiled(key, step, state, *batch())
 
     def call() -> State:
         nonlocal state

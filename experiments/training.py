@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -184,17 +185,40 @@ def fetching(
     return run
 
 
+_programs: WeakKeyDictionary[Step, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def compiled(key: tuple[Step, Augment | None], function: Callable[..., Any], *args: Any) -> Any:
+    """A compiled function that donates its first argument, and the seconds that this took.
+
+    Of the same step, the same changes of images and arguments of the same shapes, it is the program
+    that was compiled first, and its seconds.
+    """
+    step, augment = key
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    known = _programs.setdefault(step, {})
+    if (augment, structure, shapes) not in known:
+        started = time.perf_counter()
+        program = jax.jit(function, donate_argnums=0).lower(*args).compile()
+        known[augment, structure, shapes] = program, time.perf_counter() - started
+    return known[augment, structure, shapes]
+
+
 def _chunks(
-    run: Callable[..., tuple[State, jax.Array]],
+    key: tuple[Step, Augment | None],
     state: State,
     examples: tuple[jax.Array, jax.Array],
     batches: np.ndarray,
     looped: bool,
-) -> Callable[[State, int, int], tuple[State, Any]]:
-    """Compile what takes the steps from one number to before another, with their losses or mean."""
+) -> tuple[Callable[[State, int, int], tuple[State, Any]], float]:
+    """What takes the steps from one number to before another, with their losses or mean.
+
+    And the seconds that it took to compile it.
+    """
+    run = fetching(*key)
     if not looped:
-        step = jax.jit(run, donate_argnums=0).lower(state, *examples, batches[0], np.int32(0))
-        step = step.compile()
+        step, seconds = compiled(key, run, state, *examples, batches[0], np.int32(0))
 
         def one_by_one(state: State, first: int, last: int) -> tuple[State, Any]:
             losses = []
@@ -203,7 +227,7 @@ def _chunks(
                 losses.append(loss)
             return state, losses
 
-        return one_by_one
+        return one_by_one, seconds
 
     def loop(
         state: State,
@@ -221,9 +245,8 @@ def _chunks(
         return state, total / (last - first)
 
     given = (*examples, jnp.asarray(batches))
-    program = jax.jit(loop, donate_argnums=0)
-    program = program.lower(state, *given, np.int32(0), np.int32(1)).compile()
-    return lambda state, *bounds: program(state, *given, *map(np.int32, bounds))
+    program, seconds = compiled(key, loop, state, *given, np.int32(0), np.int32(1))
+    return lambda state, *bounds: program(state, *given, *map(np.int32, bounds)), seconds
 
 
 def train(
@@ -241,7 +264,8 @@ def train(
 ) -> tuple[State, History]:
     """Take one step for each batch.
 
-    All is compiled ahead, and waited for only at the end of a chunk.
+    All is compiled ahead, and waited for only at the end of a chunk. Runs of the same step, with
+    arguments of the same shapes, share one program; its seconds count for each.
 
     Args:
       step: Takes a state and a batch of examples to the next state and the batch's loss.
@@ -268,9 +292,8 @@ def train(
         return state, history
     state = jax.tree.map(jnp.copy, state)
     looped = jax.default_backend() != "cpu" if looped is None else looped
-    started = time.perf_counter()
-    chunk = _chunks(fetching(step, augment), state, examples, batches, looped)
-    history.compile_seconds += time.perf_counter() - started
+    chunk, compile_seconds = _chunks((step, augment), state, examples, batches, looped)
+    history.compile_seconds += compile_seconds
 
     def evaluate(metrics: Mapping[str, Metric]) -> None:
         for name, metric in metrics.items():

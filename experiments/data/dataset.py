@@ -89,6 +89,16 @@ class Dataset:
 
         return replace(self, train=enlarge(self.train), test=enlarge(self.test))
 
+    def shrunk(self, by: int) -> "Dataset":
+        """The same with the means of blocks of `by` x `by` pixels, of images with channels."""
+
+        def shrink(split: Split) -> Split:
+            n, height, width, channels = split.images.shape
+            blocks = split.images.reshape(n, height // by, by, width // by, by, channels)
+            return Split(blocks.mean(axis=(2, 4)), split.labels)
+
+        return replace(self, train=shrink(self.train), test=shrink(self.test))
+
     def standardised(self) -> "Dataset":
         """Each channel less its mean, over its standard deviation: both the training images'."""
         channels = self.train.images.reshape(-1, self.train.images.shape[-1]).T
