@@ -17,6 +17,7 @@ from experiments.mlp import Mlp
 from experiments.output_paths import OutputPaths
 from experiments.quickstart import Quickstart
 from experiments.rates import Rates
+from experiments.resnet20 import Resnet20
 
 EXPERIMENTS = {
     "quickstart": Quickstart,
@@ -25,6 +26,7 @@ EXPERIMENTS = {
     "loss_surface": LossSurface,
     "output_paths": OutputPaths,
     "mlp": Mlp,
+    "resnet20": Resnet20,
     "lecture": Lecture,
     "conjugate_gradient": ConjugateGradient,
     "bench": Bench,
