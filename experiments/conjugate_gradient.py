@@ -67,8 +67,7 @@ class ConjugateGradient:
         settings, console = options.filled(self, PRESETS), Console()
         assert settings.problems
         results: dict[str, Any] = {
-            problem: {"target": PROBLEMS[problem][1], "methods": {}}
-            for problem in settings.problems
+            name: {"target": PROBLEMS[name][1], "methods": {}} for name in settings.problems
         }
         methods = (*BETAS, "steepest descent", *RATES)
         with jax.enable_x64(True):

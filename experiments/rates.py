@@ -22,8 +22,6 @@ NETWORKS = {
     "vgg16": ("VGG-16", VGG(16)),
     "resnet20": ("ResNet-20", ResNet(20)),
 }
-
-
 SGD = (0.05, 0.9)  # rate and momentum of the training before
 
 
@@ -71,7 +69,7 @@ class Rates:
         """
         console, tables = Console(), []
         self.output.mkdir(parents=True, exist_ok=True)
-        examples = _noise(self) if self.steps == 0 else _images(self)
+        examples = _examples(self)
         for name in self.networks:
             title, model = NETWORKS[name]
             chain = not isinstance(model, ResNet)
@@ -80,7 +78,7 @@ class Rates:
                 title += f", after {self.steps:,} steps"
             start = initialise(model, self.seed, examples[0])
             if self.steps:
-                start = _trained(self, title, model, start, examples, console)
+                start = _trained(self, title, model, start, examples)
             rows = _rows(model, chain, start, *(array[: self.batch_size] for array in examples))
             report.print_table(console, title, rows)
             tables.append(f"## {title}\n\n{report.markdown_table(rows)}")
@@ -92,13 +90,12 @@ Examples = tuple[jax.Array, jax.Array]
 """Images and labels."""
 
 
-def _noise(settings: Rates) -> Examples:
-    image_key, label_key = jax.random.split(jax.random.key(settings.seed))
-    images = jax.random.normal(image_key, (settings.batch_size, 32, 32, 3))
-    return images, jax.random.randint(label_key, (settings.batch_size,), 0, 10)
-
-
-def _images(settings: Rates) -> Examples:
+def _examples(settings: Rates) -> Examples:
+    """Noise, or all training images of CIFAR-10."""
+    if settings.steps == 0:
+        image_key, label_key = jax.random.split(jax.random.key(settings.seed))
+        images = jax.random.normal(image_key, (settings.batch_size, 32, 32, 3))
+        return images, jax.random.randint(label_key, (settings.batch_size,), 0, 10)
     dataset = cifar.CIFAR10.load(settings.data_dir, settings.download)
     dataset.check_batch_size(settings.batch_size)
     images, labels = dataset.standardised().train
@@ -106,19 +103,13 @@ def _images(settings: Rates) -> Examples:
 
 
 def _trained(
-    settings: Rates,
-    title: str,
-    model: Any,
-    start: tuple[Any, Any],
-    examples: Examples,
-    console: Console,
+    settings: Rates, title: str, model: Any, start: tuple[Any, Any], examples: Examples
 ) -> tuple[Any, Any]:
     """The network's parameters and state after some steps of SGD."""
     sgd = optax.sgd(*SGD)
     step = gradient_step(cross_entropy(model, train=True), sgd)
-    sizes = len(examples[1]), settings.batch_size, settings.steps
-    batches = shuffled_batches(settings.seed, *sizes)
-    with progress_bars(console) as progress:
+    batches = shuffled_batches(settings.seed, len(examples[1]), settings.batch_size, settings.steps)
+    with progress_bars(Console()) as progress:
         show = bar(progress, title, settings.steps)
         state = State(*start, sgd.init(start[0]))
         state, _ = train(step, state, examples, batches, {}, lambda _, history: show(history))

@@ -1,11 +1,13 @@
 """The import rules of the package, and its public names."""
 
 import ast
+import inspect
 import pathlib
 
 import pytest
 
 import cqjax
+from experiments.__main__ import EXPERIMENTS
 
 ROOT = pathlib.Path(cqjax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -25,6 +27,8 @@ SHARED = tuple(f"cqjax.transforms.{name}" for name in ("incoming", "chain", "sol
 """What several transformations may import."""
 FLAX = ("capture/linen.py", "capture/modules.py", "nnx.py", "training.py")
 """What may import Flax."""
+LONG_PAGES = ("conjugate_gradient", "mlp")
+"""Experiments with many claims."""
 
 
 def imports(path):
@@ -69,6 +73,14 @@ def test_only_public_jax(path):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_are_one_thing(path):
     assert len(path.read_text().splitlines()) <= 350
+
+
+@pytest.mark.parametrize("command", EXPERIMENTS)
+def test_an_experiment_holds_what_is_particular_to_it(command):
+    page = ROOT.parent / "experiments" / "pages" / f"{command}.py"
+    assert len(pathlib.Path(inspect.getfile(EXPERIMENTS[command])).read_text().splitlines()) < 150
+    if page.exists() and command not in LONG_PAGES:
+        assert len(page.read_text().splitlines()) < 150
 
 
 def test_public_names_are_documented():

@@ -25,9 +25,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "C-SGD steers the outputs directly towards the targets, whatever the rate",
             f"the longest path of all, at the rates {', '.join(map(str, ours))}, is {longest:.3f} "
             "times the straight line"
-            + "".join(
-                f"; {_longest(results, batch):.2f} in mini-batches of {batch}" for batch in others
-            ),
+            + "".join(f"; {_longest(results, n):.2f} in mini-batches of {n}" for n in others),
             judge(longest < 1.01, *(_longest(results, batch) < 1.01 for batch in others)),
         ),
         Claim(
