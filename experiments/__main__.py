@@ -18,6 +18,7 @@ from experiments.output_paths import OutputPaths
 from experiments.quickstart import Quickstart
 from experiments.rates import Rates
 from experiments.resnet20 import Resnet20
+from experiments.vgg import Vgg
 
 EXPERIMENTS = {
     "quickstart": Quickstart,
@@ -27,6 +28,7 @@ EXPERIMENTS = {
     "output_paths": OutputPaths,
     "mlp": Mlp,
     "resnet20": Resnet20,
+    "vgg": Vgg,
     "lecture": Lecture,
     "conjugate_gradient": ConjugateGradient,
     "bench": Bench,

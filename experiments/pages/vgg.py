@@ -1,0 +1,118 @@
+"""The page and the figures of `vgg`, with Tables 1 and 2 of seed 004."""
+
+from typing import Any
+
+from experiments import drawing
+from experiments.page import Page, spread
+from experiments.pages import contests, vgg_claims
+from experiments.pages.contests import Contest, curves, last
+from experiments.vgg_entrants import DROP, FIGURE3, OURS, PHASES, SGD
+
+PAPER = {  # test accuracies in percent, by data set, optimizer and depth
+    "CIFAR-100": {
+        "SGD": {11: 71.47, 13: 74.01, 16: 72.86, 19: 71.35},
+        "LARS": {11: 67.26, 13: 70.21, 16: 69.90, 19: 69.52},
+        "LSALR": {11: 70.75, 13: 73.74, 16: 72.56, 19: 70.76},
+        OURS: {11: 73.39, 13: 75.32, 16: 74.46, 19: 72.90},
+    },
+    "CIFAR-10": {
+        "SGD": {11: 92.63, 13: 93.90, 16: 93.72, 19: 93.66},
+        "LARS": {11: 91.81, 13: 93.20, 16: 94.00, 19: 93.48},
+        "LSALR": {11: 92.58, 13: 93.81, 16: 94.00, 19: 93.46},
+        OURS: {11: 92.69, 13: 94.08, 16: 94.22, 19: 93.98},
+    },
+}
+
+
+def page(settings: Any, results: dict[str, Any]) -> Page:
+    """The source's claims, judged by the results."""
+    held, data = results["contests"], results["dataset"]["name"]
+    *tables, (figure3, alike) = held.items()
+    tables = dict(tables)
+    table = "CIFAR-100" if "CIFAR-100" in data else "CIFAR-10"
+    images, features = alike["images"], 8 * settings.width
+    return Page(
+        f"VGG networks on {data}",
+        "H. Zhang, W. Chen and T.-Y. Liu, *Train Feedforward Neural Network with Layer-wise "
+        "Adaptive Rate via Approximating Back-matching Propagation*, section 4, Fig. 3, Tables 1 "
+        "and 2",
+        f"Networks of {settings.width} to {features} channels (the source's: 64 to 512), trained "
+        f"for {settings.epochs:g} epochs (300) of {images['train']:,} images (50,000)"
+        + (f", of {settings.shrink} x {settings.shrink} pixels averaged" * (settings.shrink > 1))
+        + f"; {images['test']:,} images are tested on (10,000). "
+        + ("**This is another setting than the source's**. " * _scaled(settings))
+        + contests.protocol(settings, results)
+        + " A tuning run is the beginning of a run, with its falling rates. "
+        f'"{figure3}" has the same rate, {FIGURE3["rate"]:g}, and weight decay, '
+        f"{FIGURE3['decay']:g}, for SGD and back-matching.",
+        [line for title, contest in held.items() for line in contests.behind(title, contest)],
+        [vgg_claims.table(tables, table, _scaled(settings)), *vgg_claims.figure3(alike)],
+        [
+            "The source does not print the angles of its rotations: here they are uniform within "
+            f"{settings.degrees:g} degrees, with bilinear interpolation. All seeds share the "
+            "sequence of flips and angles, which meets other images.",
+            "Back-matching's rate of a layer is, in these networks, its kernel's squared norm over "
+            "that of the last layer's: in the beginning its channels over the number of classes. "
+            "The source has one common rate for each data set, chosen for 512 channels; here are "
+            f"{features}, and what is tried was multiplied by {512 / features:g}. The rates of the "
+            "others are from the source's pools; SGD's is LeNet's, as there is none for VGG.",
+            f"Weight decay: {settings.weight_decay:g} for SGD, LARS and LSALR, "
+            f"{settings.our_weight_decay:g} for back-matching.",
+            f"LARS is Optax's, with the trust coefficient {settings.trust_coefficient:g}. In the "
+            "source's formula there is none, so that at a rate of 2 each step would be twice as "
+            "long as the weights are, which soon overflow.",
+            f"The rate falls to {DROP:g} of itself after each {1 / PHASES:g} of a run, as after 60 "
+            "of the source's 300 epochs.",
+            *contests.measuring(results),
+        ],
+        {
+            "Test accuracy in percent: here, and in the source": _beside(settings, tables, table),
+            **contests.all_tables(held),
+        },
+        {
+            "losses.png": "Medians over the seeds, and their ranges. The grey line is the target.",
+            "figure3.png": f"{figure3}: medians over the seeds, and their ranges. The rate falls "
+            "at the grey lines.",
+        },
+    )
+
+
+def _scaled(settings: Any) -> bool:
+    """Whether it is not the source's setting."""
+    here = settings.width, settings.shrink, settings.epochs, settings.train_images
+    return here != (64, 1, 300, None)
+
+
+def _beside(settings: Any, tables: dict[str, Contest], table: str) -> list[dict[str, str]]:
+    """Each optimizer's accuracies, in the source's table and here."""
+    rows = []
+    for name, paper in PAPER[table].items():
+        row = {"optimizer": name}
+        for depth, (title, contest) in zip(settings.depths, tables.items(), strict=True):
+            here = [100 * at for at in last(contest, name, "test_accuracy")]
+            row |= {title: spread(here, ".1f"), f"source, {title}": f"{paper[depth]:.2f}"}
+        rows.append(row)
+    return rows
+
+
+def draw(settings: Any, results: dict[str, Any]) -> None:
+    """One row of coordinate systems for each network, and Figure 3."""
+    *tables, (title, alike) = results["contests"].items()
+    contests.draw_all(settings.output / "losses.png", dict(tables))
+    figure, (loss, error) = drawing.panels(1, 2, (5.2, 3.8))
+    for number, name in enumerate((OURS, SGD)):
+        for axes, metric, change in (
+            (loss, "train_loss", lambda values: values),
+            (error, "test_accuracy", lambda values: 100 * (1 - values)),
+        ):
+            steps, _, values = curves(alike, name, metric)
+            drawing.band(axes, steps, *contests.middle(change(values)), name, number)
+    for axes in (loss, error):
+        for phase in range(1, PHASES):
+            axes.axvline(phase * steps[-1] / PHASES, color="0.6", linewidth=0.8)
+        axes.set(xlabel="steps", xlim=(0, None))
+    drawing.logarithmic(loss)
+    loss.set(title=title, ylabel="training loss (cross-entropy, log scale)")
+    error.set(ylabel="test error, %")
+    error.legend(title="grey lines: the rate falls", fontsize="small", title_fontsize="small")
+    drawing.save(figure, settings.output / "figure3.png")
