@@ -79,7 +79,7 @@ def behind(contest: Contest) -> list[str]:
             add(ours, values, f"{words} in the end is", FORMS.get(metric, ".2%"), sign)
         for key, (words, form) in NEEDED.items():
             values = {name: to_target(contest, name, key) for name in entrants}
-            add(ours, values, f"{words} to the target are", form, 1)
+            add(ours, values, f"way to the target, in {words}, is", form, 1)
     return lines
 
 

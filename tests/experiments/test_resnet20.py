@@ -211,7 +211,7 @@ def test_variants_are_tuned_only(held, ran):
 
 def test_the_page_and_its_figures(ran, held):
     content, page, folder, lines = ran
-    check_page(content, page, claims=6)
+    check_page(content, page, claims=7)
     for figure, panels in {"steps.png": 2, "seconds.png": 2, "variants.png": 1}.items():
         check_figure(folder / figure, panels)
         assert f"({figure})" in page
@@ -269,7 +269,7 @@ def results(steps=30, **losses):
         last = losses.get(name, 1.0)
         values = [4.0, 1.9, 1.6, last]
         everyone[f"C-{name}"] = entrant("ours", values, [0.1, 0.4, 0.5, 0.58], 30.0, 3.0)
-    return {"effort": {"steps": steps}, "entrants": everyone}
+    return {"effort": {"steps": steps, "tuning_steps": 7}, "entrants": everyone, "variants": {}}
 
 
 def claim(contest, words):
@@ -321,6 +321,21 @@ def test_long_runs_are_asked_for_perfection():
     assert found.holds == "partly" and "C-SGD after 20 steps; C-Nesterov never" in found.measured
     (short,) = resnet20_claims.unchecked(results())
     assert "30 steps" in short and len(resnet20_claims.claims(results())) == 8
+
+
+@pytest.mark.parametrize(
+    ("losses", "holds", "less"), [((1.5, 1.5), "yes", "none"), ((1.5, 1.4), "no", "slow 1.4000")]
+)
+def test_which_settings_are_better(losses, holds, less):
+    held = results()
+    tuning = {"C-SGD": (1.5, 9.0), "SGD-BN": (1.1, 1.0), "C-SGD, fast": (None, losses[0])}
+    tuning["C-SGD, slow"] = (losses[1], 2.0)
+    for name, found in tuning.items():
+        group = held["entrants"] if name in NINE else held["variants"]
+        group.setdefault(name, {})["tuning"] = [{"validation_loss": loss} for loss in found]
+    settings = claim(held, "settings are right")
+    assert settings.holds == holds and "after 7 steps" in settings.claim
+    assert settings.measured == f"C-SGD 1.5000, SGD-BN 1.0000; less than C-SGD's: {less}"
 
 
 def test_who_is_behind():
