@@ -31,7 +31,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             *contests.measuring(results),
             *(
                 f"{name} takes no part: its step takes {seconds[name] / seconds[SGD]:.0f} times "
-                f"as long as SGD's ({1e3 * seconds[name]:.2g} ms) here."
+                f"as long as SGD's ({1e3 * seconds[name]:,.0f} ms) here."
                 for name in seconds
                 if name not in first["entrants"]
             ),
