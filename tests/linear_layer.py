@@ -23,6 +23,17 @@ def problem(n, d, o, *, bias=False, seed=0):
     return jax.tree.map(jnp.asarray, (params, x, y))
 
 
+def first_step(tx, loss, params, *args, **kwargs):
+    """(gradients, captures, updates, state), by one program."""
+
+    @jax.jit
+    def run(params, *args):
+        _, grads, captures = cqjax.value_and_grad(loss, **kwargs)(params, *args)
+        return grads, captures, *tx.update(grads, tx.init(params), params, captures=captures)
+
+    return run(params, *args)
+
+
 def direction(params, x, y, damping, solver="auto", change=None, **kwargs):
     """U of one layer, and the state; `change` is what happens to the gradient before."""
     tx = cqjax.scale_by_consequentialism(damping, **kwargs)

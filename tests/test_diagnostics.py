@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from linear_layer import problem, squared_error
+from linear_layer import first_step, problem, squared_error
 
 import cqjax
 from cqjax.diagnostics import report
@@ -14,13 +14,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 MU, DAMPING = 0.4, 0.3
 SHAPES = [(4, 7, 2), (9, 3, 2), (5, 5, 1)]
+quick_report = jax.jit(report)
 
 
 def step(args, damping=DAMPING, change=lambda u: u, loss=squared_error, **kwargs):
     """(captures, updates, state) of C-SGD, whose updates were changed."""
-    _, grads, captures = cqjax.value_and_grad(loss, **kwargs)(*args)
-    tx = cqjax.csgd(MU, damping)
-    updates, state = tx.update(grads, tx.init(args[0]), captures=captures)
+    _, captures, updates, state = first_step(cqjax.csgd(MU, damping), loss, *args, **kwargs)
     return captures, jax.tree.map(change, updates), state
 
 
@@ -70,7 +69,7 @@ CHANGES = {
 def test_numbers(shape, solver, change):
     args = problem(*shape, bias=True)
     captures, updates, _ = step(args, change=CHANGES[change], solver=solver)
-    (layer,) = report(captures, updates, MU, damping=DAMPING).layers.values()
+    (layer,) = quick_report(captures, updates, MU, damping=DAMPING).layers.values()
     for name, want in references(args, updates, solver).items():
         if (name, solver) == ("residual", "primal"):
             want = np.nan
@@ -83,7 +82,7 @@ def test_rows_that_depend_on_one_another(solver):
     params, x, y = problem(6, 4, 2, bias=True)
     args = params, jnp.concatenate([x[:2], x[:2], x[:2] / 2 + x[1::-1] / 2]), y
     captures, updates, _ = step(args, solver=solver)
-    (layer,) = report(captures, updates, MU, damping=DAMPING).layers.values()
+    (layer,) = quick_report(captures, updates, MU, damping=DAMPING).layers.values()
     want = references(args, updates, solver)
     assert want["rank"] == 2 and want["residual"] > 1.5 * want["reachable_residual"]
     for name in ("rank", "effective_rank", "restricted_condition", "reachable_residual"):
@@ -95,12 +94,12 @@ def test_csgd_reaches_all_that_can_be_reached(solver, shape):
     """Without damping. And what does not move is as far off as it was meant to move."""
     args = problem(*shape, bias=True)
     captures, updates, _ = step(args, damping=0.0, solver=solver)
-    (layer,) = report(captures, updates, MU).layers.values()
+    (layer,) = quick_report(captures, updates, MU).layers.values()
     np.testing.assert_allclose(layer.reachable_residual, [0], atol=1e-9)
     if solver == "dual":
         np.testing.assert_allclose(layer.residual, [0], atol=1e-9)
     still = jax.tree.map(jnp.zeros_like, updates)
-    (layer,) = report(captures, still, MU).layers.values()
+    (layer,) = quick_report(captures, still, MU).layers.values()
     np.testing.assert_allclose(layer.reachable_residual, [1], rtol=1e-12)
     if solver == "dual":
         np.testing.assert_allclose(layer.residual, [1], rtol=1e-12)
@@ -109,7 +108,7 @@ def test_csgd_reaches_all_that_can_be_reached(solver, shape):
 def test_relative_damping():
     params, x, y = problem(9, 3, 2, bias=True)
     captures, updates, _ = step((params, x, y))
-    (layer,) = report(captures, damping=0.1, relative_damping=0.5).layers.values()
+    (layer,) = quick_report(captures, damping=0.1, relative_damping=0.5).layers.values()
     damping = 0.1 + 0.5 * np.sum(rows_of(x) ** 2) / 4
     want = references((params, x, y), updates, "primal", damping)
     np.testing.assert_allclose(layer.condition, [want["condition"]], rtol=1e-6)
@@ -143,7 +142,7 @@ def test_stacks_convolutions_and_lookups():
     found = {}
     for solver in ("dual", "primal"):
         captures, updates, _ = step(args, change=CHANGES["anything"], loss=loss, solver=solver)
-        found[solver] = report(captures, updates, MU, damping=DAMPING).layers
+        found[solver] = quick_report(captures, updates, MU, damping=DAMPING).layers
     for label, layer in found["dual"].items():
         other = found["primal"][label]
         for name in ("rank", "effective_rank", "effective_dimension", "reachable_residual"):
@@ -170,7 +169,7 @@ def test_what_is_not_known():
     """Of diagonal blocks, and of a gradient that is not XᵀZ̄ alone."""
     args = problem(20, 6, 2)
     captures, updates, _ = step(args, solver="primal", max_dim=4, block_size=3)
-    (layer,) = report(captures, updates, MU).layers.values()
+    (layer,) = quick_report(captures, updates, MU).layers.values()
     assert layer.rank.tolist() == [3, 3]
     assert np.isnan(layer.residual).all() and np.isnan(layer.reachable_residual).all()
 
@@ -179,7 +178,7 @@ def test_what_is_not_known():
 
     for solver in ("dual", "primal"):
         captures, updates, _ = step(args, loss=decayed, solver=solver)
-        (layer,) = report(captures, updates, MU).layers.values()
+        (layer,) = quick_report(captures, updates, MU).layers.values()
         assert np.isnan(layer.reachable_residual).all() == (solver == "primal")
 
 
@@ -188,7 +187,7 @@ def test_nothing_in_nothing_out():
     params, x, y = problem(4, 3, 2)
     for solver in ("dual", "primal"):
         captures, updates, _ = step((params, 0 * x, y), solver=solver)
-        (layer,) = report(captures, updates, MU, damping=DAMPING).layers.values()
+        (layer,) = quick_report(captures, updates, MU, damping=DAMPING).layers.values()
         assert (layer.rank, layer.effective_rank, layer.effective_dimension) == (0, 0, 0)
         assert layer.condition == 1 and layer.reachable_residual == 0
         if solver == "dual":
@@ -239,7 +238,7 @@ def test_counts_of_a_partition():
     tx = optax.partition({"plain": optax.sgd(MU), "solved": cqjax.csgd(MU)}, labels)
     _, grads, captures = cqjax.value_and_grad(two_layers)(params, x, y.at[0, 0].set(jnp.inf))
     updates, state = tx.update(grads, tx.init(params), params, captures=captures)
-    found = report(captures, updates, MU, opt_state=state)
+    found = quick_report(captures, updates, MU, opt_state=state)
     assert (found.layers["a"].fallbacks, found.layers["b"].fallbacks) == (0, 1)
 
 

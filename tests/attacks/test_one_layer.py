@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_layer import expected, problem, squared_error
+from linear_layer import expected, first_step, problem, squared_error
 
 import cqjax
 from cqjax.linalg.ridge import REPAIR_DAMPING
@@ -148,8 +148,7 @@ def test_a_batch_of_one():
     params, x, y = problem(1, 5, 2, bias=True)
     for solver, damping in (("dual", 0.0), ("dual", 1e-2), ("primal", 1e-2)):
         tx = cqjax.scale_by_consequentialism(damping)
-        _, grads, captures = cqjax.value_and_grad(squared_error, solver=solver)(params, x, y)
-        updates, state = tx.update(grads, tx.init(params), captures=captures)
+        _, _, updates, state = first_step(tx, squared_error, params, x, y, solver=solver)
         rows = np.append(np.asarray(x, np.float64)[0], 1.0)
         error = rows @ joined(params) - np.asarray(y)[0]
         assert_close(joined(updates), np.outer(rows, error) / (rows @ rows + damping))
@@ -167,8 +166,7 @@ def test_a_layer_never_reached(solver):
 
     x = problem(7, 3, 2)[1]
     tx = cqjax.scale_by_consequentialism(1e-2)
-    _, grads, captures = jax.jit(cqjax.value_and_grad(loss, solver=solver))(params, x)
-    updates, state = tx.update(grads, tx.init(params), captures=captures)
+    _, _, updates, state = first_step(tx, loss, params, x, solver=solver)
     assert not updates["branch"].any() and not updates["unused"].any()
     assert np.isfinite(updates["used"]).all() and updates["used"].any()
     assert state.fallbacks.tolist() == [0, 0, 0]
@@ -185,8 +183,7 @@ def test_a_dead_layer(solver):
         return squared_error(params["top"], jax.nn.relu(x @ params["w"] + params["b"]), y)
 
     tx = cqjax.scale_by_consequentialism(1e-2)
-    _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x, y)
-    updates, state = tx.update(grads, tx.init(params), captures=captures)
+    _, _, updates, state = first_step(tx, loss, params, x, y, solver=solver)
     assert not updates["w"].any() and not updates["b"].any() and not updates["top"]["w"].any()
     want = 8 * np.mean(exactly(params["top"]["b"] - y), 0) / (8 + 1e-2)
     assert_close(updates["top"]["b"], want)
@@ -199,9 +196,8 @@ def test_float16_cannot_hold_the_update(solver):
     params, x, y = problem(3, 5, 2)
     y = y.at[:, 0].set(60.0)
     args = jax.tree.map(lambda a: a.astype(jnp.float16), (params, x * 2e-4, y))
-    _, grads, captures = cqjax.value_and_grad(squared_error, solver=solver)(*args)
     tx = cqjax.scale_by_consequentialism(1e-9)
-    updates, state = tx.update(grads, tx.init(params), captures=captures)
+    _, _, updates, state = first_step(tx, squared_error, *args, solver=solver)
     want = expected(*exactly(args), 1e-9)["w"]
     lost = np.abs(want) > 65504
     assert lost.any() and not lost.all() and updates["w"].dtype == jnp.float16

@@ -7,6 +7,11 @@ import pytest
 
 from cqjax.linalg import gram, ridge, triangular
 
+inverses = jax.jit(ridge.inverses)
+inverted = jax.jit(triangular.inverse)
+inverse_factor = jax.jit(triangular.inverse_factor)
+inverse_lower = jax.jit(triangular.inverse_lower)
+
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_gram(dtype):
@@ -43,7 +48,7 @@ def assert_close(got, want, rtol=1e-4):
 def test_systems_of_all_shapes_are_inverted_in_place():
     shapes = [(4, 1), (3, 2), (4, 3), (1, 1)]
     systems = [system(i, size, batch) for i, (size, batch) in enumerate(shapes)]
-    for s, inverse in zip(systems, ridge.inverses(systems), strict=True):
+    for s, inverse in zip(systems, inverses(systems), strict=True):
         assert_close(inverse.value, exact(s, s.damping))
         np.testing.assert_array_equal(inverse.damping, s.damping)
         assert not inverse.repaired.any() and not inverse.failed.any()
@@ -65,7 +70,7 @@ def test_what_fails_is_repaired_alone():
         jnp.concatenate([good.damping, singular.damping]),
         rank=4,
     )
-    first, second, third = ridge.inverses([good, singular, both])
+    first, second, third = inverses([good, singular, both])
     assert_close(first.value, exact(good, good.damping))
     trace = np.trace(np.asarray(singular.matrix), axis1=1, axis2=2)
     raised = np.asarray(singular.damping) + ridge.REPAIR_DAMPING * trace / 4
@@ -78,7 +83,7 @@ def test_what_fails_is_repaired_alone():
 
 def test_what_is_of_no_use_is_repaired():
     s = system(0, 4)._replace(solvable=jnp.asarray(False), gain=3.0)
-    (inverse,) = ridge.inverses([s])
+    (inverse,) = inverses([s])
     assert inverse.repaired and not inverse.failed
     assert_close(inverse.value, 3 * exact(s, inverse.damping))
     assert inverse.damping > s.damping
@@ -88,8 +93,8 @@ def test_what_is_of_no_use_is_repaired():
 def test_what_is_singular_is_repaired_whether_or_not_it_was_factorised(size, rank):
     """Rounding makes the smallest pivots positive as often as not."""
     s = system(size, size, batch=50, rank=rank, damping=0.0)._replace(rank=rank)
-    factorised = jnp.isfinite(triangular.inverse(s.matrix)).all((1, 2))
-    (inverse,) = ridge.inverses([s])
+    factorised = jnp.isfinite(inverted(s.matrix)).all((1, 2))
+    (inverse,) = inverses([s])
     assert size == 40 or factorised.any()
     assert inverse.repaired.all() and not inverse.failed.any()
     assert_close(inverse.value, exact(s, inverse.damping), 1e-3)
@@ -98,7 +103,7 @@ def test_what_is_singular_is_repaired_whether_or_not_it_was_factorised(size, ran
 def test_features_of_different_scales_are_no_failure():
     """Only what depends on the others is: Cholesky's factorisation does not mind scales."""
     s, scales = system(0, 4, damping=0.0), 10.0 ** np.array([-9, -3, 3, 9])
-    (inverse,) = ridge.inverses([s._replace(matrix=s.matrix * scales * scales[:, None])])
+    (inverse,) = inverses([s._replace(matrix=s.matrix * scales * scales[:, None])])
     assert not inverse.repaired
     assert_close(np.asarray(inverse.value, np.float64) * scales * scales[:, None], exact(s, [0.0]))
 
@@ -108,7 +113,7 @@ def test_a_trace_may_overflow():
     s = system(0, 4, rank=2, damping=0.0)
     s = s._replace(matrix=s.matrix / s.matrix.max() * 3e38, rank=2)
     assert np.isinf(np.asarray(jnp.trace(s.matrix[0])))
-    (inverse,) = ridge.inverses([s])
+    (inverse,) = inverses([s])
     assert inverse.repaired and not inverse.failed and np.isfinite(inverse.damping)
 
 
@@ -117,14 +122,14 @@ def test_a_trace_may_overflow():
 def test_a_hopeless_system_gives_the_identity_or_its_limit(size, bad, limit):
     hopeless = system(0, size)._replace(gain=7.0)
     hopeless = hopeless._replace(matrix=hopeless.matrix.at[0, 0, 0].set(bad))
-    (inverse,) = jax.jit(ridge.inverses)([hopeless])
+    (inverse,) = inverses([hopeless])
     np.testing.assert_array_equal(inverse.value[0], limit * np.eye(size))
     assert inverse.failed and inverse.repaired
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_right_hand_side_that_is_not_finite_is_noticed(bad):
-    (inverse,) = ridge.inverses([system(0, 3, batch=2)])
+    (inverse,) = inverses([system(0, 3, batch=2)])
     right = jnp.ones((2, 3, 2)).at[1, 2, 0].set(bad)
     solution = ridge.solve(inverse.value, right)
     found = ridge.all_finite([solution[:, 0], jnp.zeros((1, 5)), solution[1:, 2]])
@@ -139,7 +144,7 @@ def test_a_right_hand_side_that_is_not_finite_is_noticed(bad):
 def test_inverse(size):
     x = np.random.default_rng(size).normal(size=(2, size, 2 * size))
     matrix = x @ x.transpose(0, 2, 1)
-    got = triangular.inverse(jnp.asarray(np.tril(matrix), jnp.float32))
+    got = inverted(jnp.asarray(np.tril(matrix), jnp.float32))
     assert_close(got, np.linalg.inv(matrix))
 
 
@@ -149,7 +154,7 @@ def test_inverse_factor(size):
     x = np.random.default_rng(size).normal(size=(2, size, 2 * size))
     matrix = x @ x.transpose(0, 2, 1)
     upper = np.triu(np.full((size, size), np.nan), 1)
-    inverse = triangular.inverse_factor(jnp.asarray(np.where(np.isnan(upper), upper, matrix)))
+    inverse = inverse_factor(jnp.asarray(np.where(np.isnan(upper), upper, matrix)))
     want = np.linalg.inv(np.linalg.cholesky(matrix))
     np.testing.assert_allclose(inverse, want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
     assert not np.triu(inverse, 1).any()
@@ -158,12 +163,12 @@ def test_inverse_factor(size):
 def test_inverse_factor_of_no_positive_matrix():
     matrix = np.eye(300)
     matrix[200, 200] = -1
-    assert not np.isfinite(triangular.inverse_factor(jnp.asarray(matrix[None]))).all()
+    assert not np.isfinite(inverse_factor(jnp.asarray(matrix[None]))).all()
 
 
 def test_gain():
     s = system(0, 4)._replace(gain=3.0)
-    (inverse,) = ridge.inverses([s])
+    (inverse,) = inverses([s])
     assert_close(inverse.value, 3 * exact(s, s.damping))
 
 
@@ -171,7 +176,7 @@ def test_gain():
 def test_triangular_inverse(size):
     rng = np.random.default_rng(size)
     factor = np.tril(rng.normal(size=(3, size, size))) + 3 * np.eye(size)
-    inverse = triangular.inverse_lower(jnp.asarray(factor, jnp.float32))
+    inverse = inverse_lower(jnp.asarray(factor, jnp.float32))
     np.testing.assert_allclose(inverse, np.linalg.inv(factor), rtol=1e-4, atol=1e-4)
     assert not np.triu(inverse, 1).any()
 

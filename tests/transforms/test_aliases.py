@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from linear_layer import first_step
 
 import cqjax
 
@@ -53,8 +54,9 @@ def by_hand(rule, data, steps=3):
     """Preconditions with NumPy in float64, then applies Optax's own rule."""
     params, x, y = data
     state = rule.init(params)
+    gradient = jax.jit(jax.grad(loss_fn))
     for _ in range(steps):
-        grads = jax.grad(loss_fn)(params, x, y)
+        grads = gradient(params, x, y)
         inputs = {"a": x, "c": jnp.tanh(x @ params["a"])}
         for key, rows in inputs.items():
             a = np.asarray(rows, np.float64)
@@ -72,12 +74,9 @@ def test_alias(name, data):
 
 
 def test_nlms(data):
-    params, x, y = data
-    fn = cqjax.value_and_grad(loss_fn, solver="dual")
-    _, grads, captures = fn(params, x, y)
     tx, scale = cqjax.nlms(0.1, 0.01), cqjax.scale_by_nlms(0.01)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
-    direction, _ = scale.update(grads, scale.init(params), captures=captures)
+    _, _, updates, _ = first_step(tx, loss_fn, *data, solver="dual")
+    _, _, direction, _ = first_step(scale, loss_fn, *data, solver="dual")
     assert_close(updates, jax.tree.map(lambda u: -0.1 * u, direction))
 
 
@@ -90,11 +89,8 @@ def test_learning_rates_can_be_schedules(data):
 def test_masked_parameters_are_left_alone(data):
     mask = {"a": True, "b": False, "c": False}
     tx = optax.masked(cqjax.scale_by_consequentialism(0.02), mask)
-    params, x, y = data
-    _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
-    updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
-    full = cqjax.scale_by_consequentialism(0.02)
-    whole, _ = full.update(grads, full.init(params), params, captures=captures)
+    grads, _, updates, _ = first_step(tx, loss_fn, *data)
+    _, _, whole, _ = first_step(cqjax.scale_by_consequentialism(0.02), loss_fn, *data)
     np.testing.assert_allclose(updates["a"], whole["a"], rtol=1e-5)
     np.testing.assert_array_equal(updates["c"], grads["c"])
 
@@ -113,8 +109,7 @@ def test_a_masked_bias_is_no_coordinate():
         {"w": "ours", "b": "plain"},
     )
     for solver in ("dual", "primal"):
-        _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x)
-        updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
+        grads, _, updates, _ = first_step(tx, loss, params, x, solver=solver)
         want = 3 * np.linalg.solve(x.T @ x + 0.1 * np.eye(4), grads["w"])
         np.testing.assert_allclose(updates["w"], want, rtol=1e-4)
         np.testing.assert_array_equal(updates["b"], grads["b"])
@@ -140,16 +135,13 @@ def test_apply_if_finite_and_gradient_clipping(data):
 
 def test_unknown_extra_arguments_are_ignored(data):
     params, x, y = data
-    _, grads, captures = cqjax.value_and_grad(loss_fn, solver="dual")(params, x, y)
+    _, grads, captures = jax.jit(cqjax.value_and_grad(loss_fn, solver="dual"))(params, x, y)
     for tx in (cqjax.scale_by_consequentialism(), cqjax.scale_by_nlms()):
-        tx.update(grads, tx.init(params), params, captures=captures, value=1.0)
+        jax.jit(tx.update)(grads, tx.init(params), params, captures=captures, value=1.0)
 
 
 def test_state_does_not_change_its_structure(data):
-    params, x, y = data
     tx = cqjax.cadam(0.1)
-    state = tx.init(params)
-    _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
-    _, after = jax.jit(lambda: tx.update(grads, state, params, captures=captures))()
+    state, after = tx.init(data[0]), first_step(tx, loss_fn, *data)[-1]
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)

@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_layer import CHANGES, assert_close, direction, expected, problem, squared_error
+from linear_layer import (
+    CHANGES,
+    assert_close,
+    direction,
+    expected,
+    first_step,
+    problem,
+    squared_error,
+)
 
 import cqjax
 
@@ -57,10 +65,9 @@ def test_a_loss_term_on_the_weights_is_part_of_the_update():
         return squared_error(params, x, y) + 0.05 * jnp.sum(params["w"] ** 2)
 
     incoming = jax.tree.map(np.asarray, jax.grad(loss)(params, x, y))
+    tx = cqjax.scale_by_consequentialism(1e-2)
     for solver in ("dual", "primal"):
-        _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x, y)
-        tx = cqjax.scale_by_consequentialism(1e-2)
-        updates, _ = tx.update(grads, tx.init(params), captures=captures)
+        _, _, updates, _ = first_step(tx, loss, params, x, y, solver=solver)
         assert_close(updates, expected(params, x, y, 1e-2, incoming))
 
 
@@ -77,10 +84,9 @@ def test_entries_outside_every_site_keep_their_gradient():
             + jnp.sum(params["w"][:, 4:] ** 3)
         )
 
-    _, grads, captures = cqjax.value_and_grad(loss)(params, x)
-    assert len(captures["w"]) == 2
     tx = cqjax.scale_by_consequentialism(1e-2)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    grads, captures, updates, _ = first_step(tx, loss, params, x)
+    assert len(captures["w"]) == 2
     a = np.asarray(x)
     u = 3 * np.linalg.solve(a.T @ a + 1e-2 * np.eye(4), np.asarray(grads["w"])[:, :4])
     np.testing.assert_allclose(updates["w"][:, :4], u, rtol=1e-6)
@@ -114,10 +120,8 @@ def test_a_layer_that_fails_does_not_touch_the_others(solver):
         return squared_error(params[0], a, y) + squared_error(params[1], b, y)
 
     x = bad[1].at[0, 0].set(np.inf)
-    fn = cqjax.value_and_grad(loss, solver=solver)
-    _, grads, captures = fn([good[0], bad[0]], good[1], x, good[2])
-    tx = cqjax.scale_by_consequentialism(1e-2)
-    updates, state = tx.update(grads, tx.init(grads), captures=captures)
+    tx, params = cqjax.scale_by_consequentialism(1e-2), [good[0], bad[0]]
+    _, _, updates, state = first_step(tx, loss, params, good[1], x, good[2], solver=solver)
     assert_close(updates[0], expected(*good, 1e-2))
     assert np.isfinite(updates[1]["w"]).all() and state.fallbacks.sum() == 1
 

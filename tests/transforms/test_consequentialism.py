@@ -7,7 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_layer import assert_close, direction, expected, problem, squared_error
+from linear_layer import assert_close, direction, expected, first_step, problem, squared_error
 
 import cqjax
 
@@ -109,9 +109,8 @@ def test_microbatches_around_stacked_layers():
     tx, results = cqjax.scale_by_consequentialism(0.1), []
     for loss in (looped, at_once):
         for solver in ("dual", "primal"):
-            fn = cqjax.value_and_grad(loss, solver=solver, batch_size=10)
-            _, grads, captures = fn(params, x)
-            results.append(tx.update(grads, tx.init(params), captures=captures)[0]["w"])
+            _, _, updates, _ = first_step(tx, loss, params, x, solver=solver, batch_size=10)
+            results.append(updates["w"])
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=1e-8)
 
@@ -165,7 +164,7 @@ def test_proposition_2():
         z = jnp.tanh(x @ params["a"]) @ params["c"]
         return optax.softmax_cross_entropy_with_integer_labels(z, t).mean()
 
-    _, grads, captures = cqjax.value_and_grad(loss, solver="dual")(params, x, t)
+    _, grads, captures = jax.jit(cqjax.value_and_grad(loss, solver="dual"))(params, x, t)
     for key in params:
         (capture,) = captures[key]
         rows, w = capture.rows(), params[key]
@@ -203,11 +202,9 @@ def test_groups_equal_their_separate_layers(solver):
         return jnp.mean((jnp.concatenate(z, -1) - target) ** 2)
 
     tx = cqjax.scale_by_consequentialism(1e-2)
-    _, grads, captures = cqjax.value_and_grad(together, solver=solver)({"k": kernel}, x)
-    whole, _ = tx.update(grads, tx.init(grads), captures=captures)
+    _, _, whole, _ = first_step(tx, together, {"k": kernel}, x, solver=solver)
     pair = [jnp.asarray(kernel[..., :3]), jnp.asarray(kernel[..., 3:])]
-    _, grads, captures = cqjax.value_and_grad(separate, solver=solver)(pair, x)
-    parts, _ = tx.update(grads, tx.init(grads), captures=captures)
+    _, _, parts, _ = first_step(tx, separate, pair, x, solver=solver)
     np.testing.assert_allclose(whole["k"], np.concatenate(parts, -1), atol=1e-10)
 
 
@@ -228,8 +225,7 @@ def test_stacked_layers_equal_separate_layers(solver):
     tx = cqjax.scale_by_consequentialism(1e-2)
     results = []
     for loss, params in ((scanned, {"w": jnp.asarray(stack)}), (separate, list(stack))):
-        _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x)
-        results.append(tx.update(grads, tx.init(grads), captures=captures)[0])
+        results.append(first_step(tx, loss, params, x, solver=solver)[2])
     np.testing.assert_allclose(results[0]["w"], np.stack(results[1]), atol=1e-10)
 
 
@@ -248,9 +244,8 @@ def test_a_sum_needs_no_batch_size():
     def total(params, x, y):
         return 4 * squared_error(params, x, y)
 
-    _, grads, captures = cqjax.value_and_grad(total, loss_reduction="sum")(params, x, y)
     tx = cqjax.scale_by_consequentialism(1e-2)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    _, _, updates, _ = first_step(tx, total, params, x, y, loss_reduction="sum")
     assert_close(updates, expected(params, x, y, 1e-2))
 
 
@@ -268,9 +263,10 @@ def test_damping_can_be_a_schedule():
     params, x, y = problem(4, 6, 2)
     tx = cqjax.scale_by_consequentialism(optax.linear_schedule(1.0, 3.0, 2))
     state = tx.init(params)
-    _, grads, captures = cqjax.value_and_grad(squared_error)(params, x, y)
+    _, grads, captures = jax.jit(cqjax.value_and_grad(squared_error))(params, x, y)
+    update = jax.jit(tx.update)
     for damping in (1.0, 2.0, 3.0):
-        updates, state = tx.update(grads, state, captures=captures)
+        updates, state = update(grads, state, captures=captures)
         assert_close(updates, expected(params, x, y, damping))
 
 
@@ -282,9 +278,8 @@ def test_a_lookup_divides_each_row_by_its_count():
     def loss(params, ids):
         return jnp.mean(jnp.sum(jnp.tanh(params["table"][ids]) ** 2, (1, 2)))
 
-    _, grads, captures = cqjax.value_and_grad(loss)(params, ids)
     tx = cqjax.scale_by_consequentialism(0.5)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    grads, _, updates, _ = first_step(tx, loss, params, ids)
     counts = np.bincount(np.asarray(ids).ravel() % 7, minlength=7)
     want = 3 * np.asarray(grads["table"]) / (counts[:, None] + 0.5)
     np.testing.assert_allclose(updates["table"], want, rtol=1e-12)
@@ -311,7 +306,11 @@ def test_a_masked_batch_has_a_traced_size():
     assert_close(masked(params, x, y, mask), want)
 
 
-@pytest.mark.parametrize("change", [None, "decayed"])
+def decayed(updates, _):
+    return jax.tree.map(lambda g: g + jnp.asarray(0.1, g.dtype), updates)
+
+
+@pytest.mark.parametrize("change", [None, decayed])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_under_strict_promotion(dtype, change):
     """No array is broadcast or promoted unless the code says so."""
@@ -329,10 +328,8 @@ def test_under_strict_promotion(dtype, change):
                     return jnp.mean(z * z) + jnp.sum(params["e"][jnp.arange(2)])
 
                 params = {"w": w, "b": jnp.ones(2, dtype), "e": jnp.ones((3, 1), dtype)}
-                fn = cqjax.value_and_grad(loss, solver=solver)
-                _, grads, captures = fn(params, x)
-                if change:
-                    grads = jax.tree.map(lambda g: g + jnp.asarray(0.1, dtype), grads)
                 tx = cqjax.csgd(0.1, 0.1, relative_damping=0.01)
-                updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, captures=captures)
+                if change:
+                    tx = optax.chain(optax.stateless(change), tx)
+                _, _, updates, _ = first_step(tx, loss, params, x, solver=solver)
                 assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from linear_layer import problem, squared_error
+from linear_layer import first_step, problem, squared_error
 
 import cqjax
 
@@ -115,8 +115,7 @@ def test_a_stack_counts_each_of_its_layers_at_one_place():
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)))
     x = x.at[:2, 0].set(jnp.inf)
-    _, grads, captures = cqjax.value_and_grad(loss, batch_size=4)(params, x)
-    _, state = TX.update(grads, TX.init(params), captures=captures)
+    *_, state = first_step(TX, loss, params, x, batch_size=4)
     assert state.fallbacks.tolist() == [0, 1, 2]
 
 
@@ -129,15 +128,15 @@ def test_slices_and_joined_weights_count_at_the_first_parameter():
         return jnp.mean(joined**2) + jnp.mean((x @ left) ** 2) + jnp.mean((x @ right) ** 3)
 
     x = jnp.ones((3, 2)).at[0, 0].set(jnp.nan)
-    _, grads, captures = cqjax.value_and_grad(loss)(params, x)
-    _, state = TX.update(grads, TX.init(params), captures=captures)
+    *_, state = first_step(TX, loss, params, x)
     assert state.fallbacks.tolist() == [1, 0, 2]
 
 
 @pytest.mark.parametrize("solver", ["dual", "primal"])
 def test_a_state_made_for_other_parameters(solver):
     params, batches = make()
-    _, grads, captures = cqjax.value_and_grad(loss_fn, solver=solver)(params, batches)
+    fn = jax.jit(cqjax.value_and_grad(loss_fn, solver=solver))
+    _, grads, captures = fn(params, batches)
     message = r"the state has counts of shape \(2,\); expected \(6,\).*first/b, first/w.*init"
     with pytest.raises(ValueError, match=message):
         TX.update(grads, TX.init(params["first"]), captures=captures)

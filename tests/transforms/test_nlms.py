@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_layer import assert_close, direction, problem, squared_error
+from linear_layer import assert_close, direction, first_step, problem, squared_error
 
 import cqjax
 
@@ -19,8 +19,7 @@ def test_one_row_gives_nlms(bias):
     params, x, y = problem(1, 6, 2, bias=bias)
     updates, _ = direction(params, x, y, 0.1)
     tx = cqjax.scale_by_nlms(0.1)
-    _, grads, captures = cqjax.value_and_grad(squared_error, solver="dual")(params, x, y)
-    normalised, _ = tx.update(grads, tx.init(params), captures=captures)
+    grads, _, normalised, _ = first_step(tx, squared_error, params, x, y, solver="dual")
     norm = np.sum(np.square(x)) + bias
     assert_close(updates, normalised)
     assert_close(normalised, jax.tree.map(lambda g: np.asarray(g) / (norm + 0.1), grads))
@@ -30,10 +29,8 @@ def test_one_row_gives_nlms(bias):
 def test_nlms_normalises_row_by_row(bias):
     """Eqs. 49 and 50, as a loop; the whole is not the consequentialism update."""
     params, x, y = problem(4, 6, 2, bias=bias)
-    fn = cqjax.value_and_grad(squared_error, solver="dual")
-    _, grads, captures = fn(params, x, y)
     tx = cqjax.scale_by_nlms(0.01)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    _, _, updates, _ = first_step(tx, squared_error, params, x, y, solver="dual")
     rows = np.concatenate([x, np.ones((4, 1))], 1) if bias else np.asarray(x)
     errors = np.asarray(x @ params["w"] + params.get("b", 0.0) - y)
     u = sum(np.outer(r, e) / (r @ r + 0.01) for r, e in zip(rows, errors, strict=True))
@@ -43,10 +40,10 @@ def test_nlms_normalises_row_by_row(bias):
 
 def test_nlms_keeps_what_came_before():
     params, x, y = problem(4, 6, 2)
-    fn = cqjax.value_and_grad(squared_error, solver="dual")
+    fn = jax.jit(cqjax.value_and_grad(squared_error, solver="dual"))
     _, grads, captures = fn(params, x, y)
     tx = cqjax.scale_by_nlms(0.01)
-    update = functools.partial(tx.update, state=tx.init(params), captures=captures)
+    update = functools.partial(jax.jit(tx.update), state=tx.init(params), captures=captures)
     plain, _ = update(grads)
     half, _ = update(jax.tree.map(lambda g: 0.5 * g, grads))
     np.testing.assert_allclose(half["w"], 0.5 * plain["w"], rtol=1e-9)
@@ -59,16 +56,12 @@ def test_nlms_keeps_what_came_before():
 
 def test_nlms_needs_rows():
     params, x, y = problem(9, 4, 2)
-    _, grads, captures = cqjax.value_and_grad(squared_error, solver="primal")(params, x, y)
-    tx = cqjax.scale_by_nlms()
     with pytest.raises(ValueError, match='rows of w were not captured.*solver="dual"'):
-        tx.update(grads, tx.init(params), captures=captures)
+        first_step(cqjax.scale_by_nlms(), squared_error, params, x, y, solver="primal")
 
 
 def test_nlms_of_a_zero_row_without_eps():
     params, x, y = problem(3, 5, 2)
-    fn = cqjax.value_and_grad(squared_error, solver="dual")
-    _, grads, captures = fn(params, x.at[1].set(0), y)
-    tx = cqjax.scale_by_nlms(0.0)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    args = params, x.at[1].set(0), y
+    _, _, updates, _ = first_step(cqjax.scale_by_nlms(0.0), squared_error, *args, solver="dual")
     assert np.isfinite(updates["w"]).all() and np.any(updates["w"])

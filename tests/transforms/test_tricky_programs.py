@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linear_layer import assert_close
+from linear_layer import assert_close, first_step
 
 import cqjax
 
@@ -61,13 +61,18 @@ def test_tricky_programs(name, solver):
     shapes = {"w": (4, 3), "v": (4, 3), "u": (4, 6), "b": 3, "c": 6, "s": (), "t": (5, 3)}
     params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in shapes.items()}
     x, loss = jnp.asarray(rng.normal(size=(5, 4))), TRICKY[name]
-    _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x)
-    want = jax.grad(loss)(params, x)
-    assert_close(grads, jax.tree.map(np.asarray, want), 1e-6)
     handed = {k: jnp.asarray(rng.normal(size=shape)) for k, shape in shapes.items()}
     tx = cqjax.scale_by_consequentialism(0.1)
-    for incoming in (grads, handed):
-        updates, _ = tx.update(incoming, tx.init(params), captures=captures)
+
+    @jax.jit
+    def run(params, x, handed):
+        _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x)
+        updates = [tx.update(g, tx.init(params), captures=captures)[0] for g in (grads, handed)]
+        return grads, captures, updates, jax.grad(loss)(params, x)
+
+    grads, captures, both, want = run(params, x, handed)
+    assert_close(grads, jax.tree.map(np.asarray, want), 1e-6)
+    for incoming, updates in zip((grads, handed), both, strict=True):
         expected = dict(incoming)
         for capture in captures.blocks:
             expected |= solved(capture, incoming, solver)
@@ -106,9 +111,9 @@ def test_a_weight_with_repeated_entries_keeps_its_gradient(view, shape):
         return sq(x @ view(params["w"]))
 
     assert "occurs more than once" in cqjax.plan(loss)(params, x).uncovered()["w"][0]
-    _, grads, captures = cqjax.value_and_grad(loss)(params, x)
+    _, grads, captures = jax.jit(cqjax.value_and_grad(loss))(params, x)
     assert not captures.blocks
-    assert_close(grads, jax.tree.map(np.asarray, jax.grad(loss)(params, x)))
+    assert_close(grads, jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params, x)))
 
 
 def test_a_lookup_and_a_product_of_one_table_conflict():
@@ -125,9 +130,8 @@ def test_a_skipped_partner_makes_a_weight_inexact():
     def loss(p, x):
         return sq(x @ p["w"]) + sq(jnp.tanh(x) @ jnp.concatenate([p["w"], p["v"]], 1))
 
-    _, grads, captures = cqjax.value_and_grad(loss, skip="v", solver="dual")(params, x)
     tx = cqjax.scale_by_consequentialism(0.1)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    grads, _, updates, _ = first_step(tx, loss, params, x, skip="v", solver="dual")
     a = np.asarray(x)
     want = 5 * np.linalg.solve(a.T @ a + 0.1 * np.eye(4), np.asarray(grads["w"]))
     np.testing.assert_allclose(updates["w"], want, rtol=1e-6)
