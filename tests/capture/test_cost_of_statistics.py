@@ -148,7 +148,8 @@ def products(jaxpr):
 
 def precisions(loss_fn, params, args, holds, **options):
     """Of the products that `holds(their shapes)`, and of the others, in an update."""
-    _, grads, captures = jax.jit(cqjax.value_and_grad(loss_fn, **options))(params, *args)
+    fn = cqjax.value_and_grad(loss_fn, **options)
+    _, grads, captures = jax.eval_shape(fn, params, *args)
     tx = cqjax.scale_by_consequentialism(DAMPING)
     state = tx.init(params)
     jaxpr = jax.make_jaxpr(lambda g, c: tx.update(g, state, captures=c))(grads, captures)

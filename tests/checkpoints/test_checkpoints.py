@@ -55,7 +55,7 @@ def test_onto_eight_devices_and_back(tmp_path):
         halfway = train(step, (params, tx.init(params)), batches[:STOP])
         wanted[name] = halfway, tx, step
         save(tmp_path / name, STOP, halfway)
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}"
     done = subprocess.run(
         [
             sys.executable,

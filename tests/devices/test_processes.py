@@ -19,9 +19,9 @@ WAYS = ["one device", "data parallel, jit", "FSDP, jit", "shard_map, inversions 
 
 def run_together(*commands, seconds=300):
     """What the commands print, run side by side; all are ended when one fails or lasts too long."""
-    unset = {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}
-    env = {key: value for key, value in os.environ.items() if key not in unset}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     running = [subprocess.Popen([sys.executable, *map(str, c)], **pipes) for c in commands]
     try:
@@ -48,24 +48,27 @@ def table(text):
     return heading, {way: (apart, loss, collectives) for way, apart, loss, collectives in cells}
 
 
-def loss_of_one_device(steps):
-    """The example's loss after some steps, here."""
+@functools.cache
+def losses_of_one_device(steps=5):
+    """The example's loss after each step, here."""
     spec = importlib.util.spec_from_file_location("multi_device", SCRIPT)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     params, tx = example.init(jax.random.key(0)), example.optimizer()
     state = tx.init(params)
     step = jax.jit(functools.partial(example.train_step, example.loss_fn, tx))
+    losses = []
     for number in range(steps):
         params, state, loss = step(params, state, *example.batch(number))
-    return float(loss)
+        losses.append(float(loss))
+    return losses
 
 
 def check(text, heading, steps):
     got, rows = table(text)
     assert got == heading
     assert list(rows) == WAYS
-    alone = loss_of_one_device(steps)
+    alone = losses_of_one_device()[steps - 1]
     assert float(rows.pop(WAYS[0])[1]) == pytest.approx(alone, rel=1e-4)
     for apart, loss, collectives in rows.values():
         assert 0 < float(apart) < 1e-3
