@@ -15,17 +15,18 @@ PRESETS: dict[options.Preset, dict[str, Any]] = {
     "smoke": {
         **{"dataset": "digits", "train_images": 600, "measured": 200, "evaluated": 100},
         **{"epochs": 2.5, "tuning_epochs": 1.25, "tries": 2, "seeds": 1},
-        **{"depths": (11,), "width": 2, "shrink": 1},
+        **{"depths": (11,), "width": 2, "shrink": 1, "lars_rates": (2.0, 1.0)},
     },
     "cpu": {
         **{"dataset": "cifar10", "train_images": 5700, "measured": 1000, "evaluated": 1000},
-        **{"epochs": 7.5, "tuning_epochs": 3.75, "tries": 3, "seeds": 3},
-        **{"depths": (11, 13, 16, 19), "width": 8, "shrink": 2},
+        **{"epochs": 6.0, "tuning_epochs": 3.0, "tries": 3, "seeds": 3},
+        **{"depths": (11, 13, 16, 19), "width": 8, "shrink": 2, "lars_rates": (10.0, 5.0, 20.0)},
     },
     "paper": {
         **{"dataset": "cifar10", "measured": 10_000, "evaluated": 10_000},
         **{"epochs": 300.0, "tuning_epochs": 150.0, "tries": 4, "seeds": 5},
         **{"depths": (11, 13, 16, 19), "width": 64, "shrink": 1},
+        **{"lars_rates": (2.0, 1.0, 5.0, 10.0)},
     },
 }
 OURS = {  # the paper's rate first, and its weight decay
@@ -71,11 +72,11 @@ class Vgg(Contest):
     """Back-matching's; by the data set, the paper's: 5e-3 for CIFAR-100, 1e-4 for others."""
     trust_coefficient: float = 1e-3
     """LARS multiplies its rates by it; the paper's formula has none, that is 1."""
-    sgd_rates: tuple[float, ...] = (0.1, 0.05, 0.2, 0.02)
+    sgd_rates: tuple[float, ...] = (0.1, 0.05, 0.02, 0.2)
     """Learning rates to try for SGD."""
-    lars_rates: tuple[float, ...] = (2.0, 1.0, 5.0, 10.0)
-    """Learning rates to try for LARS."""
-    lsalr_rates: tuple[float, ...] = (0.1, 0.05, 0.2, 0.006, 1.0)
+    lars_rates: tuple[float, ...] | None = None
+    """Learning rates to try for LARS; the paper tried 1, 2, 5 and 10."""
+    lsalr_rates: tuple[float, ...] = (0.1, 0.05, 0.006, 0.2, 1.0)
     """Learning rates to try for LSALR."""
     back_matching_rates: tuple[float, ...] | None = None
     """Learning rates to try for back-matching, times 64 / --width; by the data set."""
@@ -97,9 +98,9 @@ class Vgg(Contest):
         options.require(self, options.FRACTION, "momentum")
         if self.depths is not None and not 0 < len(self.depths) == len(set(self.depths)):
             raise ValueError(f"--depths must have at least one, and none twice, got {self.depths}")
-        rates = ["sgd_rates", "lars_rates", "lsalr_rates"]
-        rates += ["back_matching_rates"] * (self.back_matching_rates is not None)
-        options.require_rates(self, self.tries or PRESETS[self.preset]["tries"], *rates)
+        names = ("sgd_rates", "lars_rates", "lsalr_rates", "back_matching_rates")
+        given = [name for name in names if getattr(self, name) is not None]
+        options.require_rates(self, self.tries or PRESETS[self.preset]["tries"], *given)
 
     def run(self) -> None:
         """Tune, train, draw, and judge the source's claims.

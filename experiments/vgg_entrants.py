@@ -65,7 +65,7 @@ def contests(settings: Any, dataset: Dataset) -> dict[str, tuple[Task, list[Entr
         return task, [_entrant(name, loss_fn, by_name[name], rates[name]) for name in rates]
 
     first = settings.depths[0]
-    alike = dict.fromkeys((SGD, OURS), [FIGURE3["rate"]])
+    alike = {name: [FIGURE3["rate"]] for name in (SGD, OURS)}
     return {
         **{f"VGG-{depth}": contest(depth, rates, decays) for depth in settings.depths},
         f"VGG-{first} as in Fig. 3": contest(first, alike, (FIGURE3["decay"], FIGURE3["decay"])),

@@ -54,13 +54,13 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "Back-matching's rate of a layer is, in these networks, its kernel's squared norm over "
             "that of the last layer's: in the beginning its channels over the number of classes. "
             "The source has one common rate for each data set, chosen for 512 channels; here are "
-            f"{features}, and what is tried was multiplied by {512 / features:g}. The rates of the "
-            "others are from the source's pools; SGD's is LeNet's, as there is none for VGG.",
+            f"{features}, and what is tried was multiplied by {512 / features:g}. LSALR's rates "
+            "are from the source's pool, SGD's from its pool for LeNet; it prints none for VGG.",
             f"Weight decay: {settings.weight_decay:g} for SGD, LARS and LSALR, "
             f"{settings.our_weight_decay:g} for back-matching.",
             f"LARS is Optax's, with the trust coefficient {settings.trust_coefficient:g}. In the "
             "source's formula there is none, so that at a rate of 2 each step would be twice as "
-            "long as the weights are, which soon overflow.",
+            "long as the weights are, which soon overflow. The source's pool is 1, 2, 5 and 10.",
             f"The rate falls to {DROP:g} of itself after each {1 / PHASES:g} of a run, as after 60 "
             "of the source's 300 epochs.",
             *contests.measuring(results),
@@ -109,7 +109,7 @@ def draw(settings: Any, results: dict[str, Any]) -> None:
             drawing.band(axes, steps, *contests.middle(change(values)), name, number)
     for axes in (loss, error):
         for phase in range(1, PHASES):
-            axes.axvline(phase * steps[-1] / PHASES, color="0.6", linewidth=0.8)
+            axes.axvline(phase * alike["effort"]["steps"] / PHASES, color="0.6", linewidth=0.8)
         axes.set(xlabel="steps", xlim=(0, None))
     drawing.logarithmic(loss)
     loss.set(title=title, ylabel="training loss (cross-entropy, log scale)")
