@@ -19,7 +19,7 @@ PRESETS: dict[options.Preset, dict[str, Any]] = {
     },
     "cpu": {
         **{"dataset": "cifar10", "train_images": 5700, "measured": 1000, "evaluated": 1000},
-        **{"epochs": 6.0, "tuning_epochs": 3.0, "tries": 3, "seeds": 3},
+        **{"epochs": 5.0, "tuning_epochs": 2.5, "tries": 3, "seeds": 3},
         **{"depths": (11, 13, 16, 19), "width": 8, "shrink": 2, "lars_rates": (10.0, 5.0, 20.0)},
     },
     "paper": {
