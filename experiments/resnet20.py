@@ -20,7 +20,7 @@ PRESETS: dict[options.Preset, dict[str, Any]] = {
     },
     "cpu": {
         **{"dataset": "cifar10", "measured": 1000, "depth": 20, "width": 8, "shrink": 2},
-        **{"epochs": 1.5, "tuning_epochs": 0.25, "tries": 3, "seeds": 3, "evaluated": 1000},
+        **{"epochs": 1.0, "tuning_epochs": 0.2, "tries": 3, "seeds": 3, "evaluated": 1000},
         **{"optimizers": tuple(NAMES), "variants": tuple(VARIANTS)},
     },
     "paper": {
@@ -68,17 +68,19 @@ class Resnet20(Contest):
     """The pixels' largest magnitude, for the C- forms."""
     last_layer: float = 0.1
     """The last layer's rate, for the C- forms, in units of the other layers'."""
-    sgd_rates: tuple[float, ...] = (0.003, 0.001, 0.01)
+    branches: float = 1.0
+    """What the last kernel of each block is multiplied by at first, for all forms."""
+    sgd_rates: tuple[float, ...] = (0.0001, 0.001, 0.00001)
     """Learning rates to try for SGD without batch normalisation."""
     sgd_bn_rates: tuple[float, ...] = (0.03, 0.01, 0.1)
     """Learning rates to try for SGD with batch normalisation."""
-    csgd_rates: tuple[float, ...] = (0.003, 0.001, 0.01)
+    csgd_rates: tuple[float, ...] = (0.03, 0.01, 0.1)
     """Learning rates to try for C-SGD."""
-    nesterov_rates: tuple[float, ...] = (0.003, 0.001, 0.01)
+    nesterov_rates: tuple[float, ...] = (0.0001, 0.001, 0.00001)
     """Learning rates to try for Nesterov without batch normalisation."""
     nesterov_bn_rates: tuple[float, ...] = (0.03, 0.01, 0.1)
     """Learning rates to try for Nesterov with batch normalisation."""
-    cnesterov_rates: tuple[float, ...] = (0.003, 0.001, 0.01)
+    cnesterov_rates: tuple[float, ...] = (0.03, 0.01, 0.1)
     """Learning rates to try for C-Nesterov."""
     adam_rates: tuple[float, ...] = (0.001, 0.0003, 0.003)
     """Learning rates to try for Adam without batch normalisation."""
@@ -98,6 +100,7 @@ class Resnet20(Contest):
         super().__post_init__()
         options.require(self, options.AT_LEAST_ONE, "width", "evaluated")
         options.require(self, options.POSITIVE, "damping", "inputs", "our_inputs", "last_layer")
+        options.require(self, options.POSITIVE, "branches")
         options.require(self, options.FRACTION, "momentum")
         if self.depth is not None and (self.depth < 8 or self.depth % 6 != 2):
             raise ValueError(f"--depth must be 6n + 2, 8 or more, got {self.depth}")

@@ -16,7 +16,13 @@ from experiments.training import capturing_step, gradient_step
 
 NAMES = {"sgd": "SGD", "nesterov": "Nesterov", "adam": "Adam"}
 Variant = Literal[
-    "damping-low", "damping-high", "last-layer", "inputs", "no-momentum", "momentum-first"
+    "damping-low",
+    "damping-high",
+    "last-layer",
+    "inputs",
+    "no-momentum",
+    "momentum-first",
+    "small-branches",
 ]
 VARIANTS: dict[Variant, tuple[str, dict[str, Any]]] = {
     "damping-low": ("damping 0.003", {"damping": 0.003}),
@@ -25,6 +31,7 @@ VARIANTS: dict[Variant, tuple[str, dict[str, Any]]] = {
     "inputs": ("inputs in ±1", {"our_inputs": 1.0}),
     "no-momentum": ("no momentum", {"momentum": 0.0}),
     "momentum-first": ("momentum before the C-update", {"momentum_first": True}),
+    "small-branches": ("blocks' last kernels / 3 at first", {"branches": 1 / 3}),
 }
 LAST = "fc"
 
@@ -53,19 +60,19 @@ def contest(settings: Any, dataset: Dataset) -> tuple[Task, list[Entrant]]:
         return parts._replace(validation=few[0], test=few[1])
 
     @cache
-    def task(bound: float, batch_norm: bool) -> Task:
+    def task(bound: float, batch_norm: bool, branches: float) -> Task:
         parts = scaled(bound)
         model = ResNet(settings.depth, settings.width, dataset.classes, batch_norm)
         measured = (array[: settings.measured] for array in parts.train)
         return Task(
             parts,
             model,
-            lambda seed: initialise(model, seed, parts.train.images),
+            lambda seed: _start(model, seed, parts.train.images, branches),
             watched={"train_accuracy": accuracy(model, *measured)},
         )
 
     def plain(name: str, batch_norm: bool) -> Entrant:
-        its = task(settings.inputs, batch_norm)
+        its = task(settings.inputs, batch_norm, settings.branches)
         loss_fn = cross_entropy(its.model, train=True)
 
         def at(rate: float) -> Any:
@@ -76,7 +83,7 @@ def contest(settings: Any, dataset: Dataset) -> tuple[Task, list[Entrant]]:
         return Entrant(NAMES[name] + "-BN" * batch_norm, at, rates, task=its)
 
     def ours(name: str, changed: Any, label: str, role: Any) -> Entrant:
-        its = task(changed.our_inputs, False)
+        its = task(changed.our_inputs, False, changed.branches)
         loss_fn = cross_entropy(its.model, train=True)
 
         def at(rate: float) -> Any:
@@ -100,7 +107,7 @@ def contest(settings: Any, dataset: Dataset) -> tuple[Task, list[Entrant]]:
         words, change = VARIANTS[variant]
         changed = replace(settings, **change)
         entrants.append(ours("sgd", changed, f"C-SGD, {words}", "variant"))
-    return task(settings.inputs, False), entrants
+    return task(settings.inputs, False, settings.branches), entrants
 
 
 def rule(name: str, rate: float, momentum: float) -> optax.GradientTransformation:
@@ -120,3 +127,12 @@ def consequential(name: str, rate: float, settings: Any) -> optax.GradientTransf
         optax.scale(settings.last_layer), lambda params: {layer: layer == LAST for layer in params}
     )
     return optax.chain(*members, slower)
+
+
+def _start(model: Any, seed: int, images: np.ndarray, branches: float) -> tuple[Any, Any]:
+    """The first parameters, with the last kernel of each block multiplied, and network state."""
+    params, state = initialise(model, seed, images)
+    return {
+        layer: {"kernel": branches * kernel["kernel"]} if layer.endswith("conv2") else kernel
+        for layer, kernel in params.items()
+    }, state

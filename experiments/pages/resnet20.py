@@ -34,7 +34,8 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "Momentum accumulates the C-updates, as it does where they take the gradient's place "
             "in a solver; the variant has it the other way round.",
             "The source tells neither rates nor first weights. Kernels start from He's normal "
-            "distribution, the same for all forms; there are no biases, and batch normalisation "
+            "distribution (those of blocks' last convolutions times "
+            f"{settings.branches:g}), the same for all forms; there are no biases, and batch normalisation "
             "has no parameters (the source's has some). Where a block changes the shape, its "
             "shortcut appends zero channels. Rates are constant.",
             "The source draws the loss and accuracy of the last batch of each 100. Here the loss "

@@ -49,10 +49,12 @@ def variants(path: Path, contest: Contest) -> None:
     entrants = contest["entrants"]
     figure, (axes,) = drawing.panels(1, 1, (7.2, 4))
     known = {"as in the source": entrants["C-SGD"], **contest["variants"]}
+    source = {"color": "black", "marker": "*", "markersize": 11, "linewidth": 2.2}
     for number, (name, entrant) in enumerate(known.items()):
         tried = sorted((at["rate"], median([at["validation_loss"]])) for at in entrant["tuning"])
         label = name.removeprefix("C-SGD, ")
-        axes.plot(*zip(*tried, strict=True), label=label, **drawing.style(number, markersize=6))
+        look = drawing.style(number - 1, markersize=6) if number else source
+        axes.plot(*zip(*tried, strict=True), label=label, **look)
     best = min(median([at["validation_loss"]]) for at in entrants["SGD-BN"]["tuning"])
     axes.axhline(best, color="0.4", linewidth=0.8)
     drawing.logarithmic(axes)

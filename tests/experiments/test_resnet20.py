@@ -70,6 +70,15 @@ def test_all_forms_start_from_the_same_kernels():
     assert not np.array_equal(plain["fc"]["kernel"], other["fc"]["kernel"])
 
 
+def test_small_branches():
+    _, everyone = entrants()
+    params = everyone["C-SGD"].task.start(3)[0]
+    small = everyone["C-SGD, blocks' last kernels / 3 at first"].task.start(3)[0]
+    for layer, kernel in params.items():
+        expected = np.float64(kernel["kernel"]) / (3 if layer[-5:] == "conv2" else 1)
+        np.testing.assert_allclose(small[layer]["kernel"], expected, rtol=1e-6)
+
+
 def test_rates_of_a_variant_without_momentum_reach_as_far():
     _, everyone = entrants()
     rates = {name: entrant.rates for name, entrant in everyone.items()}
