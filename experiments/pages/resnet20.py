@@ -35,9 +35,9 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "in a solver; the variant has it the other way round.",
             "The source tells neither rates nor first weights. Kernels start from He's normal "
             "distribution (those of blocks' last convolutions times "
-            f"{settings.branches:g}), the same for all forms; there are no biases, and batch normalisation "
-            "has no parameters (the source's has some). Where a block changes the shape, its "
-            "shortcut appends zero channels. Rates are constant.",
+            f"{settings.branches:g}), the same for all forms; there are no biases, and batch "
+            "normalisation has no parameters (the source's has some). Where a block changes the "
+            "shape, its shortcut appends zero channels. Rates are constant.",
             "The source draws the loss and accuracy of the last batch of each 100. Here the loss "
             "is the mean over the batches since the last of 75 points, by which the figures go; "
             f"tables and claims go by the {images['training_loss']:,} images, evaluated with batch "
@@ -94,7 +94,7 @@ def pairs(contest: Contest) -> list[dict[str, str]]:
                 reached(History.of(run["history"]), {"train_loss": goal})
                 for run in contest["entrants"][ours]["runs"]
             ]
-            taken = {key: [at and at[key] for at in there] for key in NEEDED}
+            taken = {key: [at[key] if at else None for at in there] for key in NEEDED}
             row = {"C- form": ours, "plain form": plain, "its training loss": count(goal, ".4f")}
             for key, whole in {"step": "steps", TIME: TIME}.items():
                 words, form = NEEDED[key]
