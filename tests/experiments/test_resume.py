@@ -18,7 +18,7 @@ from killed_experiment import (
 OPTIMIZERS, STEPS, KILLS = ("adam", "csgd"), 30, 20
 SMALL = (
     "quickstart --dataset=digits --width=8 --depth=1 --batch-size=8 --adam-learning-rate=0.01 "
-    f"--optimizers {' '.join(OPTIMIZERS)} --steps={STEPS} --checkpoint-seconds=0"
+    f"--optimizers {' '.join(OPTIMIZERS)} --steps={STEPS} --checkpoint-seconds"
 ).split()
 
 
@@ -46,14 +46,14 @@ def test_killed_at_random_steps_it_ends_with_the_same_result(tmp_path, monkeypat
     """Twenty times, every third of them in the middle of writing a checkpoint."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start([*SMALL, f"--output={whole}"], tmp_path)
+    process = start([*SMALL, "1000", f"--output={whole}"], tmp_path)
     process.join()
     assert process.exitcode == 0, (tmp_path / "log").read_text()
 
     rng, checkpoints = random.Random(0), killed / "checkpoints"
     stops = sorted(rng.sample(range(1, len(OPTIMIZERS) * STEPS - 5), KILLS))
     for number, stop in enumerate(stops):
-        process = start([*SMALL, f"--output={killed}", "--resume"], tmp_path)
+        process = start([*SMALL, "0", f"--output={killed}", "--resume"], tmp_path)
         wait_for(lambda stop=stop: saved_steps(checkpoints) >= stop, process)
         if number % 3 == 0:
             kill_while_saving(process, checkpoints)
@@ -63,7 +63,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_result(tmp_path, monkeypat
             kill(process)
         assert not (killed / "results.json").exists()
         assert saved_steps(checkpoints) >= stop
-    process = start([*SMALL, f"--output={killed}", "--resume"], tmp_path)
+    process = start([*SMALL, "0", f"--output={killed}", "--resume"], tmp_path)
     process.join()
     assert process.exitcode == 0, (tmp_path / "log").read_text()
 

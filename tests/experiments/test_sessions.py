@@ -103,7 +103,7 @@ def test_stopped_and_resumed_is_run_at_once(
         "mlp": CONTEST,
     }[experiment]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    main([*command, f"--output={whole}"])
+    main([*command, f"--output={whole}", "--checkpoint-seconds=1000"])
     capsys.readouterr()
     part = [*command, f"--output={parts}", "--resume"]
     stopped(part, STOP)
