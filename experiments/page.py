@@ -10,11 +10,12 @@ from rich.console import Console
 
 from experiments import options, report
 
-Holds = Literal["yes", "partly", "no"]
+Holds = Literal["yes", "partly", "no", "open"]
+"""Open is what a run as short as this one cannot tell."""
 Rows = Sequence[Mapping[str, str]]
 
 
-def judge(*checks: bool) -> Holds:
+def judge(*checks: bool) -> Literal["yes", "partly", "no"]:
     """Whether a claim holds of which these are the parts.
 
     Raises:
@@ -56,7 +57,7 @@ class Claim(NamedTuple):
     measured: str
     """In numbers."""
     holds: Holds
-    """As `judge` has it, of those numbers."""
+    """As `judge` has it, of those numbers, unless it is open."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ def test_the_committed_overview_is_that_of_the_committed_results():
 
 
 def test_claims_are_counted_and_listed(tmp_path, capsys):
-    holds = {"b": ["yes", "no", "yes"], "a": ["partly"]}
+    holds = {"b": ["yes", "no", "yes"], "a": ["partly", "open"]}
     for name, verdicts in holds.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text(f"# Title of {name}\n\ntext\n")
@@ -31,10 +31,11 @@ def test_claims_are_counted_and_listed(tmp_path, capsys):
     main(["index", "--folder", str(tmp_path)])
     assert "README.md" in capsys.readouterr().out
     lines = (tmp_path / "README.md").read_text().splitlines()
-    assert "| [a](a/README.md) | Title of a | 0 | 1 | 0 | 1 | cpu | TPU v5 |" in lines
-    assert "| [b](b/README.md) | Title of b | 2 | 0 | 1 | 3 | cpu | 2 CPU cores |" in lines
+    assert "| [a](a/README.md) | Title of a | 0 | 1 | 0 | 1 | 2 | cpu | TPU v5 |" in lines
+    assert "| [b](b/README.md) | Title of b | 2 | 0 | 1 | 0 | 3 | cpu | 2 CPU cores |" in lines
     assert [line for line in lines if "Fig. 1" in line] == [
         "| a | a0 (Fig. 1) | **partly** |",
+        "| a | a1 (Fig. 1) | **open** |",
         "| b | b0 (Fig. 1) | **yes** |",
         "| b | b1 (Fig. 1) | **no** |",
         "| b | b2 (Fig. 1) | **yes** |",

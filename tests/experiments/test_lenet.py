@@ -3,6 +3,7 @@
 import copy
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ CLAIMED = {
 }
 
 
-def judged(results, numbers, rates=(0.1, 0.02), weights=30.0):
+def judged(results, numbers, rates=(0.1, 0.02), weights=30.0, epochs=20.0):
     """The page's verdicts when these are the numbers; an epoch has 10 steps."""
     results = copy.deepcopy(results)
     for title, contest in results["contests"].items():
@@ -145,7 +146,7 @@ def judged(results, numbers, rates=(0.1, 0.02), weights=30.0):
                 result["weights"] = 20.0 if name == "SGD" else weights
                 curve = {"step": [50, 100, 150, 200], "seconds": [1, 2, 3, 4], "value": accuracies}
                 result["history"]["metrics"]["test_accuracy"] = curve
-    page = pages.page(SMOKE, results)
+    page = pages.page(replace(SMOKE, epochs=epochs), results)
     return [claim.holds for claim in page.claims], page
 
 
@@ -177,6 +178,11 @@ def test_the_verdict_on_the_weights(ran, ours):
 @pytest.mark.parametrize(("rates", "holds"), [((0.1, 0.01), "partly"), ((0.05, 0.01), "no")])
 def test_the_verdict_on_the_papers_rates(ran, rates, holds):
     assert judged(ran[0]["results"], CLAIMED, rates)[0][6] == holds
+
+
+def test_what_short_runs_cannot_tell_is_open(ran):
+    assert judged(ran[0]["results"], CLAIMED, epochs=14.0)[0] == ["open"] * 5 + ["yes"] * 2
+    assert judged(ran[0]["results"], CLAIMED, epochs=15.0)[0] == ["yes"] * 7
 
 
 def test_what_the_page_says_of_numbers_like_the_papers(ran):
