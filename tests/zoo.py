@@ -1,9 +1,13 @@
 """The zoo: small models in many styles, each with an independent NumPy reference.
 
-`CASES` lists them all; `by_name` finds one. See `Case` for what a case holds, and
-`numpy_inputs`, `reference_captures` and `site_gradients` for its captures in NumPy.
+`CASES` lists them all; `by_name` finds one, `made` is what it makes. See `Case` for what a case
+holds, and `numpy_inputs`, `reference_captures` and `site_gradients` for its captures in NumPy.
 """
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import zoo_attention
 import zoo_conv
 import zoo_dense
@@ -26,6 +30,7 @@ __all__ = [
     "Case",
     "by_name",
     "flatten",
+    "made",
     "numpy_inputs",
     "numpy_tree",
     "path_of",
@@ -49,3 +54,10 @@ _BY_NAME = {case.name: case for case in CASES}
 def by_name(name):
     """The case of this name."""
     return _BY_NAME[name]
+
+
+@functools.cache
+def made(name, dtype=jnp.float32):
+    """What the case of this name makes, once."""
+    with jax.enable_x64(dtype == jnp.float64):
+        return by_name(name).make(dtype)

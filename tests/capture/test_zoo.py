@@ -27,7 +27,7 @@ INEXACT = {"l2_term", "partly_covered"}
 def reference(name):
     case = zoo.by_name(name)
     with jax.enable_x64(True):
-        _, params, args = case.make(jnp.float64)
+        _, params, args = zoo.made(name, jnp.float64)
         params_np, args_np = zoo.numpy_inputs(case, params, args)
     return params_np, zoo.reference_captures(case, params_np, args_np)
 
@@ -59,7 +59,7 @@ def evaluated(name):
         return results
 
     with jax.enable_x64(True):
-        loss_fn, params, args = case.make(jnp.float64)
+        loss_fn, params, args = zoo.made(name, jnp.float64)
         return params, args, quickly(evaluate)(params, *args)
 
 
@@ -81,7 +81,7 @@ def covered(case):
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_aux_and_gradients_are_those_of_jax(name):
     case = zoo.by_name(name)
-    loss_fn, params, args = case.make()
+    loss_fn, params, args = zoo.made(name)
     fn = cqjax.value_and_grad(loss_fn, case.has_aux, **case.kwargs)
     result = quickly(fn)(params, *args)
     expected = quickly(jax.value_and_grad(loss_fn, has_aux=case.has_aux))(params, *args)
@@ -94,7 +94,7 @@ def test_loss_aux_and_gradients_are_those_of_jax(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_coverage(name):
     case = zoo.by_name(name)
-    loss_fn, params, args = case.make()
+    loss_fn, params, args = zoo.made(name)
     plan = cqjax.plan(loss_fn if not case.has_aux else (lambda *a: loss_fn(*a)[0]))(params, *args)
     status = {p.path: p.status for p in plan.parameters}
     partly = {path for path, s in status.items() if s == "partly covered"}
@@ -251,7 +251,7 @@ def test_scan_over_steps_and_vmap_over_seeds(name):
     case = zoo.by_name(name)
     tx = cqjax.csgd(0.05, damping=1.0)
     with jax.enable_x64(True):
-        loss_fn, params, args = case.make(jnp.float64)
+        loss_fn, params, args = zoo.made(name, jnp.float64)
         fn = cqjax.value_and_grad(loss_fn, case.has_aux, **{"batch_size": SIZE, **case.kwargs})
 
         def step(params):
