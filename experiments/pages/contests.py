@@ -130,11 +130,12 @@ def tuning(entrants: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def times(contests: Mapping[str, Contest]) -> list[dict[str, str]]:
     """What a step costs, in milliseconds, and how much of that is to bring it its batch."""
-    rows = []
+    rows, names = [], {name: "–" for c in contests.values() for name in c["seconds_per_step"]}
     for title, contest in contests.items():
         pipeline = contest["pipeline"]
         row = {
             "": title,
+            **names,
             **{name: f"{1e3 * s:.2f}" for name, s in contest["seconds_per_step"].items()},
             f"{pipeline['entrant']} on a batch at hand": f"{1e3 * pipeline['seconds_without']:.2f}",
             "share of fetching it": f"{pipeline['share']:.1%}",
@@ -190,9 +191,9 @@ def all_tables(contests: Mapping[str, Contest]) -> dict[str, list[dict[str, str]
 
 
 def edge(entrant: Mapping[str, Any]) -> bool:
-    """Whether the chosen rate is the least or the greatest that was tried."""
+    """Whether the chosen rate is the least or the greatest of several that were tried."""
     rates = [at["rate"] for at in entrant["tuning"]]
-    return entrant["rate"] in (min(rates), max(rates))
+    return len(rates) > 1 and entrant["rate"] in (min(rates), max(rates))
 
 
 def draw_all(path: Path, contests: Mapping[str, Contest]) -> None:

@@ -10,7 +10,7 @@ TABLES = {"CIFAR-100": "section 4.2, Table 1", "CIFAR-10": "section 4.2, Table 2
 ALMOST = 0.9  # of the times are "almost always"
 
 
-def table(tables: dict[str, Contest], data: str, scaled: bool) -> Claim:
+def table(tables: dict[str, Contest], data: str) -> Claim:
     """What is said of the table of a data set."""
     ends = {
         title: {name: median(last(c, name, "test_accuracy")) for name in c["entrants"]}
@@ -26,8 +26,7 @@ def table(tables: dict[str, Contest], data: str, scaled: bool) -> Claim:
         "; ".join(
             f"{title}: {ends[title][OURS]:.2%}, the best of the others {name} {accuracy:.2%}"
             for title, (accuracy, name) in best.items()
-        )
-        + " (another setting than the source's)" * scaled,
+        ),
         judge(*ahead.values()),
     )
 

@@ -159,6 +159,11 @@ def test_the_page_and_the_figures(ran):
     content, page, folder = ran
     check_page(content, page, claims=5)
     assert "This is another setting than the source's" in page
+    assert [claim["holds"] for claim in content["claims"]] == ["open"] * 5
+    assert {claim.holds for claim in judged(content["results"], epochs=59.0).claims} == {"open"}
+    times = page.partition("## Time per step")[2].split("\n\n")[1].splitlines()
+    assert {line.count("|") for line in times} == {8} and "| – | – |" in times[-1]
+    assert times[-1].startswith(f"| {FIGURE3} |")
     assert "not the official" not in page
     row = content["results"]["contests"]["VGG-11"]["entrants"]["SGD"]["runs"][0]
     assert f"| SGD | {100 * row['test_accuracy']:.1f} | 92.63 |" in page
@@ -168,7 +173,7 @@ def test_the_page_and_the_figures(ran):
 
 def judged(results, **changes):
     """The page's claims, of another outcome and other settings."""
-    settings = options.filled(Vgg(**(vars(SMOKE) | changes)), PRESETS)
+    settings = options.filled(Vgg(**(vars(SMOKE) | {"epochs": 60.0} | changes)), PRESETS)
     return pages.page(settings, results)
 
 
