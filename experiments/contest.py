@@ -46,7 +46,8 @@ class Entrant(NamedTuple):
     """Takes a rate to the optimizer and its step."""
     rates: Sequence[float]
     role: Literal["ours", "baseline", "other", "variant"] = "baseline"
-    """The best of the baselines sets the target; a variant is tuned, and no more."""
+    """The best of the baselines sets the target; of the variants, all are tuned, and only the best
+    then runs."""
     task: Task | None = None
     """What it learns, where that is another network or other inputs than the others'; of as many
     images as theirs."""
@@ -58,10 +59,6 @@ class Entrant(NamedTuple):
     def remembering(self) -> "Entrant":
         """The same with one step for each rate, so that it is compiled once."""
         return self._replace(at=cache(self.at))
-
-    def runs(self, seeds: int) -> int:
-        """How many runs it has at the rate that won."""
-        return 0 if self.role == "variant" else seeds
 
     def cost(self, seconds: Mapping[str, float]) -> float:
         """Seconds of its step, of those that were timed: a variant's are the slowest's."""
@@ -85,15 +82,20 @@ class Effort(NamedTuple):
 
     def runs(self, entrants: Sequence[Entrant]) -> int:
         """How many runs a contest has."""
-        return sum(len(entrant.rates) + entrant.runs(self.seeds) for entrant in entrants)
+        tuning = sum(len(entrant.rates) for entrant in entrants)
+        return tuning + self.seeds * len(_running(entrants))
 
     def cost(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> float:
         """Seconds of all its steps, of seconds of a step of each entrant."""
-        return sum(
-            entrant.cost(seconds)
-            * (len(entrant.rates) * self.tuning_steps + entrant.runs(self.seeds) * self.steps)
-            for entrant in entrants
-        )
+        tuning = sum(entrant.cost(seconds) * len(entrant.rates) for entrant in entrants)
+        running = sum(entrant.cost(seconds) for entrant in _running(entrants))
+        return tuning * self.tuning_steps + running * self.seeds * self.steps
+
+
+def _running(entrants: Sequence[Entrant]) -> list[Entrant]:
+    """All but the variants, and one of these, which all cost the same."""
+    variants = [entrant for entrant in entrants if entrant.role == "variant"]
+    return [entrant for entrant in entrants if entrant not in variants] + variants[:1]
 
 
 def held_out(dataset: Dataset, fraction: float = 0.1) -> Parts:
@@ -127,7 +129,8 @@ def hold(
       seconds: Of a step of each entrant, about: for the time left.
 
     Returns:
-      Every number, by entrant, and the target; of the variants the tuning runs.
+      Every number, by entrant, and the target; of the variants the tuning runs, and the best
+      one's runs.
 
     Raises:
       ValueError: If some entrant has more rates than another.
@@ -161,45 +164,46 @@ def hold(
     }
     rates = {name: winner(tried) for name, tried in tuned.items()}
     seeds = range(effort.seed + 1, effort.seed + 1 + effort.seeds)
-    running = [entrant for entrant in entrants if entrant.runs(effort.seeds)]
+    variants = [entrant for entrant in entrants if entrant.role == "variant"]
+    running = [entrant for entrant in entrants if entrant not in variants]
     ran: dict[str, list[History]] = {entrant.name: [] for entrant in running}
     for seed in seeds:
         for entrant in running:
             ran[entrant.name].append(run(entrant, rates[entrant.name], seed, False))
+    if variants:
+        best = min(variants, key=lambda entrant: min(map(_loss, tuned[entrant.name])))
+        ran[best.name] = [run(best, rates[best.name], seed, False) for seed in seeds]
     baselines = [entrant.name for entrant in entrants if entrant.role == "baseline"]
     target = _target({name: ran[name] for name in baselines})
+
+    def results(name: str) -> dict[str, Any]:
+        runs = [
+            {"seed": seed, **history.summary(), "to_target": reached(history, target)}
+            for seed, history in zip(seeds, ran.get(name, ()), strict=name in ran)
+        ]
+        return _tuning(tuned[name]) | ({"runs": runs} if runs else {})
+
     return {
         "images": dict(zip(Parts._fields, (len(part.labels) for part in task.parts), strict=True))
         | {"training_loss": min(effort.measured, len(task.parts.train.labels))},
         "effort": effort._asdict(),
         "target": target,
         "entrants": {
-            entrant.name: {
-                "role": entrant.role,
-                **_tuning(tuned[entrant.name]),
-                "runs": [
-                    {"seed": seed, **history.summary(), "to_target": reached(history, target)}
-                    for seed, history in zip(seeds, ran[entrant.name], strict=True)
-                ],
-            }
-            for entrant in running
+            entrant.name: {"role": entrant.role, **results(entrant.name)} for entrant in running
         },
-        "variants": {
-            entrant.name: _tuning(tuned[entrant.name])
-            for entrant in entrants
-            if entrant.name not in ran
-        },
+        "variants": {variant.name: results(variant.name) for variant in variants},
     }
 
 
 def winner(tried: Sequence[tuple[float, History]]) -> float:
     """The rate whose run ended with the lowest validation loss; the first, if all diverged."""
+    return min(tried, key=_loss)[0]
 
-    def loss(run: tuple[float, History]) -> float:
-        value = run[1].last("validation_loss")
-        return math.inf if math.isnan(value) else value
 
-    return min(tried, key=loss)[0]
+def _loss(tried: tuple[float, History]) -> float:
+    """The validation loss that a tuning run ended with, infinite if it is not a number."""
+    value = tried[1].last("validation_loss")
+    return math.inf if math.isnan(value) else value
 
 
 def reached(history: History, target: Mapping[str, Any]) -> dict[str, float] | None:

@@ -22,8 +22,9 @@ def curves(path: Path, contest: Contest, by: Literal["steps", "seconds"]) -> Non
         for name in NUMBERS:
             name += "" if name.startswith("C-") else suffix
             if name in contest["entrants"]:
-                _line(loss, contest, name, "batch_loss", by, 1)
-                _line(accuracy, contest, name, "train_accuracy", by, 100)
+                number = NUMBERS[name.removesuffix("-BN")]
+                _line(loss, contest, name, number, "batch_loss", by, 1)
+                _line(accuracy, contest, name, number, "train_accuracy", by, 100)
         drawing.logarithmic(loss)
         loss.set(title=f"C- forms, and plain ones {title}", xlim=(0, None))
         loss.set_ylabel("loss of the batches (log scale)")
@@ -36,18 +37,25 @@ def curves(path: Path, contest: Contest, by: Literal["steps", "seconds"]) -> Non
     drawing.save(figure, path)
 
 
-def _line(axes: Any, contest: Contest, name: str, metric: str, by: str, unit: float) -> None:
+def _line(
+    axes: Any, contest: Contest, name: str, number: int, metric: str, by: str, unit: float
+) -> None:
     steps, seconds, values = contests.curves(contest, name, metric)
     x = steps if by == "steps" else contests.middle(seconds)[0]
     label = f"{name}, rate {contest['entrants'][name]['rate']:g}"
-    number = NUMBERS[name.removesuffix("-BN")]
     drawing.band(axes, x, *contests.middle(unit * values), label, number)
 
 
+def with_best(contest: Contest) -> Contest:
+    """The contest, with the variant that has runs as the last of the entrants, if there is one."""
+    best = {name: variant for name, variant in contest["variants"].items() if "runs" in variant}
+    return {**contest, "entrants": contest["entrants"] | best} if best else contest
+
+
 def variants(path: Path, contest: Contest) -> None:
-    """The validation loss after the tuning steps, by the chosen rate's multiple."""
-    entrants = contest["entrants"]
-    figure, (axes,) = drawing.panels(1, 1, (7.2, 4))
+    """The validation loss after the tuning steps, by learning rate; the best's whole runs."""
+    entrants, everyone = contest["entrants"], with_best(contest)
+    figure, (axes, whole) = drawing.panels(1, 2, (6, 4))
     known = {"as in the source": entrants["C-SGD"], **contest["variants"]}
     source = {"color": "black", "marker": "*", "markersize": 11, "linewidth": 2.2}
     for number, (name, entrant) in enumerate(known.items()):
@@ -63,4 +71,9 @@ def variants(path: Path, contest: Contest) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", title="C-SGD")
+    for number, name in enumerate((list(everyone["entrants"])[-1], "C-SGD", "SGD-BN")):
+        _line(whole, everyone, name, number, "train_loss", "steps", 1)
+    drawing.logarithmic(whole)
+    whole.set(xlabel="steps", ylabel="training loss (log scale)", xlim=(0, None))
+    whole.legend(fontsize="small")
     drawing.save(figure, path)

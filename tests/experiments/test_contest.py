@@ -168,7 +168,7 @@ def test_augmentation_is_that_of_the_seed():
     assert all(call.augment == f"changes {call.start[0]['seed']}" for call in calls)
 
 
-def test_an_entrant_may_learn_something_else_and_a_variant_is_only_tuned():
+def test_an_entrant_may_learn_something_else_and_the_best_variant_runs_last():
     def doubled(part):
         return Split(2 * part.images, part.labels)
 
@@ -183,15 +183,19 @@ def test_an_entrant_may_learn_something_else_and_a_variant_is_only_tuned():
     entrants = [
         entrant("A"),
         entrant("ours", "ours")._replace(task=other),
+        entrant("more", "variant")._replace(task=other),
         entrant("less", "variant")._replace(task=other),
     ]
     tuning = {(name, rate): rate for name in ("A", "ours", "less") for rate in (0.1, 0.2)}
-    runs = Runs(tuning, {name: iter(FINAL[name]) for name in ("A", "ours")})
+    tuning |= {("more", 0.1): NAN, ("more", 0.2): 0.15}
+    finals = {"A": "A", "ours": "ours", "less": "B"}
+    runs = Runs(tuning, {name: iter(FINAL[final]) for name, final in finals.items()})
     seconds = {"A": 1.0, "ours": 2.0}
     held = hold(runs, "", task, entrants, EFFORT, seconds)
     assert [call.at[0] for call in runs.calls] == [
-        *("A", "A", "ours", "ours", "less", "less"),
+        *("A", "A", "ours", "ours", "more", "more", "less", "less"),
         *("A", "ours") * 3,
+        *["less"] * 3,
     ]
     for call in runs.calls:
         mine = call.at[0] == "A"
@@ -201,9 +205,13 @@ def test_an_entrant_may_learn_something_else_and_a_variant_is_only_tuned():
         assert (call.augment is None) == mine and call.cost == (1.0 if mine else 2.0)
         assert ("watched" in call.metrics) == (not mine and not call.at_end)
     assert list(held["entrants"]) == ["A", "ours"]
-    (variant,) = held["variants"].items()
-    assert variant[0] == "less" and variant[1]["rate"] == 0.1
-    assert [at["validation_loss"] for at in variant[1]["tuning"]] == [0.1, 0.2]
+    assert list(held["variants"]) == ["more", "less"]
+    more, less = held["variants"].values()
+    assert more["rate"] == 0.2 and "runs" not in more and less["rate"] == 0.1
+    assert [at["validation_loss"] for at in less["tuning"]] == [0.1, 0.2]
+    assert [at["seed"] for at in less["runs"]] == [8, 9, 10]
+    ends = [history.last("train_loss") for history in FINAL["B"]]
+    assert [at["train_loss"] for at in less["runs"]] == ends
     assert len(runs.calls) == EFFORT.runs(entrants)
     assert sum(call.cost * len(call.batches) for call in runs.calls) == EFFORT.cost(
         entrants, seconds
