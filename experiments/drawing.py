@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
@@ -35,9 +36,11 @@ def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
     return figure, axes
 
 
-def logarithmic(axes: Axes) -> None:
-    """A logarithmic vertical axis, with plain numbers at its ticks."""
+def logarithmic(axes: Axes, highest: float = np.inf) -> None:
+    """A logarithmic vertical axis, with plain numbers at its ticks; what is higher is outside."""
     axes.set_yscale("log")
+    if axes.get_ylim()[1] > highest:
+        axes.set_ylim(0.9 * axes.dataLim.y0, highest)
     axes.yaxis.set(
         major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)),
         major_formatter=StrMethodFormatter("{x:g}"),

@@ -161,12 +161,16 @@ def protocol(settings: Any, results: Mapping[str, Any]) -> str:
     entrants = [entrant for contest in held.values() for entrant in contest["entrants"].items()]
     baselines = dict.fromkeys(name for name, entrant in entrants if entrant["role"] == "baseline")
     best = f"the best of the baselines ({', '.join(baselines)})"
+    epochs, seeds = (
+        f"{number:g} {word}{'s' * (number != 1)}"
+        for number, word in ((settings.epochs, "epoch"), (effort["seeds"], "run"))
+    )
     return (
-        f"Batches of {settings.batch_size}, {effort['steps']:,} steps ({settings.epochs:g} "
-        f"epochs). {recompressed(results['dataset']['name'])}Each optimizer had "
+        f"Batches of {settings.batch_size}, {effort['steps']:,} steps ({epochs}). "
+        f"{recompressed(results['dataset']['name'])}Each optimizer had "
         f"{settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one at each rate of "
         "its grid; the rate with the lowest validation loss then had "
-        f"{effort['seeds']} runs. At each seed all optimizers share first weights and batches "
+        f"{seeds}. At each seed all optimizers share first weights and batches "
         "(medians, and ranges in brackets). The target is the training loss that "
         f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
     )

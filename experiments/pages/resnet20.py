@@ -63,7 +63,8 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "steps.png": "By steps, as in Fig. 6: medians over the seeds, and their ranges.",
             "seconds.png": "The same by seconds, as in Fig. 7; compilation counted.",
             "variants.png": f"What single settings do to C-SGD in {tuned:,} steps, the grey line "
-            "being the best that SGD-BN has then; and the best of them in whole runs.",
+            "being the best that SGD-BN has then; and the best of them in whole runs. Losses above "
+            f"{resnet20_figures.HIGHEST} are outside.",
         },
     )
 

@@ -11,6 +11,7 @@ from experiments.pages import contests
 from experiments.pages.contests import Contest
 
 NUMBERS = {"C-SGD": 0, "C-Nesterov": 3, "C-Adam": 5, "SGD": 1, "Nesterov": 2, "Adam": 4}
+HIGHEST = 5  # of losses in the figure of variants
 BY = {"steps": "steps", "seconds": "seconds of training, compilation counted"}
 
 
@@ -65,7 +66,7 @@ def variants(path: Path, contest: Contest) -> None:
         axes.plot(*zip(*tried, strict=True), label=label, **look)
     best = min(median([at["validation_loss"]]) for at in entrants["SGD-BN"]["tuning"])
     axes.axhline(best, color="0.4", linewidth=0.8)
-    drawing.logarithmic(axes)
+    drawing.logarithmic(axes, HIGHEST)
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (log scale)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -73,7 +74,7 @@ def variants(path: Path, contest: Contest) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", title="C-SGD")
     for number, name in enumerate((list(everyone["entrants"])[-1], "C-SGD", "SGD-BN")):
         _line(whole, everyone, name, number, "train_loss", "steps", 1)
-    drawing.logarithmic(whole)
+    drawing.logarithmic(whole, HIGHEST)
     whole.set(xlabel="steps", ylabel="training loss (log scale)", xlim=(0, None))
     whole.legend(fontsize="small")
     drawing.save(figure, path)
