@@ -15,8 +15,8 @@ INTRODUCTION = """\
 Each experiment of the source documents has a page, with figures and, in its `results.json`, every
 number. All run by `python -m experiments NAME`; `--help` tells the options. A claim holds if all
 of its parts do, and partly if some do; it is open if the run was too short to tell. The pages have
-the numbers. "Where ours loses" counts the
-comparisons that a method of this library loses, which its page names first."""
+the numbers. "Where ours loses" counts the comparisons that a method of this library loses, which
+its page names first."""
 
 
 @dataclass(frozen=True)
