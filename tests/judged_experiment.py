@@ -1,10 +1,12 @@
 """What the tests of the experiments with a page have in common."""
 
 import json
+from typing import get_args
 
 import matplotlib.image
 
 from experiments.__main__ import main
+from experiments.page import Holds
 
 
 def run(name, folder, *options):
@@ -17,7 +19,7 @@ def check_page(content, page, claims):
     """All claims stand on the page, with their verdicts, and what is lost stands first."""
     assert len(content["claims"]) == claims
     for claim in content["claims"]:
-        assert claim["holds"] in {"yes", "partly", "no"}
+        assert claim["holds"] in get_args(Holds)
         row = (
             f"| {claim['claim']} ({claim['source']}) | {claim['measured']} | **{claim['holds']}** |"
         )

@@ -236,7 +236,7 @@ BAD_OPTIONS = {
     "--inputs": "--inputs must have at least one",
     "--inputs raw raw": "none twice",
     "--sgd-rates 0.1 0.1": "--sgd-rates must be at least --tries, 2, different rates",
-    "--tries=5": "--sgd-rates must be at least --tries, 5, different rates",
+    "--tries=6": "--sgd-rates must be at least --tries, 6, different rates",
     "--csgd-rates 0.1 -1": "--csgd-rates must be positive and finite, got -1",
     "--epochs=0": "--epochs must be positive",
     "--seeds=0": "--seeds must be at least 1",
