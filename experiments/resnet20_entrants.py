@@ -123,10 +123,11 @@ def consequential(name: str, rate: float, settings: Any) -> optax.GradientTransf
     members = [update, rule(name, rate, settings.momentum)]
     if settings.momentum_first:
         members.reverse()
-    slower = optax.masked(
-        optax.scale(settings.last_layer), lambda params: {layer: layer == LAST for layer in params}
-    )
-    return optax.chain(*members, slower)
+
+    def last(params: Any) -> dict[str, bool]:
+        return {layer: layer == LAST for layer in params}
+
+    return optax.chain(*members, optax.masked(optax.scale(settings.last_layer), last))
 
 
 def _start(model: Any, seed: int, images: np.ndarray, branches: float) -> tuple[Any, Any]:
