@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from checkpointed_training import OPTIMIZERS, STOP, problem, restore, save, train, training
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 DEVICES = 8
 SHARDED = ("all periods", "back-matching", "multi_steps")
 
@@ -57,14 +58,8 @@ def test_onto_eight_devices_and_back(tmp_path):
         save(tmp_path / name, STOP, halfway)
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}"
     done = subprocess.run(
-        [
-            sys.executable,
-            TESTS / "checkpoints" / "eight_devices.py",
-            tmp_path,
-            str(middle),
-            *SHARDED,
-        ],
-        env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "XLA_FLAGS": flags},
+        [sys.executable, SUPPORT / "eight_devices.py", tmp_path, str(middle), *SHARDED],
+        env={**os.environ, "PYTHONPATH": f"{SUPPORT}:{ROOT}", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         check=False,
