@@ -17,25 +17,31 @@ from cqjax.aliases import crmsprop as crmsprop
 from cqjax.aliases import csgd as csgd
 from cqjax.aliases import lsalr as lsalr
 from cqjax.aliases import nlms as nlms
+from cqjax.back_matching.chain import ChainLayer as ChainLayer
+from cqjax.back_matching.propagation import (
+    back_matching_value_and_grad as back_matching_value_and_grad,
+)
+from cqjax.back_matching.rates import back_matching_rates as back_matching_rates
+from cqjax.back_matching.transform import ScaleByBackMatchingState as ScaleByBackMatchingState
+from cqjax.back_matching.transform import scale_by_back_matching as scale_by_back_matching
 from cqjax.capture.block import Block as Block
 from cqjax.capture.captures import Capture as Capture
 from cqjax.capture.captures import Captures as Captures
-from cqjax.capture.plan import Parameter as Parameter
+from cqjax.capture.parameters import Parameter as Parameter
 from cqjax.capture.plan import Plan as Plan
 from cqjax.capture.statistics import Counts as Counts
 from cqjax.capture.statistics import Gram as Gram
 from cqjax.capture.statistics import Inputs as Inputs
 from cqjax.capture.statistics import Rows as Rows
+from cqjax.capture.statistics import Statistic as Statistic
 from cqjax.capture.value_and_grad import plan as plan
 from cqjax.capture.value_and_grad import value_and_grad as value_and_grad
 from cqjax.losses import kullback_leibler as kullback_leibler
 from cqjax.losses import normalized_kullback_leibler as normalized_kullback_leibler
 from cqjax.losses import p_norm_loss as p_norm_loss
-from cqjax.propagation import back_matching_value_and_grad as back_matching_value_and_grad
-from cqjax.transforms.back_matching import ScaleByBackMatchingState as ScaleByBackMatchingState
-from cqjax.transforms.back_matching import back_matching_rates as back_matching_rates
-from cqjax.transforms.back_matching import scale_by_back_matching as scale_by_back_matching
-from cqjax.transforms.chain import ChainLayer as ChainLayer
+from cqjax.solves.layers import Layer as Layer
+from cqjax.solves.layers import Layers as Layers
+from cqjax.solves.matrices import Matrices as Matrices
 from cqjax.transforms.conjugate_gradient import (
     ScaleByConjugateGradientState as ScaleByConjugateGradientState,
 )

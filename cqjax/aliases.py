@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import optax
 
+from cqjax.back_matching.chain import ChainLayer
+from cqjax.back_matching.transform import Factors, scale_by_back_matching
 from cqjax.capture.plan import Plan
-from cqjax.transforms.back_matching import Factors, scale_by_back_matching
-from cqjax.transforms.chain import ChainLayer
 from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
 from cqjax.transforms.layerwise_rates import scale_by_lsalr
 from cqjax.transforms.nlms import scale_by_nlms

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 
 from cqjax.capture.block import Block
-from cqjax.capture.captures import Capture, Captures
-from cqjax.capture.statistics import Rows
+from cqjax.capture.captures import Captures
 from cqjax.capture.table import lines
 from cqjax.linalg import ridge
 from cqjax.linalg.gram import HIGHEST, accumulator
-from cqjax.transforms.incoming import Incoming, Matrices, along
+from cqjax.solves.layers import Layer, Layers
+from cqjax.solves.matrices import along
 
 _NAME = "cqjax.diagnostics.report"
 
@@ -157,25 +157,25 @@ def report(
     if updates is None:
         blocks = captures.blocks if isinstance(captures, Captures) else ()
         updates = {path: g for capture in blocks for path, g in capture.gradients.items()}
-    incoming = Incoming(updates, captures, _NAME)
-    counts = {} if opt_state is None else _counts(incoming, opt_state)
-    layers = {}
-    for label, capture in incoming.captures.items():
-        spectrum = _spectrum(incoming, capture)
+    layers = Layers(updates, captures, _NAME)
+    counts = {} if opt_state is None else _counts(layers, opt_state)
+    reports = {}
+    for label, layer in layers.items():
+        spectrum = _spectrum(layer)
         squares = jnp.square(spectrum.values)
-        mean = ridge.mean_eigenvalue(squares, _possible_rank(incoming, capture))
+        mean = ridge.mean_eigenvalue(squares, min(layer.block.rows, layer.size))
         added = damping + relative_damping * mean
         residual = reachable = None
         if learning_rate is not None:
-            residual, reachable = _residuals(incoming, capture, spectrum, learning_rate)
-        layers[label] = LayerReport(
-            **_of_spectrum(incoming, capture, spectrum.values, jnp.broadcast_to(added, mean.shape)),
+            residual, reachable = _residuals(layer, spectrum, learning_rate)
+        reports[label] = LayerReport(
+            **_of_spectrum(layer, spectrum.values, jnp.broadcast_to(added, mean.shape)),
             residual=residual,
             reachable_residual=reachable,
-            fallbacks=counts.get(capture.block.view.paths[0]),
-            block=capture.block,
+            fallbacks=counts.get(layer.block.view.paths[0]),
+            block=layer.block,
         )
-    return Report(layers)
+    return Report(reports)
 
 
 class _Spectrum(NamedTuple):
@@ -192,18 +192,15 @@ class _Spectrum(NamedTuple):
     left: jax.Array | None
 
 
-def _spectrum(incoming: Incoming, capture: Capture) -> _Spectrum:
+def _spectrum(layer: Layer) -> _Spectrum:
     """The singular values and vectors of a weight's input, with its bias where that is joined."""
-    block = capture.block
-    if block.solver == "diagonal":
-        return _Spectrum(jnp.sqrt(capture.second_moment()), None, None)
-    size = block.features + incoming.joint_bias(block)
-    if all(isinstance(site, Rows) for site in capture.sites):
-        left, values, right = jnp.linalg.svd(_inputs(incoming, capture), full_matrices=False)
-        return _Spectrum(_told(values, max(block.rows, size)), right.mT, left)
-    xx = capture.second_moment()[:, :size, :size]
-    squares, right = jnp.linalg.eigh(xx)
-    values = jnp.sqrt(_told(jnp.maximum(squares[:, ::-1], 0), size))
+    if layer.block.statistic.diagonal:
+        return _Spectrum(jnp.sqrt(layer.second_moment()), None, None)
+    if layer.capture.has_rows:
+        left, values, right = jnp.linalg.svd(_inputs(layer), full_matrices=False)
+        return _Spectrum(_told(values, max(layer.block.rows, layer.size)), right.mT, left)
+    squares, right = jnp.linalg.eigh(layer.second_moment())
+    values = jnp.sqrt(_told(jnp.maximum(squares[:, ::-1], 0), layer.size))
     return _Spectrum(values, right[:, :, ::-1], None)
 
 
@@ -213,28 +210,18 @@ def _told(values: jax.Array, size: int) -> jax.Array:
     return jnp.where(values <= least, 0, values)
 
 
-def _inputs(incoming: Incoming, capture: Capture) -> jax.Array:
+def _inputs(layer: Layer) -> jax.Array:
     """[X, h], (B, n, d + 1), or X where there is no bias, in at least float32."""
-    rows = capture.rows()
+    rows = layer.rows()
     x = rows.x.astype(accumulator(rows.x.dtype))
-    if rows.h is None or not incoming.has_bias(capture.block):
+    if rows.h is None:
         return x
     return jnp.concatenate([x, rows.h[..., None].astype(x.dtype)], -1)
 
 
-def _possible_rank(incoming: Incoming, capture: Capture) -> int:
-    block = capture.block
-    return min(block.rows, block.features + incoming.joint_bias(block))
-
-
-def _of_spectrum(
-    incoming: Incoming, capture: Capture, values: jax.Array, damping: jax.Array
-) -> dict[str, jax.Array]:
+def _of_spectrum(layer: Layer, values: jax.Array, damping: jax.Array) -> dict[str, jax.Array]:
     """Both condition numbers, the rank, the effective rank and the effective dimension: (B,)."""
-    block = capture.block
-    inverted = block.features + incoming.joint_bias(block)
-    if block.solver == "dual":
-        inverted = block.rows
+    inverted = layer.block.rows if layer.block.solver == "dual" else layer.size
     values = -jnp.sort(-values, -1)
     squares, rank = jnp.square(values), jnp.sum(values > 0, -1, dtype=jnp.int32)
     least = squares[:, inverted - 1] if inverted <= values.shape[-1] else jnp.zeros_like(damping)
@@ -252,32 +239,25 @@ def _of_spectrum(
 
 
 def _residuals(
-    incoming: Incoming, capture: Capture, spectrum: _Spectrum, learning_rate: Any
+    layer: Layer, spectrum: _Spectrum, learning_rate: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The residual and the reachable one, (B,); NaN where they are not known."""
-    block, factor = capture.block, learning_rate * incoming.terms(capture.block)
+    block, factor = layer.block, learning_rate * layer.terms
     unknown = jnp.full(len(spectrum.values), jnp.nan, spectrum.values.dtype)
     if block.parts is not None or (spectrum.left is None and not block.exact):
         return unknown, unknown
-    update = _stacked(incoming.matrices(block))
+    update = layer.update.joined
     moved = spectrum.values[..., None] * _rotated(spectrum.right, update)
     if spectrum.left is None:
-        gradient = _rotated(spectrum.right, _stacked(incoming.gradient(capture)))
+        gradient = _rotated(spectrum.right, layer.gradient.joined)
         values = spectrum.values[..., None]
         meant = -factor * jnp.where(values > 0, gradient / jnp.where(values > 0, values, 1), 0)
         return unknown, _relative(moved, meant)
-    targets = -factor * capture.rows().dz.astype(update.dtype)
+    targets = -factor * layer.rows().dz.astype(update.dtype)
     reached = (spectrum.values > 0)[..., None]
     meant = jnp.where(reached, _rotated(spectrum.left, targets), 0)
-    outputs = jnp.einsum("bnd,bdo->bno", _inputs(incoming, capture), update, precision=HIGHEST)
+    outputs = jnp.einsum("bnd,bdo->bno", _inputs(layer), update, precision=HIGHEST)
     return _relative(outputs, targets), _relative(moved, meant)
-
-
-def _stacked(matrices: Matrices) -> jax.Array:
-    """[W; b], (B, d + 1, o), or W."""
-    if matrices.bias is None:
-        return matrices.weight
-    return jnp.concatenate([matrices.weight, matrices.bias[:, None]], 1)
 
 
 def _rotated(basis: jax.Array | None, matrix: jax.Array) -> jax.Array:
@@ -297,7 +277,7 @@ def _relative(moved: jax.Array, meant: jax.Array) -> jax.Array:
     return jnp.where(difference > 0, difference / size, 0 * size)
 
 
-def _counts(incoming: Incoming, opt_state: optax.OptState) -> dict[str, jax.Array]:
+def _counts(layers: Layers, opt_state: optax.OptState) -> dict[str, jax.Array]:
     """Failed solves by path, of all members of the chain together.
 
     Raises:
@@ -310,8 +290,8 @@ def _counts(incoming: Incoming, opt_state: optax.OptState) -> dict[str, jax.Arra
             "cqjax.scale_by_consequentialism in it"
         )
     for counts in found:
-        incoming.check_counts(counts)
-    return dict(zip(incoming.paths, jnp.sum(jnp.stack(found), 0), strict=True))
+        layers.check_counts(counts)
+    return dict(zip(layers.paths, jnp.sum(jnp.stack(found), 0), strict=True))
 
 
 _NUMBERS = {

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cqjax.capture import modules
 from cqjax.capture import value_and_grad as functions
 from cqjax.capture.captures import Captures
 from cqjax.capture.plan import Plan
+from cqjax.frameworks import nnx_modules as modules
 
 
 def value_and_grad(

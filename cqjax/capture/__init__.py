@@ -1,1 +1,1 @@
-"""From a loss function to its value, gradients and captures."""
+"""What is taken of a loss: statistics of its sites, by a plan, in one backward pass."""

@@ -3,42 +3,27 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cqjax.capture.matrix_form import Layout, Lookup
-from cqjax.capture.sites import Bias, Site
-from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic, of_all_devices
-from cqjax.capture.views import View
+from cqjax.capture.statistics import Statistic
 from cqjax.linalg import gram
+from cqjax.program.forms import Lookup
+from cqjax.program.layout import Layout
+from cqjax.program.sites import Bias, Site
+from cqjax.program.taps import Tap
+from cqjax.program.views import View
 
 Solver = Literal["dual", "primal", "diagonal"]
 
-
 SPANNING = 2
-"""Rows for each feature with which an inverse is of use for other rows. Of independent rows it is
-then twice too large in the mean; with as many rows as features, without bound."""
+"""Rows for each feature with which an inverse is of use for other rows than its own.
 
-
-class Cost(NamedTuple):
-    """How a loss's statistics are taken: what that and their solves may cost.
-
-    Attributes:
-      solver: "dual", "primal", or "auto" for the cheaper.
-      max_dim: the largest matrix to be inverted; None for no limit.
-      block_size: of the diagonal blocks of a larger XᵀX; None for no solve at all.
-      subsample: XᵀX comes from one in so many rows.
-      precision: of the products with X.
-    """
-
-    solver: Literal["auto", "primal", "dual"] = "auto"
-    max_dim: int | None = None
-    block_size: int | None = None
-    subsample: int = 1
-    precision: lax.PrecisionLike = "highest"
+For independent rows, the mean of the inverse of XᵀX is 1 / (1 - d/n) times the inverse of its mean:
+twice as large with n = 2d, without bound with n = d."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +35,26 @@ class Block:
 
     Attributes:
       sites: the sites, in the order of the program.
-      solver: "dual" (captures rows), "primal" (captures XᵀX) or "diagonal" (a lookup: counts).
+      statistic: what is captured of each.
+      solver: how the update is solved for: "dual" (from rows), "primal" (from XᵀX) or "diagonal"
+        (from a lookup's counts).
       bias: the view added to the outputs; None if there is none.
       shapes: shapes of the parameters involved.
       exact: whether the loss uses these parameters in these sites only, so that their gradient
         is XᵀZ̄.
       parts: how many parts the features are in, each with an XᵀX of its own that is one of the B;
         a bias is then solved for alone. None where XᵀX is whole.
-      subsample: XᵀX comes from one in so many rows.
       precision: of the products with X.
       max_dim: the largest matrix to be inverted; None for no limit.
     """
 
     sites: tuple[Site, ...]
+    statistic: type[Statistic]
     solver: Solver
     bias: Bias | None
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     exact: bool
     parts: int | None = None
-    subsample: int = 1
     precision: lax.PrecisionLike = "highest"
     max_dim: int | None = None
 
@@ -90,7 +76,7 @@ class Block:
     @property
     def batch(self) -> int:
         """The number B of weights solved for side by side."""
-        return math.prod(length for _, length in self.view.loops) * self._packed[0]
+        return self.sites[0].batch
 
     @property
     def rows(self) -> int:
@@ -103,33 +89,66 @@ class Block:
         return sum(site.rows for site in self.sites if site.bias is not None)
 
     @property
+    def features(self) -> int:
+        """d, without the constant feature."""
+        return self.sites[0].form.weight.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """The number o of outputs."""
+        return self.sites[0].form.weight.shape[2]
+
+    @property
     def shared(self) -> bool:
         """Whether all examples share its rows."""
         return all(site.shared for site in self.sites)
+
+    @property
+    def spans(self) -> bool:
+        """Whether a batch's rows surely span the features: there are `SPANNING` times as many.
+
+        Else XᵀX + λI from other rows is nearly singular along some of a batch's own: its inverse
+        would make updates too large there, up to a factor of its eigenvalues over λ.
+        """
+        return self.rows >= SPANNING * self.features
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        """Shape of the second moment: (B, d, d), (B, d+1, d+1), or (B, d) if it is diagonal."""
+        size = self.size("primal")
+        return (self.batch, size) if self.statistic.diagonal else (self.batch, size, size)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the second moment."""
+        site = self.sites[0]
+        return gram.accumulator((site.z if self.statistic.diagonal else site.x)[1])
 
     def terms(
         self, batch_size: int | jax.Array, examples: int | jax.Array | None
     ) -> float | jax.Array:
         """What ∂L/∂Z is multiplied by for the virtual error of a row of the output.
 
-        N, the number of terms that the loss averages over; or N / examples, where all examples
-        share the rows: ∂L/∂Z is a sum over them then.
+        The virtual error is what the row's own example asks of it. A loss that averages over N
+        terms has it in ∂L/∂Z divided by N. Where all examples share the rows, ∂L/∂Z is a sum over
+        the examples already: then N is divided by their number.
         """
         return batch_size / examples if self.shared and examples is not None else batch_size
 
-    @property
-    def features(self) -> int:
-        """d, without the homogeneous coordinate."""
-        return self._packed[1]
+    def by_moments(self) -> "Block":
+        """The block, solved for by its second moment."""
+        solver: Solver = "diagonal" if self.statistic.diagonal else "primal"
+        return dataclasses.replace(self, solver=solver)
 
-    @property
-    def outputs(self) -> int:
-        """The number o of outputs."""
-        return self._packed[2]
+    def size(self, solver: Solver) -> int:
+        """Rows of the matrix that a solver inverts."""
+        if solver == "dual":
+            return self.rows
+        return self.features + (self.bias is not None and self.parts is None)
 
-    @property
-    def _packed(self) -> tuple[int, ...]:
-        return self.sites[0].form.weight.shape
+    def small(self, solver: Solver) -> bool:
+        """Whether a solver may invert its matrix."""
+        return self.max_dim is None or self.size(solver) <= self.max_dim
 
     def flops(self, solver: Solver) -> float:
         """Floating-point operations that a solver adds to the layer's own, on each device.
@@ -147,13 +166,7 @@ class Block:
             for site in self.sites
             if not isinstance(site.form, Lookup)
         )
-        return moment / self.subsample + self.batch * (2 * d**3 + 2 * d * d * o)
-
-    def size(self, solver: Solver) -> int:
-        """Rows of the matrix that a solver inverts."""
-        if solver == "dual":
-            return self.rows
-        return self.features + (self.bias is not None and self.parts is None)
+        return moment + self.batch * (2 * d**3 + 2 * d * d * o)
 
     def relative_flops(self) -> float:
         """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
@@ -161,48 +174,14 @@ class Block:
         own = 6 * self.batch * rows * self.features * self.outputs
         return self.flops(self.solver) / own
 
-    def small(self, solver: Solver) -> bool:
-        """Whether a solver may invert its matrix."""
-        return self.max_dim is None or self.size(solver) <= self.max_dim
-
-    @property
-    def spans(self) -> bool:
-        """Whether a batch's rows surely span the features: there are `SPANNING` times as many.
-
-        Else XᵀX + λI from other rows is nearly singular along some of a batch's own: its inverse
-        would make updates too large there, up to a factor of its eigenvalues over λ.
-        """
-        return self.rows >= SPANNING * self.features
-
-    def parts_of(self, size: int) -> int | None:
-        """The least number of equal parts that leaves each at most `size` features, if any does.
-
-        A convolution's parts have all the window's offsets of some of the channels.
-        """
-        form = self.sites[0].form
-        assert not isinstance(form, Lookup)
-        numbers = (n for n in range(1, form.channels + 1) if form.channels % n == 0)
-        return next((n for n in numbers if self.features // n <= size), None)
-
-    def split(self, parts: int) -> "Block":
-        """The block with diagonal blocks of XᵀX in its place: see `parts`."""
-
-        def split(site: Site) -> Site:
-            assert not isinstance(site.form, Lookup)
-            return dataclasses.replace(site, form=site.form.split(parts))
-
-        return dataclasses.replace(
-            self, sites=tuple(map(split, self.sites)), solver="primal", parts=parts
-        )
-
     def weight_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """The weight, of the parameters' arrays: (B, d, o)."""
-        return self._pack(self.view, self.sites[0].form.weight, arrays)
+        return _pack(self.view, self.sites[0].form.weight, arrays)
 
     def bias_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """The bias, of the parameters' arrays: (B, o)."""
         assert self.bias is not None
-        return self._pack(self.bias.view, self.bias.layout, arrays)
+        return _pack(self.bias.view, self.bias.layout, arrays)
 
     def scatter(self, weight: jax.Array, bias: jax.Array | None) -> dict[str, jax.Array]:
         """Arrays of the parameters' shapes that hold W: (B, d, o) and b: (B, o), else zeros."""
@@ -214,52 +193,24 @@ class Block:
             arrays |= view.transpose(_unpack(view, layout, bias), shapes)
         return arrays
 
-    @staticmethod
-    def _pack(view: View, layout: Layout, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        operand = view(arrays).reshape(-1, *view.shape)
-        packed = jax.vmap(layout.pack)(operand)
-        return packed.reshape(-1, *layout.shape[1:])
+    def tap(self, site: Site) -> Tap:
+        """Takes what is captured of one of its sites."""
 
-    def statistic(self, site: Site, x: jax.Array, dz: jax.Array) -> Statistic:
-        """What one trip of a site contributes: its rows, its inputs, or its second moment."""
-        form = site.form
-        if isinstance(form, Lookup):
-            return Counts(form.counts(x, gram.accumulator(site.z[1])))
-        h = None
-        if self.bias is not None and self.parts is None:
-            h = jnp.full((), site.bias is not None, x.dtype)
-        if self.solver == "dual":
-            rows = form.rows(x)
-            ones = None if h is None else jnp.broadcast_to(h, rows.shape[:2])
-            return Rows(rows, form.output.pack(dz), ones)
-        if self.deferred(site):
-            return Inputs(x, h)
-        return Gram(form.second_moment(x, h, self.subsample, self.precision))
+        def take(x: jax.Array, dz: jax.Array) -> Statistic:
+            h = None
+            if self.bias is not None and self.parts is None:
+                h = jnp.full((), site.bias is not None, x.dtype)
+            return self.statistic.take(site, x, dz, h, self.precision)
 
-    def deferred(self, site: Site) -> bool:
-        """Whether XᵀX is left to who wants it: where the backward pass keeps x, for a product."""
-        return self.solver == "primal" and not site.loops and not site.recomputed
+        own = dict(site.view.loops)
+        stacked = (self.statistic.every_trip or i in own for i in range(len(site.loops)))
+        return Tap(take, site.operand, site.x, site.z, tuple(stacked), site.loops, site.varying)
 
-    def scanned(self, site: Site, level: int) -> bool:
-        """Whether a statistic has an axis for the loop at `level`, rather than a sum over it."""
-        return self.solver == "dual" or level in dict(site.view.loops)
 
-    def fold(self, site: Site, statistic: Statistic) -> Statistic:
-        """A site's statistic with the axes of the loops around it, and devices, in B and n."""
-        if not site.loops and isinstance(statistic, Inputs):
-            return statistic
-        stacked = [level for level, _ in site.view.loops]
-        loops = len(site.loops)
-        shared = [level for level in range(loops) if level not in stacked]
-        order = (*stacked, loops, *shared, loops + 1)
-
-        def fold(value: jax.Array) -> jax.Array:
-            if isinstance(statistic, Rows):
-                value = value.transpose(*order, *range(loops + 2, value.ndim))
-                return value.reshape(self.batch, -1, *value.shape[loops + 2 :])
-            return value.reshape(self.batch, *value.shape[len(stacked) + 1 :])
-
-        return of_all_devices(jax.tree.map(fold, statistic), site.reduced)
+def _pack(view: View, layout: Layout, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    operand = view(arrays).reshape(-1, *view.shape)
+    packed = jax.vmap(layout.pack)(operand)
+    return packed.reshape(-1, *layout.shape[1:])
 
 
 def _unpack(view: View, layout: Layout, matrix: jax.Array) -> jax.Array:

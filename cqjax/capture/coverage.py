@@ -1,58 +1,68 @@
-"""From a walk's record to blocks: which sites are solved for together, and which cannot be."""
+"""Which sites are solved for together as a block, and which cannot be solved for, and why."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 
 import jax
 import jax.numpy as jnp
 
-from cqjax.capture.block import SPANNING, Block, Cost, Solver
-from cqjax.capture.matrix_form import Lookup
-from cqjax.capture.sites import Site
-from cqjax.capture.views import View
-from cqjax.capture.walk import Walk
+from cqjax.capture.block import Block
+from cqjax.capture.parameters import Shapes
+from cqjax.capture.policy import Policy
+from cqjax.capture.statistics import Gram
+from cqjax.program.forms import Lookup
+from cqjax.program.sites import Site
+from cqjax.program.views import View
+from cqjax.program.walk import Record
 
-Shapes = Mapping[str, tuple[int, ...]]
-Uses = dict[str, list[str]]
+Reasons = dict[str, list[str]]
+"""For each parameter's path, what it does that no solve accounts for, in words."""
 
 
 def make_blocks(
-    walk: Walk, taken: Set[str], shapes: Shapes, cost: Cost
-) -> tuple[tuple[Block, ...], Uses]:
+    record: Record, chosen: Set[str], shapes: Shapes, policy: Policy
+) -> tuple[tuple[Block, ...], Reasons]:
     """Groups the sites by their weights.
 
     Args:
-      walk: the walk over the loss.
-      taken: paths of the parameters to capture.
+      record: the sites of the loss, and what else the parameters enter.
+      chosen: paths of the parameters to capture.
       shapes: the parameters' shapes, by path.
-      cost: how they may be solved for.
+      policy: how they may be solved for.
 
     Returns:
       The blocks, and for each parameter what it does besides.
     """
-    uses = {path: list(dict.fromkeys(u.reason for u in us)) for path, us in walk.uses.items()}
-    taken_sites = []
-    for site in walk.sites:
-        if taken >= set(site.view.paths):
-            taken_sites.append(site)
+    reasons = {path: list(dict.fromkeys(u.reason for u in us)) for path, us in record.uses.items()}
+    sites = []
+    for site in record.sites:
+        if chosen >= set(site.view.paths):
+            sites.append(site)
         else:
-            _drop(site, "is joined with a parameter that is skipped", uses)
-    groups = _without_conflicts(_groups(taken_sites), shapes, uses)
-    groups = _with_one_bias(groups, taken, uses)
-    blocks = [_block(sites, shapes, uses, cost) for sites in groups]
-    return tuple(block for block in blocks if block is not None), uses
+            _drop(site, "is joined with a parameter that is skipped", reasons)
+    groups = _without_conflicts(_groups(sites), shapes, reasons)
+    groups = _with_one_bias(groups, chosen, reasons)
+    blocks = []
+    for sites in groups:
+        decided = policy.decide(_undecided(sites, shapes, reasons))
+        if isinstance(decided, Block):
+            blocks.append(decided)
+            continue
+        for site in sites:
+            _drop(site, decided, reasons)
+    return tuple(blocks), reasons
 
 
-def _note(uses: Uses, view: View, reason: str) -> None:
+def _note(reasons: Reasons, view: View, reason: str) -> None:
     for path in view.paths:
-        if reason not in uses[path]:
-            uses[path].append(reason)
+        if reason not in reasons[path]:
+            reasons[path].append(reason)
 
 
-def _drop(site: Site, reason: str, uses: Uses) -> None:
-    _note(uses, site.view, reason)
+def _drop(site: Site, reason: str, reasons: Reasons) -> None:
+    _note(reasons, site.view, reason)
     if site.bias is not None:
-        _note(uses, site.bias.view, "is the bias of a layer whose weight is not solved for")
+        _note(reasons, site.bias.view, "is the bias of a layer whose weight is not solved for")
 
 
 def _groups(sites: Sequence[Site]) -> list[list[Site]]:
@@ -64,7 +74,9 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
-def _without_conflicts(groups: list[list[Site]], shapes: Shapes, uses: Uses) -> list[list[Site]]:
+def _without_conflicts(
+    groups: list[list[Site]], shapes: Shapes, reasons: Reasons
+) -> list[list[Site]]:
     """Leaves out weights that hold an entry twice, and those of which two hold the same one."""
     refused: dict[int, str] = {}
     for path in shapes:
@@ -77,7 +89,7 @@ def _without_conflicts(groups: list[list[Site]], shapes: Shapes, uses: Uses) -> 
             refused.update(dict.fromkeys(among, reason))
     for i, reason in refused.items():
         for site in groups[i]:
-            _drop(site, reason, uses)
+            _drop(site, reason, reasons)
     return [sites for i, sites in enumerate(groups) if i not in refused]
 
 
@@ -93,7 +105,9 @@ def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
         return int(total.max(initial=0))
 
 
-def _with_one_bias(groups: list[list[Site]], taken: Set[str], uses: Uses) -> list[list[Site]]:
+def _with_one_bias(
+    groups: list[list[Site]], chosen: Set[str], reasons: Reasons
+) -> list[list[Site]]:
     """Takes from their sites the biases that are not one weight's alone."""
     weights = {path for sites in groups for path in sites[0].view.paths}
     owners: dict[str, set[int]] = {}
@@ -112,7 +126,7 @@ def _with_one_bias(groups: list[list[Site]], taken: Set[str], uses: Uses) -> lis
             return "is a weight and a bias"
         if not all(bias.view.whole for bias in biases):
             return "is a bias in parts only"
-        return "is joined with a parameter that is skipped" if paths - taken else None
+        return "is joined with a parameter that is skipped" if paths - chosen else None
 
     result = []
     for sites in groups:
@@ -120,46 +134,21 @@ def _with_one_bias(groups: list[list[Site]], taken: Set[str], uses: Uses) -> lis
         reason = problem(biases)
         if reason is not None:
             for bias in biases:
-                _note(uses, bias.view, reason)
+                _note(reasons, bias.view, reason)
             sites = [dataclasses.replace(site, bias=None) for site in sites]
         result.append(sites)
     return result
 
 
-def _block(
-    sites: Sequence[Site],
-    shapes: Shapes,
-    uses: Uses,
-    cost: Cost,
-) -> Block | None:
-    """The sites' block; None, which is noted, if no matrix that may be inverted is small enough."""
+def _undecided(sites: Sequence[Site], shapes: Shapes, reasons: Reasons) -> Block:
+    """The sites' block, as if it were solved for by the primal: the policy decides."""
     bias = next((site.bias for site in sites if site.bias is not None), None)
     paths = dict.fromkeys((*sites[0].view.paths, *(bias.view.paths if bias else ())))
-    block = Block(
+    return Block(
         sites=tuple(sites),
-        solver="diagonal",
+        statistic=Gram,
+        solver="primal",
         bias=bias,
         shapes=tuple((path, shapes[path]) for path in paths),
-        exact=not any(uses[path] for path in paths),
-        precision=cost.precision,
-        max_dim=cost.max_dim,
+        exact=not any(reasons[path] for path in paths),
     )
-    if isinstance(sites[0].form, Lookup):
-        return block
-    solvers: tuple[Solver, ...] = ("dual", "primal") if cost.solver == "auto" else (cost.solver,)
-    block = _subsampled(block, cost.subsample)
-    small: list[Solver] = [solver for solver in solvers if block.small(solver)]
-    if small:
-        return dataclasses.replace(block, solver=min(small, key=block.flops))
-    if cost.block_size is not None and (parts := block.parts_of(cost.block_size)):
-        return _subsampled(block.split(parts), cost.subsample)
-    size = min(block.size(solver) for solver in solvers)
-    for site in sites:
-        _drop(site, f"needs the inverse of a matrix of {size} rows, more than max_dim", uses)
-    return None
-
-
-def _subsampled(block: Block, subsample: int) -> Block:
-    """The block with XᵀX from one in `subsample` rows, or more: enough to span the features."""
-    most = max(1, block.rows // (SPANNING * max(1, block.features)))
-    return dataclasses.replace(block, subsample=min(subsample, most))

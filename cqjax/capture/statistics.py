@@ -1,79 +1,261 @@
-"""What a tap brings out of the backward pass, for one site."""
+"""What a tap takes of one site, and what becomes of it on the way to a solve.
+
+A new statistic is one class: derive it from `Statistic`, and pass it as `capture=`.
+"""
 
 import dataclasses
+from typing import ClassVar, Self
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from cqjax.linalg import devices
+from cqjax.linalg import devices, gram
+from cqjax.program.forms import Lookup
+from cqjax.program.sites import Site
 
 _pytree = jax.tree_util.register_dataclass
 
 
+class Statistic:
+    """What is captured of a site Z = XW: a function of its input X and of Z̄ = ∂L/∂Z.
+
+    A subclass is a frozen dataclass of arrays, which `jax.tree_util.register_dataclass` knows. Its
+    arrays have the axis B first (groups, members of an ensemble, layers scanned over). It defines
+    `take`. The other methods are right for what adds up over rows, as XᵀX does: what the trips of a
+    loop take of one weight, and what several devices take, is summed.
+
+    Attributes:
+      every_trip: whether what the trips of a loop give is kept apart, rather than summed.
+      diagonal: whether `second_moment` is the diagonal (B, d) of a matrix that has nothing else.
+
+    Examples:
+      The second moment of the gradients, as K-FAC has it (docs/extending.md builds K-FAC on it):
+
+      >>> import dataclasses
+      >>> import cqjax, jax, jax.numpy as jnp
+      >>> @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Signals(cqjax.Statistic):
+      ...     zz: jax.Array
+      ...
+      ...     @classmethod
+      ...     def take(cls, site, x, dz, h, precision):
+      ...         z = site.form.output.pack(dz)
+      ...         return cls(jnp.einsum("bno,bnp->bop", z, z, precision=precision))
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean(jnp.sum(x @ params["w"], -1))
+      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+      >>> _, _, captures = cqjax.value_and_grad(loss_fn, capture=Signals)(params, x)
+      >>> print(captures["w"][0].sites[0].zz)
+      [[[0.25 0.25]
+        [0.25 0.25]]]
+    """
+
+    every_trip: ClassVar[bool] = False
+    diagonal: ClassVar[bool] = False
+
+    @classmethod
+    def take(
+        cls,
+        site: Site,
+        x: jax.Array,
+        dz: jax.Array,
+        h: jax.Array | None,
+        precision: lax.PrecisionLike,
+    ) -> "Statistic":
+        """What one trip of a site contributes.
+
+        Args:
+          site: the site. `site.form.rows(x)` is X, (B, n, d), and `site.form.output.pack(dz)` is
+            Z̄, (B, n, o).
+          x: the activation, in the shape in which the equation has it.
+          dz: the loss's gradient with respect to the result, in the result's shape.
+          h: the constant feature that stands for the bias, (): 1 where one is added, 0 where the
+            weight's other sites have one; None where none has, or where it is solved for alone.
+          precision: of products with X.
+        """
+        raise NotImplementedError
+
+    def fold(self, site: Site) -> Self:
+        """The statistic after the loops around a site, in which its arrays have axes in front."""
+        stacked = len(site.view.loops)
+
+        def merged(value: jax.Array) -> jax.Array:
+            return value.reshape(site.batch, *value.shape[stacked + 1 :])
+
+        return jax.tree.map(merged, self)
+
+    def of_all_devices(self, axes: devices.Axes) -> Self:
+        """What the devices along these mesh axes of `jax.shard_map` took together."""
+        return devices.total(self, axes)
+
+    def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), where there is an h.
+
+        Raises:
+          ValueError: it is not known.
+        """
+        del precision
+        raise ValueError(
+            f"the second moment of {' + '.join(site.view.paths)} was not captured, only "
+            f"{type(self).__name__}; pass capture=cqjax.Gram to cqjax.value_and_grad, or let "
+            f"{type(self).__name__} define second_moment"
+        )
+
+
 @_pytree
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(Statistic):
     """All rows of a site: what the dual solution needs.
 
     Attributes:
       x: the activations X, (B, n, d), in the model's dtype.
       dz: the loss's gradient with respect to the outputs, (B, n, o).
-      h: the homogeneous coordinate, (B, n): 1 in rows to which a bias is added, else 0; None where
-        none is.
+      h: the constant feature, (B, n): 1 in rows to which a bias is added, else 0; None where none
+        is. It is captured rather than assumed: a branch that was not taken has zeros here too.
     """
+
+    every_trip: ClassVar[bool] = True
 
     x: jax.Array
     dz: jax.Array
     h: jax.Array | None
 
+    @classmethod
+    def take(
+        cls,
+        site: Site,
+        x: jax.Array,
+        dz: jax.Array,
+        h: jax.Array | None,
+        precision: lax.PrecisionLike,
+    ) -> "Rows":
+        """The rows of one trip."""
+        del precision
+        assert not isinstance(site.form, Lookup)
+        rows = site.form.rows(x)
+        column = None if h is None else jnp.broadcast_to(h, rows.shape[:2])
+        return cls(rows, site.form.output.pack(dz), column)
+
+    def fold(self, site: Site) -> "Rows":
+        """The rows of all trips: along B if each trip has a weight of its own, else along n."""
+        own = [level for level, _ in site.view.loops]
+        loops = len(site.loops)
+        same_weight = [level for level in range(loops) if level not in own]
+        order = (*own, loops, *same_weight, loops + 1)
+
+        def merged(value: jax.Array) -> jax.Array:
+            value = value.transpose(*order, *range(loops + 2, value.ndim))
+            return value.reshape(site.batch, -1, *value.shape[loops + 2 :])
+
+        return jax.tree.map(merged, self)
+
+    def of_all_devices(self, axes: devices.Axes) -> "Rows":
+        """The rows of all devices, one after the other."""
+        return devices.gathered(self, axes, 1)
+
+    def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """XᵀX of these rows."""
+        del site
+        return gram.inner(self.x, self.h, precision)
+
 
 @_pytree
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(Statistic):
     """A site's activations as they are: XᵀX is computed when somebody asks for it.
 
     Attributes:
       x: the activations, in the shape in which the equation has them.
-      h: the homogeneous coordinate, (): 1 where a bias is added, else 0; None where none is.
+      h: the constant feature, (): 1 where a bias is added, else 0; None where none is.
     """
 
     x: jax.Array
     h: jax.Array | None
 
+    def fold(self, site: Site) -> "Inputs":
+        """The same: there are no loops around the site."""
+        del site
+        return self
+
+    def of_all_devices(self, axes: devices.Axes) -> "Inputs":
+        """Each device's own: their moments are summed, once there are some."""
+        del axes
+        return self
+
+    def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """XᵀX, of all devices."""
+        assert not isinstance(site.form, Lookup)
+        return devices.total(site.form.second_moment(self.x, self.h, precision), site.reduced)
+
 
 @_pytree
 @dataclasses.dataclass(frozen=True)
-class Gram:
+class Gram(Statistic):
     """The second moment of a site's rows: what the primal solution needs.
 
     Attributes:
-      xx: XᵀX, (B, d, d), or [X, 1]ᵀ[X, 1], (B, d+1, d+1), where a bias is added; in float32, or
-        in float64 for a float64 model.
+      xx: XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), where a bias is added; in float32, or in
+        float64 for a float64 model.
     """
 
     xx: jax.Array
 
+    @classmethod
+    def take(
+        cls,
+        site: Site,
+        x: jax.Array,
+        dz: jax.Array,
+        h: jax.Array | None,
+        precision: lax.PrecisionLike,
+    ) -> "Gram | Inputs":
+        """XᵀX of one trip; the inputs, where the backward pass keeps them anyway.
+
+        Then whoever wants XᵀX computes it, and nobody pays for a product that nobody uses:
+        `update_every` leaves it out between its updates.
+        """
+        del dz
+        if not site.loops and not site.recomputed:
+            return Inputs(x, h)
+        assert not isinstance(site.form, Lookup)
+        return cls(site.form.second_moment(x, h, precision))
+
+    def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """XᵀX."""
+        del site, precision
+        return self.xx
+
 
 @_pytree
 @dataclasses.dataclass(frozen=True)
-class Counts:
+class Counts(Statistic):
     """The second moment of a lookup's one-hot rows, which is diagonal.
 
     Attributes:
       counts: how often each of the d entries was read, (B, d), as floating-point numbers.
     """
 
+    diagonal: ClassVar[bool] = True
+
     counts: jax.Array
 
+    @classmethod
+    def take(
+        cls,
+        site: Site,
+        x: jax.Array,
+        dz: jax.Array,
+        h: jax.Array | None,
+        precision: lax.PrecisionLike,
+    ) -> "Counts":
+        """The counts of one trip, for which x are the indices."""
+        del h, precision
+        assert isinstance(site.form, Lookup)
+        return cls(site.form.counts(x, gram.accumulator(dz.dtype)))
 
-Statistic = Rows | Inputs | Gram | Counts
-
-
-def of_all_devices(statistic: Statistic, axes: devices.Axes) -> Statistic:
-    """What the devices along these mesh axes captured together; `Inputs` stay each one's own."""
-    match statistic:
-        case Rows():
-            return devices.gathered(statistic, axes, 1)
-        case Gram() | Counts():
-            return devices.total(statistic, axes)
-        case Inputs():
-            return statistic
+    def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """The diagonal of XᵀX."""
+        del site, precision
+        return self.counts

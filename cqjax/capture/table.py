@@ -1,32 +1,21 @@
 """A plan as a table in plain text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence, Set
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from cqjax.capture.block import Block
-    from cqjax.capture.plan import Parameter, Plan
+from cqjax.capture.block import Block
+from cqjax.capture.parameters import Parameter
 
 _HEADER = ("parameter", "layer", "sites", "B", "n", "d", "o", "solver", "added FLOPs", "notes")
 _NUMERIC = {"sites", "B", "n", "d", "o", "added FLOPs"}
 
 
-def table(plan: Plan) -> str:
+def parameter_lines(parameters: Sequence[Parameter], blocks: Sequence[Block]) -> Iterator[str]:
     """One line for each parameter: its layer, its product's sizes, its solver and cost.
 
     The sizes are those of Z = XW with X: (B, n, d) and W: (B, d, o). Added FLOPs are relative to
     the layer's own, forwards and backwards.
     """
-    rows = [_row(parameter, plan.blocks) for parameter in plan.parameters]
-    covered = sum(p.status in ("covered", "partly covered") for p in plan.parameters)
-    size = plan.batch_size if plan.batch_size is not None else "not inferred"
-    total = f"{covered} of {len(rows)} parameters covered; batch size {size}"
-    if plan.signal == "matched":
-        unmatched = ", ".join(plan.unmatched) or "no layer with parameters"
-        total += f"\nsignal: matched; as in backpropagation through {unmatched}"
-    return "\n".join((*lines(_HEADER, _NUMERIC, rows), total))
+    return lines(_HEADER, _NUMERIC, [_cells(parameter, blocks) for parameter in parameters])
 
 
 def lines(header: Sequence[str], numeric: Set[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -40,7 +29,7 @@ def lines(header: Sequence[str], numeric: Set[str], rows: Sequence[Sequence[str]
         yield "  ".join(aligned).rstrip()
 
 
-def _row(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
+def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
     notes = "; ".join(parameter.notes)
     if parameter.status == "partly covered":
         notes = f"also {notes}"

@@ -6,23 +6,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from cqjax.capture import jaxprs, linen, recording
-from cqjax.capture.block import Cost
-from cqjax.capture.captures import path_of
-from cqjax.capture.dependence import equations_with_data
-from cqjax.capture.flow import follow_layers
-from cqjax.capture.plan import Plan, Selector, Signal, make_plan
-from cqjax.capture.sites import Position
-from cqjax.capture.walk import Walk
+from cqjax.capture.parameters import Selector, listed
+from cqjax.capture.plan import Plan, Signal, make_plan
+from cqjax.capture.policy import Policy, check_option
+from cqjax.frameworks import linen
+from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
+from cqjax.program import arguments, steps
+from cqjax.program.flow import Flow
+from cqjax.program.paths import path_of
+from cqjax.program.walk import walk
 
 PyTree = Any
-
-
-class Aside:
-    """A pytree among a loss's arguments whose arrays are no batch."""
 
 
 class Traced(NamedTuple):
@@ -41,66 +37,97 @@ class Traced(NamedTuple):
     plan: Plan
 
 
-def tracer(
-    loss_fn: Callable[..., Any],
-    only: Selector | Sequence[Selector] | None,
-    skip: Selector | Sequence[Selector],
-    cost: Cost,
-    batch_size: int | jax.Array | None,
-    loss_reduction: Literal["mean", "sum"],
-    signal: Signal = "gradient",
-) -> Callable[[PyTree, tuple, dict], Traced]:
-    """What all evaluations have in common: trace, walk, plan.
+class Options(NamedTuple):
+    """What `value_and_grad` is told about a loss; see its arguments of the same names.
+
+    Attributes:
+      only: selects the parameters to capture.
+      skip: selects parameters to leave alone.
+      policy: how weights may be solved for.
+      batch_size: N.
+      loss_reduction: how the loss is made of its terms.
+      signal: what is propagated from layer to layer.
+    """
+
+    only: Selector | Sequence[Selector] | None = None
+    skip: Selector | Sequence[Selector] = ()
+    policy: Policy = Policy()
+    batch_size: int | jax.Array | None = None
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    signal: Signal = "gradient"
+
+    def check(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+          ValueError: an option is not one of those listed.
+        """
+        self.policy.check()
+        check_option(self.loss_reduction, ("mean", "sum"), "loss_reduction")
+        check_option(self.signal, ("gradient", "matched"), "signal")
+        size = self.batch_size
+        if size is not None and jnp.ndim(size):
+            raise ValueError(f"batch_size has shape {jnp.shape(size)}: expected a scalar")
+        if isinstance(size, int | float | np.number) and not size > 0:
+            raise ValueError(f"batch_size={size}: expected a positive number of examples")
+        if size is not None and self.loss_reduction == "sum":
+            raise ValueError(
+                'loss_reduction="sum" leaves no use for batch_size=; pass one of the two'
+            )
+
+
+def trace(
+    loss_fn: Callable[..., Any], options: Options, params: PyTree, args: tuple, kwargs: dict
+) -> Traced:
+    """Traces a loss with abstract parameters, and plans what to capture of it.
 
     Raises:
-      ValueError: an option is not one of those listed.
+      ValueError: a selector matches nothing, or parameters or devices are not as they must be.
+      TypeError: a parameter is not real floating-point.
     """
-    _check_cost(cost)
-    check(loss_reduction, ("mean", "sum"), "loss_reduction")
-    check(signal, ("gradient", "matched"), "signal")
-    if batch_size is not None and jnp.ndim(batch_size):
-        raise ValueError(f"batch_size has shape {jnp.shape(batch_size)}: expected a scalar")
-    if isinstance(batch_size, int | float | np.number) and not batch_size > 0:
-        raise ValueError(f"batch_size={batch_size}: expected a positive number of examples")
-    if batch_size is not None and loss_reduction == "sum":
-        raise ValueError('loss_reduction="sum" leaves no use for batch_size=; pass one of the two')
-
-    def trace(params: PyTree, args: tuple, kwargs: dict) -> Traced:
-        _check_manual_axes()
-        keyed, _ = jax.tree_util.tree_flatten_with_path(params)
-        keys = [key for key, _ in keyed]
-        paths = [path_of(key) for key in keys]
-        _check_parameters(paths, [leaf for _, leaf in keyed])
-        jaxpr, outputs, owners = _trace(loss_fn, params, args, kwargs)
-        classes = {
-            path: recording.owners_of(tuple(path_of((k,)) for k in key), owners)
-            for path, key in zip(paths, keys, strict=True)
-        }
-        loss = jaxpr.jaxpr.outvars[:1]
-        inferred = _terms((args, kwargs), loss) if batch_size is None else batch_size
-        walk = Walk(jaxpr.jaxpr, paths, _with_data(jaxpr, len(paths), (args, kwargs)))
-        made = make_plan(
-            walk,
-            follow_layers(jaxpr.jaxpr, walk.sites, walk.uses),
-            {path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, keyed, strict=True)},
-            classes,
-            only=None if only is None else _sequence(only),
-            skip=_sequence(skip),
-            cost=cost,
-            batch_size=1 if loss_reduction == "sum" else inferred,
-            examples=_terms((args, kwargs), ()) or None,
-            signal=signal,
-        )
-        _check_batch_size(made)
-        return Traced(jaxpr, outputs, paths, made)
-
-    return trace
+    _check_manual_axes()
+    keyed, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves = {path_of(keys): leaf for keys, leaf in keyed}
+    _check_parameters([path_of(keys) for keys, _ in keyed], [leaf for _, leaf in keyed])
+    paths = list(leaves)
+    jaxpr, outputs, owners = _trace(loss_fn, params, args, kwargs)
+    program, constants = steps.flatten(jaxpr)
+    batch = arguments.of_batch(program, constants, len(paths), (args, kwargs))
+    avals = [atom.aval for atom in jaxpr.jaxpr.invars[: len(paths)]]
+    record = walk(program, paths, avals, program.dependent(batch))
+    loss = [atom.aval for atom in jaxpr.jaxpr.outvars[:1]]
+    size = options.batch_size
+    if options.loss_reduction == "sum":
+        size = 1
+    elif size is None:
+        size = arguments.shared_size((args, kwargs), loss)
+    plan = make_plan(
+        record,
+        Flow(program, record),
+        {path: jnp.shape(leaf) for path, leaf in leaves.items()},
+        {
+            path_of(keys): ownership.owners_of(tuple(path_of((key,)) for key in keys), owners)
+            for keys, _ in keyed
+        },
+        only=None if options.only is None else listed(options.only),
+        skip=listed(options.skip),
+        policy=options.policy,
+        batch_size=size,
+        examples=arguments.shared_size((args, kwargs), ()) or None,
+        signal=options.signal,
+    )
+    _check_batch_size(plan)
+    return Traced(jaxpr, outputs, paths, plan)
 
 
 def _trace(
     loss_fn: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict
-) -> tuple[Any, Any, recording.Owners]:
-    """Traces the loss with abstract parameters, and abstract shapes among its other arguments."""
+) -> tuple[Any, Any, ownership.Owners]:
+    """The loss's jaxpr, its abstract results, and which layer owns which parameter.
+
+    Shapes among the other arguments are inputs of the jaxpr, like the parameters. Arrays among them
+    are its constants: so a loss may use them in Python, if it could before.
+    """
     leaves, tree = jax.tree.flatten((args, kwargs))
     abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
 
@@ -111,68 +138,9 @@ def _trace(
         )
         return loss_fn(params, *args, **kwargs)
 
-    with recording.recorded() as owners, linen.intercepted():
+    with ownership.recorded() as owners, linen.intercepted():
         jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(params, abstract)
     return jaxpr, shapes, owners
-
-
-def _sequence(selectors: Selector | Sequence[Selector]) -> Sequence[Selector]:
-    """A list of selectors.
-
-    Raises:
-      TypeError: something in it is none.
-    """
-    selected = [selectors] if isinstance(selectors, str | type) else selectors
-    for selector in selected if isinstance(selected, Sequence) else [selected]:
-        if not isinstance(selector, str | type):
-            raise TypeError(
-                f"{selector!r} selects no parameters: expected a pattern for paths or a class of "
-                "layers"
-            )
-    return selected
-
-
-def _terms(arguments: PyTree, loss: Sequence[Any]) -> int | None:
-    """How many terms the loss averages over, None if that is not plain.
-
-    The leading dimension of all arrays among the arguments, for each of the devices over which
-    these vary within `jax.shard_map` and the loss, that is their mean, does not.
-    """
-    leaves = jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
-    arrays = [leaf for leaf in leaves if _may_be_batch(leaf)]
-    sizes = {leaf.shape[0] for leaf in arrays}
-    over = devices.varying(arrays).difference(*map(jaxprs.varying, loss))
-    return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
-
-
-def _may_be_batch(leaf: Any) -> bool:
-    """Whether a leaf of the arguments is an array that may have a row for each example."""
-    return (
-        isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-        and bool(leaf.shape)
-        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
-    )
-
-
-def _with_data(jaxpr: Any, parameters: int, arguments: PyTree) -> set[Position]:
-    """The equations that depend on data: on arguments that may be a batch, or may hold one.
-
-    Constants that are no tracers are data too, unless all such arguments are tracers or abstract.
-    """
-    leaves = jax.tree.leaves(arguments)
-    abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-    batch = [leaf for leaf in leaves if _may_be_batch(leaf)]
-    others = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _may_be_batch(leaf)]
-    traced = all(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in batch)
-
-    def is_data(const: Any) -> bool:
-        if batch and traced and not isinstance(const, Tracer):
-            return False
-        return all(const is not leaf for leaf in others)
-
-    inputs = [False] * parameters + [_may_be_batch(leaf) for leaf in abstract]
-    return equations_with_data(jaxpr, inputs, is_data)
 
 
 def _check_manual_axes() -> None:
@@ -234,39 +202,3 @@ def check_loss(outputs: PyTree, has_aux: bool) -> None:
         raise TypeError(
             f"the loss has shape {loss.shape} and dtype {loss.dtype}; expected a real scalar"
         )
-
-
-def _check_cost(cost: Cost) -> None:
-    """Refuses what cannot be meant.
-
-    Raises:
-      ValueError: names the option.
-    """
-    check(cost.solver, ("auto", "primal", "dual"), "solver")
-    for name in ("max_dim", "block_size", "subsample"):
-        value = getattr(cost, name)
-        if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
-            raise ValueError(f"{name}={value}: expected a positive integer")
-    if cost.block_size is not None and (cost.max_dim is None or cost.block_size > cost.max_dim):
-        raise ValueError(
-            f"block_size={cost.block_size} with max_dim={cost.max_dim}: expected max_dim, the size "
-            "from which on a matrix is split into blocks, and block_size no larger than it"
-        )
-    row = jax.ShapeDtypeStruct((1,), jnp.float32)
-    try:
-        jax.eval_shape(lambda x: jnp.dot(x, x, precision=cost.precision), row)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"precision={cost.precision!r}: expected what jax.lax.dot_general takes: 'highest', "
-            "'high', 'default' or another jax.lax.Precision"
-        ) from error
-
-
-def check(value: str, allowed: Sequence[str], name: str) -> None:
-    """Refuses an option that is not one of those allowed.
-
-    Raises:
-      ValueError: names the option.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")

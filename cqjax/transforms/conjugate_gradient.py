@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cqjax.transforms.incoming import finite
+from cqjax.solves.matrices import finite
 
 Beta = Literal["fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan"]
 OnAscent = Literal["restart", "reverse"]

@@ -1,4 +1,4 @@
-"""Consequentialism: updates chosen by what they do to each layer's outputs (seed 000)."""
+"""Consequentialism: updates chosen by what they do to each layer's outputs."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,14 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding
 
-from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.captures import Captures
 from cqjax.capture.plan import Plan
 from cqjax.linalg import devices, ridge
-from cqjax.transforms import across, solves
-from cqjax.transforms.across import Kept, Moment
-from cqjax.transforms.incoming import Incoming, Matrices, check_number, no_counts
-from cqjax.transforms.solves import Damping
+from cqjax.solves import kept, solve
+from cqjax.solves.kept import Kept, Moment
+from cqjax.solves.layers import Layer, Layers, is_masked
+from cqjax.solves.matrices import Matrices
+from cqjax.solves.solve import Damping, check_number
 
 Schedule = float | jax.Array | Callable[[chex.Numeric], chex.Numeric]
 
@@ -142,11 +143,11 @@ def scale_by_consequentialism(
 
     References:
       Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
-      weight updates over mini-batches (seed 000), Eqs. 58 to 63.
+      weight updates over mini-batches, Eqs. 58 to 63.
     """
     check_number(damping, "damping")
     check_number(relative_damping, "relative_damping")
-    _check_across(plan, update_every, ema_decay, capture_every)
+    _check_kept(plan, update_every, ema_decay, capture_every)
     if spread_over is not None and not (
         isinstance(spread_over, NamedSharding) and devices.axes_of(spread_over)
     ):
@@ -158,10 +159,11 @@ def scale_by_consequentialism(
     def init(params: optax.Params) -> ScaleByConsequentialismState:
         moments, inverses = {}, {}
         if plan is not None and ema_decay is not None:
-            moments = across.no_moments(plan, params)
+            moments = kept.empty_moments(plan, params)
         if plan is not None and update_every is not None:
-            inverses = across.no_inverses(plan, params, update_every, ema_decay is not None)
-        count, fallbacks = jnp.zeros((), jnp.int32), no_counts(params)
+            inverses = kept.empty_inverses(plan, params, update_every, ema_decay is not None)
+        leaves = jax.tree.leaves(params, is_leaf=is_masked)
+        count, fallbacks = jnp.zeros((), jnp.int32), jnp.zeros(len(leaves), jnp.int32)
         return ScaleByConsequentialismState(count, fallbacks, moments, inverses)
 
     def update(
@@ -173,21 +175,21 @@ def scale_by_consequentialism(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        incoming = Incoming(updates, captures, "scale_by_consequentialism")
-        incoming.check_counts(state.fallbacks)
-        across.check(state.moments, state.inverses, incoming, ema_decay is not None)
+        layers = Layers(updates, captures, "scale_by_consequentialism")
+        layers.check_counts(state.fallbacks)
+        kept.check(state.moments, state.inverses, layers, ema_decay is not None)
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
         moments, inverses, left_out, repaired = state.moments, state.inverses, {}, {}
         if ema_decay is not None:
-            moments, left_out = across.averaged(
-                moments, incoming, ema_decay, capture_every, state.count
+            moments, left_out = kept.update_moments(
+                moments, layers, ema_decay, capture_every, state.count
             )
         if update_every is not None:
-            inverses, repaired = across.renewed(
-                inverses, moments, incoming, now, update_every, state.count, spread_over
+            inverses, repaired = kept.update_inverses(
+                inverses, moments, layers, now, update_every, state.count, spread_over
             )
         updates, failures = _precondition(
-            incoming, now, moments, inverses, (left_out, repaired), spread_over
+            layers, now, moments, inverses, (left_out, repaired), spread_over
         )
         count = jnp.asarray(optax.safe_increment(state.count))
         fallbacks = state.fallbacks + failures
@@ -200,7 +202,7 @@ def _at(value: Schedule, count: jax.Array) -> Any:
     return value(count) if callable(value) else value
 
 
-def _check_across(plan: Plan | None, update_every: Any, ema_decay: Any, capture_every: Any) -> None:
+def _check_kept(plan: Plan | None, update_every: Any, ema_decay: Any, capture_every: Any) -> None:
     """Refuses options that cannot be meant, or not without a plan.
 
     Raises:
@@ -233,57 +235,58 @@ def _check_across(plan: Plan | None, update_every: Any, ema_decay: Any, capture_
 
 
 def _precondition(
-    incoming: Incoming,
+    layers: Layers,
     damping: Damping,
     moments: Mapping[str, Moment],
     inverses: Mapping[str, Kept],
     before: Sequence[Mapping[str, jax.Array]],
     spread_over: NamedSharding | None,
 ) -> tuple[optax.Updates, jax.Array]:
-    """N (XᵀX + λI)⁻¹ H for every block, and how many solves failed at each leaf, (P,).
+    """N (XᵀX + λI)⁻¹ H for every layer, and how many solves failed at each leaf, (P,).
 
     What failed `before`, (B,) bool by label, is counted with them: once for each update.
     """
 
-    def by_rows(label: str, capture: Capture) -> bool:
-        return capture.block.solver == "dual" and label not in {**moments, **inverses}
+    def by_rows(layer: Layer) -> bool:
+        return layer.block.solver == "dual" and layer.label not in {**moments, **inverses}
 
-    def solve(changed: bool) -> tuple[optax.Updates, jax.Array]:
+    def solved(changed: bool) -> tuple[optax.Updates, jax.Array]:
         results: dict[str, Matrices] = {}
-        waiting: dict[str, solves.Solve] = {}
+        waiting: dict[str, solve.Solve] = {}
         rows: dict[str, jax.Array] = {}
         failures: dict[str, jax.Array] = {}
-        for label, capture in incoming.captures.items():
+        for label, layer in layers.items():
             if label in inverses:
-                kept = inverses[label].inverse
-                results[label], rows[label] = solves.preconditioned(
-                    incoming, capture, damping, kept
-                )
-            elif by_rows(label, capture):
-                exact = capture.block.exact and not changed
-                solve = solves.dual if exact else solves.dual_of_changed
-                waiting[label] = solve(incoming, capture, damping)
+                inverse = inverses[label].inverse
+                results[label], rows[label] = solve.preconditioned(layer, damping, inverse)
+            elif by_rows(layer):
+                exact = layer.block.exact and not changed
+                dual = solve.dual if exact else solve.dual_of_changed
+                waiting[label] = dual(layer, damping)
             else:
-                xx = across.second_moment(moments, incoming, label)
-                if capture.block.solver == "diagonal":
-                    results[label], failures[label] = solves.diagonal(
-                        incoming, capture, damping, xx
-                    )
+                xx = kept.second_moment(moments, layer)
+                if layer.block.statistic.diagonal:
+                    results[label], failures[label] = solve.diagonal(layer, damping, xx)
                 else:
-                    solve = solves.primal(incoming, capture, damping, xx, label in moments)
-                    waiting[label] = solve
-        found = ridge.inverses([solve.system for solve in waiting.values()], spread_over)
+                    waiting[label] = solve.primal(layer, damping, xx, label in moments)
+        # All matrices of a size are inverted together, and each layer's product with its inverse
+        # comes when its signal is there. Whether an inverse failed is known before the backward
+        # pass, so no layer waits for the others.
+        found = ridge.inverses([each.system for each in waiting.values()], spread_over)
         repaired: dict[str, jax.Array] = {}
-        for (label, solve), inverse in zip(waiting.items(), found, strict=True):
-            results[label], rows[label] = solve.update(inverse)
+        for (label, each), inverse in zip(waiting.items(), found, strict=True):
+            results[label], rows[label] = each.update(inverse)
             repaired[label] = inverse.repaired
         for label, good in zip(rows, ridge.all_finite(list(rows.values())), strict=True):
             events = [failed[label] for failed in (*before, repaired) if label in failed]
-            lost = ~good | incoming.overflows(label, results[label])
+            lost = ~good | layers[label].overflows(results[label])
             failures[label] = functools.reduce(jnp.logical_or, events, lost)
-        return incoming.replaced(results), incoming.counts(failures)
+        return layers.replaced(results), layers.counts(failures)
 
-    pure = [c for label, c in incoming.captures.items() if by_rows(label, c) and c.block.exact]
-    if all(map(incoming.is_gradient, pure)):
-        return solve(False)
-    return lax.cond(incoming.changed(pure), lambda: solve(True), lambda: solve(False))
+    # The dual starts from the rows, and so from the gradient. Within one trace it is known without
+    # computing anything that the updates still are the gradient. Across a `jit` they are compared.
+    exact = [layer for layer in layers.values() if by_rows(layer) and layer.block.exact]
+    if all(layer.is_gradient for layer in exact):
+        return solved(False)
+    changed = devices.anywhere(jnp.stack([layer.differs() for layer in exact]).any())
+    return lax.cond(changed, lambda: solved(True), lambda: solved(False))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from cqjax.linalg.gram import accumulator
-from cqjax.transforms.incoming import finite
+from cqjax.solves.matrices import finite
 
 
 def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from cqjax.capture.captures import Capture, Captures, path_of
+from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.plan import Plan
-from cqjax.capture.statistics import Counts, Gram, Rows
+from cqjax.capture.statistics import Rows
 from cqjax.linalg.gram import accumulator
-from cqjax.transforms import across
-from cqjax.transforms.incoming import Incoming, labelled
+from cqjax.program.paths import by_path
+from cqjax.solves import kept
+from cqjax.solves.layers import Layers, labelled
 
 
 class MultiStepsState(NamedTuple):
@@ -107,7 +108,7 @@ def multi_steps(
 
     def start(params: optax.Params, inner_state: Any, gradient_step: Any) -> MultiStepsState:
         """The state before the first microbatch of a batch."""
-        moments = across.no_moments(plan, params)
+        moments = kept.empty_moments(plan, params)
         return MultiStepsState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=gradient_step,
@@ -128,10 +129,10 @@ def multi_steps(
         captures: Captures | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        incoming = Incoming(updates, captures, "multi_steps")
-        batch_size = state.batch_size + incoming.batch_size
-        share = incoming.batch_size / batch_size
-        moments = _added(state.moments, incoming, share)
+        layers = Layers(updates, captures, "multi_steps")
+        batch_size = state.batch_size + layers.batch_size
+        share = layers.batch_size / batch_size
+        moments = _added(state.moments, layers, share)
         gradients = jax.tree.map(
             lambda mean, g: mean + share.astype(mean.dtype) * (g.astype(mean.dtype) - mean),
             state.gradients,
@@ -140,8 +141,8 @@ def multi_steps(
 
         def step() -> tuple[optax.Updates, MultiStepsState]:
             mean = optax.tree.cast_like(gradients, updates)
-            blocks = tuple(_summed(plan, moments, mean))
-            whole = Captures(blocks, batch_size, plan.layers, plan.examples)
+            sums = tuple(_sums(plan, moments, mean))
+            whole = Captures(sums, batch_size, plan.examples, plan.parameters, plan.flow)
             new, inner_state = wrapped.update(
                 mean, state.inner_state, params, captures=whole, **extra_args
             )
@@ -165,41 +166,41 @@ def multi_steps(
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["sites", "gradients"], meta_fields=["block"]
+    jax.tree_util.register_dataclass,
+    data_fields=["sites", "gradients", "moment"],
+    meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True)
 class _Sum(Capture):
-    """What was captured in several calls for one weight: one statistic, with all that they add."""
+    """What several calls captured of one weight: no statistic of a site, but their moments' sum."""
+
+    moment: jax.Array
 
     def rows(self) -> Rows:
         raise ValueError(
             f"multi_steps adds up XᵀX, and the inner transformation needs the rows of "
             f"{self.block.name}: put the microbatches into the loss (a jax.lax.scan over them, "
-            'with solver="dual") instead'
+            "with capture=cqjax.Rows) instead"
         )
 
     def second_moment(self) -> jax.Array:
-        (statistic,) = self.sites
-        return jax.tree.leaves(statistic)[0]
+        return self.moment
 
 
-def _summed(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates) -> list[_Sum]:
+def _sums(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates) -> list[_Sum]:
     """The captures of a whole batch, of which the plan is; of the weights that have a moment."""
-    by_path = {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(gradients)}
+    leaves = by_path(gradients)
     captures = []
     for label, block in zip(labelled(plan.blocks), plan.blocks, strict=True):
         if label not in moments:  # masked
             continue
-        statistic = Counts(moments[label])
-        if block.solver != "diagonal":
-            statistic, block = Gram(moments[label]), dataclasses.replace(block, solver="primal")
-        own = {path: by_path[path] for path in block.paths if path in by_path}
-        captures.append(_Sum((statistic,), own, block))
+        own = {path: leaves[path] for path in block.paths if path in leaves}
+        captures.append(_Sum((), own, block.by_moments(), moments[label]))
     return captures
 
 
 def _added(
-    moments: Mapping[str, jax.Array], incoming: Incoming, share: jax.Array
+    moments: Mapping[str, jax.Array], layers: Layers, share: jax.Array
 ) -> dict[str, jax.Array]:
     """The sums, with what was captured now; where all examples share the rows, the mean.
 
@@ -210,13 +211,13 @@ def _added(
         "make the plan with the same loss and options as cqjax.value_and_grad (with max_dim=, "
         'solver="primal" for both)'
     )
-    for label in moments.keys() ^ incoming.captures.keys():
+    for label in moments.keys() ^ layers.keys():
         where = ("captured", "in the plan")
-        has, lacks = where if label in incoming.captures else where[::-1]
+        has, lacks = where if label in layers else where[::-1]
         raise ValueError(f"multi_steps: {label} is {has} and not {lacks}: {remedy}")
     added = {}
     for label, total in moments.items():
-        capture = incoming.captures[label]
+        capture = layers[label].capture
         moment = capture.second_moment()
         if moment.shape != total.shape:
             raise ValueError(
@@ -243,7 +244,7 @@ def _check(every_k: Any, plan: Any) -> None:
             f"plan is a {type(plan).__name__}; expected a Plan: cqjax.plan(loss_fn)(params, *args)"
         )
     for block in plan.blocks:
-        if block.solver != "diagonal" and not block.small("primal"):
+        if not block.statistic.diagonal and not block.small("primal"):
             raise ValueError(
                 f"multi_steps: the plan solves for {block.name} by rows, since its XᵀX has "
                 f"{block.size('primal')} features, more than max_dim={block.max_dim}; only XᵀX can "

@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.captures import Captures
 from cqjax.linalg.gram import accumulator
-from cqjax.transforms.incoming import (
-    Incoming,
-    Matrices,
-    along,
-    check_number,
-    decomposed,
-    product,
-)
+from cqjax.solves.layers import Layer, Layers
+from cqjax.solves.matrices import Matrices, along, decomposed, product
+from cqjax.solves.solve import check_number
 
 
 def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
@@ -80,30 +75,26 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        incoming = Incoming(updates, captures, "scale_by_nlms")
-        results = {
-            label: _normalised(incoming, capture, eps)
-            for label, capture in incoming.captures.items()
-        }
-        return incoming.replaced(results), state
+        layers = Layers(updates, captures, "scale_by_nlms")
+        results = {label: _normalised(layer, eps) for label, layer in layers.items()}
+        return layers.replaced(results), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _normalised(incoming: Incoming, capture: Capture, eps: float) -> Matrices:
-    """The block's update."""
-    block, n = capture.block, incoming.terms(capture.block)
-    if block.solver == "diagonal":  # one-hot rows have norm 1
-        return Matrices(n * incoming.matrices(block).weight / (1 + eps), None)
-    rows = capture.rows()
+def _normalised(layer: Layer, eps: float) -> Matrices:
+    """The layer's update."""
+    n = layer.terms
+    if layer.block.statistic.diagonal:  # a lookup's one-hot rows have norm 1
+        return Matrices(n * layer.update.weight / (1 + eps), None)
+    rows = layer.rows()
     dtype = accumulator(rows.x.dtype)
-    h = rows.h if incoming.has_bias(block) else None
     norms = jnp.sum(jnp.square(rows.x.astype(dtype)), -1)
-    if h is not None:
-        norms += jnp.square(h.astype(dtype))
+    if rows.h is not None:
+        norms += jnp.square(rows.h.astype(dtype))
     coefficients = jnp.where(norms + eps > 0, n / (norms + eps), 0)
-    scaled = product(rows.x, coefficients[..., None] * rows.dz.astype(dtype), h)
-    if block.exact and incoming.is_gradient(capture):
+    scaled = product(rows.x, coefficients[..., None] * rows.dz.astype(dtype), rows.h)
+    if layer.block.exact and layer.is_gradient:
         return scaled
-    scale, rest, _ = decomposed(incoming.matrices(block), incoming.gradient(capture))
+    scale, rest, _ = decomposed(layer.update, layer.gradient)
     return jax.tree.map(lambda u, r: along(scale, u) * u + r, scaled, rest)

@@ -323,7 +323,7 @@ def test_any_split(layer, bias, seed):
 
 @pytest.mark.parametrize("make", [cqjax.plan, cqjax.value_and_grad])
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8"])
-@pytest.mark.parametrize("argument", ["max_dim", "block_size", "subsample"])
+@pytest.mark.parametrize("argument", ["max_dim", "block_size"])
 def test_bad_numbers(make, argument, value):
     with pytest.raises(ValueError, match=f"^{argument}={value}: expected a positive integer"):
         make(squared_error, **{argument: value})

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core
 
-from cqjax.capture.matrix_form import matrix_form
 from cqjax.linalg import conv_gram, gram, windows
 from cqjax.linalg.windows import Window
+from cqjax.program import jaxprs
+from cqjax.program.forms import matrix_form
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +154,7 @@ def test_patches_are_the_rows_of_the_matrix_form(numbers):
             feature_group_count=2,
         )
     )(x, kernel)
-    form = matrix_form(jaxpr.eqns[0], 1)
+    form = matrix_form(jaxprs.equation(jaxpr.eqns[0]), 1)
     inputs = jnp.asarray(x).transpose([numbers[0].index(axis) for axis in "NHWC"])
     np.testing.assert_array_equal(windows.patches(inputs, over, 2), form.rows(jnp.asarray(x)))
 

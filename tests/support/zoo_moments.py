@@ -38,28 +38,19 @@ def spans(rows, features):
     return rows >= 2 * features
 
 
-def subsampled(every, rows, features):
-    """The number closest to `every` of which one in so many rows still spans the features."""
-    return max([1, *(k for k in range(1, every + 1) if k * 2 * features <= rows)])
-
-
-def second_moment(x, bias, every=1, weight=1.0):
-    """Sum of the outer products of X's rows, one in `every`, for x (B, n, d)."""
+def second_moment(x, bias):
+    """Sum of the outer products of X's rows, for x (B, n, d)."""
     size = x.shape[2] + (bias is not None)
     total = np.zeros((len(x), size, size))
     for b, rows in enumerate(x):
-        for row in rows[::every]:
+        for row in rows:
             row = np.append(row, 1.0) if bias is not None else row
-            total[b] += weight * np.outer(row, row)
+            total[b] += np.outer(row, row)
     return total
 
 
-def second_moments(case, params, args, every=1):
-    """{site: Moment}, of all calls of the site together.
-
-    With `every`, from one in so many rows of each call, or examples of a convolution, and
-    multiplied accordingly; or from more, if these would not span the features. Lookups count all.
-    """
+def second_moments(case, params, args):
+    """{site: Moment}, of all calls of the site together."""
     params, args = numpy_inputs(case, params, args)
     calls, moments = {}, {}
 
@@ -74,19 +65,10 @@ def second_moments(case, params, args, every=1):
             entries = [
                 (np.concatenate([x for x, _ in entries]), (len(entries), *entries[0][1][1:]))
             ]
-        rows, features = sum(x.shape[1] for x, _ in entries), entries[0][1][1]
-        number = 1 if site.endswith("embedding") else subsampled(every, rows, features)
-        xx = sum(_estimate(x, bias, number, len(args[-1]), case) for x, _ in entries)
+        rows = sum(x.shape[1] for x, _ in entries)
+        xx = sum(second_moment(x, bias) for x, _ in entries)
         moments[site] = Moment(xx, rows, entries[0][1], bias)
     return moments
-
-
-def _estimate(x, bias, every, examples, case):
-    if not case.name.startswith("conv"):
-        return second_moment(x, bias, every, x.shape[1] / len(x[0, ::every]))
-    by_example = x.reshape(len(x), examples, -1, x.shape[-1])[:, ::every]
-    kept = by_example.reshape(len(x), -1, x.shape[-1])
-    return second_moment(kept, bias, 1, examples / by_example.shape[1])
 
 
 def bias_of(case, site):

@@ -276,9 +276,9 @@ def test_periods_that_are_injected_must_be_static(linear):
 
 
 def test_a_plan_that_was_not_made(linear):
-    """`cqjax.plan(loss_fn)` is a function yet."""
+    """`cqjax.plan(loss_fn)` is a method yet."""
     plan = cqjax.plan(squared_error)
-    with pytest.raises(TypeError, match="plan.*function.*expected"):
+    with pytest.raises(TypeError, match="plan.*method.*expected"):
         cqjax.scale_by_consequentialism(plan=plan, ema_decay=DECAY).init(linear[0])
 
 

@@ -160,7 +160,7 @@ def test_derived_normalisations(layer):
     net = nn.Sequential([nn.Dense(7), layer(), nn.Dense(2)])
     x = jax.random.normal(KEYS[0], (6, 3))
     params = net.init(KEYS[1], x)
-    flow = cqjax.plan(lambda p, x: jnp.mean(net.apply(p, x) ** 2))(params, x).layers.flow
+    flow = cqjax.plan(lambda p, x: jnp.mean(net.apply(p, x) ** 2))(params, x).flow
     middle = [node.site is None for node in flow.nodes]
     assert middle == ([False] * 3 if layer is Odd else [False, True, False])
 

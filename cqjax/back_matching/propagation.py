@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from cqjax.capture import tracing
-from cqjax.capture.plan import Selector
+from cqjax.capture.parameters import Selector
+from cqjax.capture.policy import check_option
 from cqjax.capture.value_and_grad import value_and_grad
 from cqjax.transforms.consequentialism import scale_by_consequentialism
 
@@ -98,9 +98,9 @@ def back_matching_value_and_grad(
 
     References:
       Zhang, Chen and Liu, Train feedforward neural network with layer-wise adaptive rate via
-      approximating back-matching propagation (seed 004), Eqs. 8, 11 to 15, 22, 23, 26 and 30.
+      approximating back-matching propagation, Eqs. 8, 11 to 15, 22, 23, 26 and 30.
     """
-    tracing.check(weights, ("ridge", "plain"), "weights")
+    check_option(weights, ("ridge", "plain"), "weights")
     evaluate = value_and_grad(
         loss_fn,
         has_aux,

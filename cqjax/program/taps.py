@@ -1,9 +1,9 @@
 """Evaluates a loss's jaxpr with taps at its sites.
 
-A tap is the identity on a site's output z, with a backward rule that hands on dz unchanged and
-returns a statistic of (x, dz) as the "gradient" of a probe: an extra zero input. The gradients with
-respect to the probes bring the statistics out of scanned, rematerialised, jitted and sharded code
-within the one backward pass.
+A tap is the identity on a site's output z. Its backward rule hands on the gradient dz unchanged,
+and returns a statistic of (x, dz) as the "gradient" of a probe: an extra input, which is zero. So
+the gradients with respect to the probes are the statistics. JAX brings them out of scanned,
+rematerialised, jitted and sharded code within the one backward pass.
 """
 
 import dataclasses
@@ -17,11 +17,9 @@ from jax.extend import core
 from jax.extend.core import primitives
 from jax.sharding import Sharding
 
-from cqjax.capture import jaxprs
-from cqjax.capture.block import Block
-from cqjax.capture.sites import Position, Site
-from cqjax.capture.statistics import Statistic
 from cqjax.linalg import devices
+from cqjax.program import jaxprs
+from cqjax.program.steps import Position
 
 Shaped = tuple[tuple[int, ...], Any]
 """A shape and a dtype."""
@@ -80,23 +78,6 @@ class Body(NamedTuple):
 
 Rule = Callable[[core.JaxprEqn, list[Any], Body], list[Any]]
 """Evaluates an equation on operands in a way of its own."""
-
-
-def taps(blocks: Sequence[Block]) -> dict[Position, Tap]:
-    """A tap for each site, which takes what its block captures."""
-
-    def tap(block: Block, site: Site) -> Tap:
-        return Tap(
-            lambda x, dz: block.statistic(site, x, dz),
-            site.operand,
-            site.x,
-            site.z,
-            tuple(block.scanned(site, level) for level in range(len(site.loops))),
-            site.loops,
-            site.varying,
-        )
-
-    return {site.position: tap(block, site) for block in blocks for site in block.sites}
 
 
 class Evaluation:
@@ -206,11 +187,11 @@ class Evaluation:
         return [*carry, *ys]
 
 
-def _tap(tap: Tap, z: jax.Array, x: jax.Array, probe: Statistic) -> jax.Array:
+def _tap(tap: Tap, z: jax.Array, x: jax.Array, probe: Any) -> jax.Array:
     """The identity on z, whose transpose leaves the tap's statistic in the probe's gradient."""
 
     @jax.custom_vjp
-    def identity(z: jax.Array, x: jax.Array, probe: Statistic) -> jax.Array:
+    def identity(z: jax.Array, x: jax.Array, probe: Any) -> jax.Array:
         return z
 
     identity.defvjp(lambda z, x, probe: (z, x), lambda x, dz: (dz, None, tap(x, dz)))

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cqjax.capture import matching, tap, tracing
-from cqjax.capture.block import Cost
-from cqjax.capture.flow import Flow, Node
-from cqjax.capture.sites import Position
+from cqjax.capture import tracing
+from cqjax.program import matched
+from cqjax.program.flow import Flow, Node
+from cqjax.program.steps import Position
+from cqjax.program.taps import Evaluation, Probes, Rule, Tap
 
 
 class Signals(NamedTuple):
@@ -43,12 +44,11 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
             f"measured factors within jax.shard_map over {', '.join(map(str, axes))}: they would "
             "be one device's. Update under jax.jit on arrays with a NamedSharding instead"
         )
-    trace = tracing.tracer(value_fn, None, (), Cost(), None, "mean")
-    traced = trace(params, (), {})
+    traced = tracing.trace(value_fn, tracing.Options(), params, (), {})
     if isinstance(traced.outputs, tuple | list):
         raise TypeError("value_fn returns a pair; expected the loss alone: lambda p: loss_fn(p)[0]")
     tracing.check_loss(traced.outputs, has_aux=False)
-    nodes = traced.plan.layers.flow.nodes
+    nodes = traced.plan.flow.nodes
     got, expected = _names(nodes), _names(flow.nodes)
     if got != expected:
         raise ValueError(
@@ -56,22 +56,22 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
             "of the same loss"
         )
     taps = {
-        node.position: tap.Tap(
+        node.position: Tap(
             lambda x, dz: dz, 0, node.output, node.output, (True,) * len(node.loops), node.loops
         )
         for node in nodes
     }
 
-    def backwards(rules: dict[Position, tap.Rule]) -> tap.Probes:
-        evaluation = tap.Evaluation(taps, rules)
+    def backwards(rules: dict[Position, Rule]) -> Probes:
+        evaluation = Evaluation(taps, rules)
 
-        def loss(probes: tap.Probes) -> jax.Array:
+        def loss(probes: Probes) -> jax.Array:
             return evaluation(traced.jaxpr, jax.tree.leaves(params), probes)[0]
 
         return jax.grad(loss)({at: t.zero() for at, t in taps.items()})
 
-    plain, matched = backwards({}), backwards(matching.rules(traced.plan.layers.flow))
-    return [Signals(plain[node.position], matched[node.position]) for node in nodes]
+    plain, matching = backwards({}), backwards(matched.rules(traced.plan.flow))
+    return [Signals(plain[node.position], matching[node.position]) for node in nodes]
 
 
 def _names(nodes: Sequence[Node]) -> str:

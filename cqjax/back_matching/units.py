@@ -1,11 +1,13 @@
-"""The layers of a program, as back-matching gives them rates."""
+"""Units: the parameters that share a rate, and the layers that they are used in."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 
 from cqjax.capture.block import Block
-from cqjax.capture.flow import Flow, Node
+from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.plan import Plan
+from cqjax.program.flow import Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,54 +29,41 @@ class Unit:
     pooled: float
     block: Block | None
 
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """Which layer feeds which, and which parameters are theirs.
-
-    Attributes:
-      flow: the layers.
-      units: the parameters.
-    """
-
-    flow: Flow
-    units: tuple[Unit, ...]
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Lengths of the loops that scan over its weight: each trip has a rate of its own."""
+        loops = () if self.block is None else self.block.view.loops
+        return tuple(length for _, length in loops)
 
 
-def make_layers(
-    flow: Flow, blocks: Sequence[Block], taken: Set[str], shapes: Mapping[str, tuple[int, ...]]
-) -> Layers:
-    """Finds the layers of each weight that is solved for, and of each normalisation.
-
-    Args:
-      flow: the layers.
-      blocks: the weights.
-      taken: paths of the parameters that are not skipped.
-      shapes: the parameters' shapes, by path.
-    """
-    numbers = {node.position: i for i, node in enumerate(flow.nodes)}
-    units = []
+def units(source: Plan | Captures) -> tuple[Unit, ...]:
+    """The units of each weight that is solved for, and of each normalisation."""
+    nodes = source.flow.nodes
+    numbers = {node.position: i for i, node in enumerate(nodes)}
+    found = []
 
     def add(paths: tuple[str, ...], rows: Mapping[int, int], block: Block | None) -> None:
-        pooled = sum(n * flow.nodes[i].pooled for i, n in rows.items())
-        units.append(Unit(paths, tuple(rows), sum(rows.values()), pooled, block))
+        pooled = sum(n * nodes[i].pooled for i, n in rows.items())
+        found.append(Unit(paths, tuple(rows), sum(rows.values()), pooled, block))
 
-    for block in blocks:
+    for captured in source.blocks:
+        block = captured.block if isinstance(captured, Capture) else captured
         rows = {
             numbers[site.position]: site.rows for site in block.sites if site.position in numbers
         }
         if rows:
             add(block.paths, rows, block)
+    parameters = {parameter.path: parameter for parameter in source.parameters}
     normalisations: dict[tuple[str, ...], dict[int, int]] = {}
-    for i, node in enumerate(flow.nodes):
+    for i, node in enumerate(nodes):
         if node.site is None and node.paths:
-            rows = _size(node) // math.prod(shapes[node.paths[0]])
+            rows = _entries(node) // math.prod(parameters[node.paths[0]].shape)
             normalisations.setdefault(node.paths, {})[i] = rows
     for paths, rows in normalisations.items():
-        add(tuple(path for path in paths if path in taken), rows, None)
-    return Layers(flow, tuple(units))
+        add(tuple(p for p in paths if parameters[p].status != "skipped"), rows, None)
+    return tuple(found)
 
 
-def _size(node: Node) -> int:
+def _entries(node: Node) -> int:
     """Entries of a node's output, over all trips of the loops around it, and all devices."""
     return math.prod(node.output[0]) * math.prod(node.loops) * node.devices

@@ -1,17 +1,20 @@
-"""What the walk knows of a variable: a view, a view that may become a bias, a site's output."""
+"""What the walk knows of a variable: a view, a broadcast view, or a site's output.
+
+A broadcast view is a bias on its way to the output that it is added to.
+"""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
-from jax.extend import core
 from jax.extend.core import primitives
 
-from cqjax.capture import views
-from cqjax.capture.jaxprs import aval
-from cqjax.capture.matrix_form import Form, Layout
-from cqjax.capture.sites import Site
-from cqjax.capture.views import View
+from cqjax.program import views
+from cqjax.program.forms import Form
+from cqjax.program.jaxprs import Equation
+from cqjax.program.layout import Layout
+from cqjax.program.sites import Site
+from cqjax.program.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,34 +47,35 @@ class Output:
 Tag = View | Spread | Output | None
 
 
-def follow(eqn: core.JaxprEqn, tag: View | Spread | Output, sites: Sequence[Site]) -> Tag:
+def follow(equation: Equation, tag: View | Spread | Output, sites: Sequence[Site]) -> Tag:
     """The tag of a result that only moves or repeats its operand's entries; else None."""
     if isinstance(tag, Output):
-        return _follow_output(eqn, tag, sites[tag.site].form)
+        return _follow_output(equation, tag, sites[tag.site].form)
     view, before = (tag, tag.shape) if isinstance(tag, View) else (tag.view, tag.sizes)
-    if views.keeps_entries(eqn):
+    if views.keeps_entries(equation):
         return Spread(view, before)
-    if eqn.primitive is not primitives.broadcast_in_dim_p:
+    if equation.primitive is not primitives.broadcast_in_dim_p:
         return None
-    sizes = [1] * len(aval(eqn.outvars[0]).shape)
-    for axis, size in zip(eqn.params["broadcast_dimensions"], before, strict=True):
+    sizes = [1] * len(equation.outputs[0].shape)
+    for axis, size in zip(equation.params["broadcast_dimensions"], before, strict=True):
         sizes[axis] = size
     return Spread(view, tuple(sizes))
 
 
-def _follow_output(eqn: core.JaxprEqn, tag: Output, form: Form) -> Output | None:
+def _follow_output(equation: Equation, tag: Output, form: Form) -> Output | None:
     """The tag of a site's output after an operation that only moves its entries; else None."""
-    axes, shape = tag.axes, aval(eqn.outvars[0]).shape
-    if eqn.primitive is primitives.transpose_p:
-        axes = tuple(axes[i] for i in eqn.params["permutation"])
-    elif eqn.primitive in (primitives.reshape_p, primitives.squeeze_p):
-        if eqn.params.get("dimensions") and eqn.primitive is primitives.reshape_p:
-            axes = tuple(axes[i] for i in eqn.params["dimensions"])
+    primitive, params = equation.primitive, equation.params
+    axes, shape = tag.axes, equation.outputs[0].shape
+    if primitive is primitives.transpose_p:
+        axes = tuple(axes[i] for i in params["permutation"])
+    elif primitive in (primitives.reshape_p, primitives.squeeze_p):
+        if params.get("dimensions") and primitive is primitives.reshape_p:
+            axes = tuple(axes[i] for i in params["dimensions"])
         regrouped = _regroup([i for axis in axes for i in axis], form.output.sizes, shape)
         if regrouped is None:
             return None
         axes = regrouped
-    elif not views.keeps_entries(eqn):
+    elif not views.keeps_entries(equation):
         return None
     return Output(tag.site, axes)
 

@@ -1,8 +1,11 @@
-"""Back-matching's backward rules: the signal that matches a layer's output best (seed 004).
+"""Back-matching's backward rules (Zhang, Chen and Liu).
 
-Each entry of a layer's input, on its own, should change the layer's output by the signal on it, as
-nearly as least squares allow (Eq. 11). Products with a weight and normalisations hand on that; any
-other equation, its ordinary gradient.
+A layer receives a signal δb on its output: how the output should change. It hands its input the
+signal δ'a. Each entry of δ'a is the change of that entry alone which comes closest, in the least
+squares' sense, to changing the output by δb (Eq. 11). Products with a weight and normalisations do
+so. Any other equation hands on its ordinary gradient.
+
+The rules belong to equations, not to Flax's layers, so hand-written layers are matched too.
 """
 
 from typing import Any
@@ -12,13 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from cqjax.capture import jaxprs
-from cqjax.capture.flow import Flow, Node
-from cqjax.capture.matrix_form import Convolution, Product
-from cqjax.capture.sites import Position, Site
-from cqjax.capture.tap import Body, Rule
 from cqjax.linalg import devices
 from cqjax.linalg.gram import accumulator
+from cqjax.program import jaxprs
+from cqjax.program.flow import Flow, Node
+from cqjax.program.forms import Convolution, Product
+from cqjax.program.jaxprs import Equation
+from cqjax.program.sites import Site
+from cqjax.program.steps import Position
+from cqjax.program.taps import Body, Rule
 
 
 def rules(flow: Flow) -> dict[Position, Rule]:
@@ -45,7 +50,11 @@ def _product(site: Site) -> Rule:
 
 
 def squared_norms(site: Site, eqn: core.JaxprEqn, weight: jax.Array) -> jax.Array:
-    """‖w‖² of the weights that touch each entry of a site's input, shaped to broadcast to it."""
+    """‖w‖² of the weights that touch each entry of a site's input, shaped to broadcast to it.
+
+    Of a convolution that is the transpose of the same convolution, with squared weights, applied to
+    ones. So it is right at borders, and for all strides, dilations and groups.
+    """
     form, (shape, _) = site.form, site.x
     squares = jnp.square(weight.astype(accumulator(weight.dtype)))
     if isinstance(form, Product):
@@ -78,8 +87,9 @@ def squared_norms(site: Site, eqn: core.JaxprEqn, weight: jax.Array) -> jax.Arra
 def _normalisation(node: Node) -> Rule:
     """Of b = r (a - E[a]) + β, with r and E[a] held constant: δ'a = δb / r (Eq. 26).
 
-    What is computed between the two marks is linear in the input but for the statistics: results
-    smaller than it, or of a reduction.
+    Between the two marks everything is linear in the input but for the statistics. Those are known
+    by their size: they are smaller than the input, or results of a reduction. With them constant,
+    the derivative in the direction of ones is r.
     """
 
     def rule(eqn: core.JaxprEqn, args: list[Any], body: Body) -> list[Any]:
@@ -93,7 +103,7 @@ def _normalisation(node: Node) -> Rule:
                 if any(not jaxprs.is_literal(v) and v in inside for v in step.invars):
                     inputs = [jaxprs.value(v, values) for v in step.invars]
                     outputs = jaxprs.evaluate(step, inputs)
-                    if constant and _is_statistic(step, x.size):
+                    if constant and _is_statistic(jaxprs.equation(step), x.size):
                         outputs = [lax.stop_gradient(out) for out in outputs]
                     inside.update(step.outvars)
                     values.update(zip(step.outvars, outputs, strict=True))
@@ -107,10 +117,10 @@ def _normalisation(node: Node) -> Rule:
     return rule
 
 
-def _is_statistic(eqn: core.JaxprEqn, size: int) -> bool:
-    name = eqn.primitive.name
+def _is_statistic(equation: Equation, size: int) -> bool:
+    name = equation.primitive.name
     reduces = name.startswith("reduce_") and name != "reduce_precision"
-    return reduces or all(jaxprs.aval(out).size < size for out in eqn.outvars)
+    return reduces or all(out.size < size for out in equation.outputs)
 
 
 @jax.custom_vjp

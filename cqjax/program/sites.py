@@ -4,11 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-from cqjax.capture.matrix_form import Form, Layout
-from cqjax.capture.views import View
-
-Position = tuple[int, ...]
-"""Where an equation is: its index, after those of the equations (and branches) around it."""
+from cqjax.program.forms import Form
+from cqjax.program.layout import Layout
+from cqjax.program.steps import Position
+from cqjax.program.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +55,11 @@ class Site:
     varying: frozenset[str] = frozenset()
     spread: tuple[tuple[str, int], ...] = ()
     shared: bool = False
+
+    @property
+    def batch(self) -> int:
+        """B, with the trips of loops that scan over the weight."""
+        return math.prod(length for _, length in self.view.loops) * self.form.weight.shape[0]
 
     @property
     def shared_trips(self) -> int:

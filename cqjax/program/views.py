@@ -1,7 +1,10 @@
 """A parameter as an equation sees it: through transposes, reshapes, slices, concatenations.
 
-A view is linear and copies entries, so an array of the operand's layout is mapped back to the
-parameters by the transpose of the view: a permutation's inverse, or a slice written into zeros.
+A view only moves entries, so it is linear. Its transpose therefore brings an array of the operand's
+layout back to the parameters: it inverts a permutation, and writes a slice into zeros.
+
+A view is a small tree of JAX operations rather than an array of indices: it costs no memory, and
+it is hashable, so captures that hold it cross `jax.jit`.
 """
 
 import dataclasses
@@ -14,11 +17,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cqjax.capture.jaxprs import aval
 from cqjax.linalg import devices
+from cqjax.program.jaxprs import Equation
 
-# Operations that move entries and change none of them. Conversions of dtype are identities here:
-# an update travels through a view in its own precision.
+# Operations that move entries and change none of them.
 _MOVES = frozenset(
     {
         primitives.transpose_p,
@@ -30,6 +32,7 @@ _MOVES = frozenset(
     }
 )
 _MOVES_BY_NAME = frozenset({"split", "unstack"})
+# Conversions of dtype are identities here: an update goes back through a view in its own precision.
 _IDENTITIES = frozenset(
     {
         primitives.convert_element_type_p,
@@ -50,9 +53,12 @@ class View:
 
     Attributes:
       path: the parameter, where nothing has been moved yet; else None.
-      primitive: the last operation, with its `options` and its operands `args`.
-      output: which of the operation's results this is.
       shape: shape of one trip's operand: without the axes scanned over.
+      primitive: the last operation; None for the parameter itself, and for a slice of `args[0]`
+        that one more scan takes.
+      options: the operation's parameters.
+      args: views of its operands.
+      output: which of its results this is.
       loops: lengths of the scans that slice the parameter, keyed by nesting level. Outside the
         loops the view has these axes in front.
     """
@@ -113,11 +119,11 @@ def parameter(path: str, shape: tuple[int, ...]) -> View:
     return View(path, shape)
 
 
-def moved(eqn: core.JaxprEqn, args: list[View | None]) -> list[View] | None:
+def results(equation: Equation, args: list[View | None]) -> list[View] | None:
     """Views of an equation's results, or None where it does more than move entries.
 
     Args:
-      eqn: the equation.
+      equation: the equation.
       args: views of its operands; None for an operand that is not one.
     """
     if any(arg is None for arg in args) or not args:
@@ -125,18 +131,19 @@ def moved(eqn: core.JaxprEqn, args: list[View | None]) -> list[View] | None:
     views = [arg for arg in args if arg is not None]
     if len({v.loops for v in views}) > 1:
         return None
-    name = eqn.primitive.name
-    if keeps_entries(eqn):
+    primitive = equation.primitive
+    if keeps_entries(equation):
         return views
-    size = sum(aval(v).size for v in eqn.invars)
-    spreads = eqn.primitive is primitives.broadcast_in_dim_p and aval(eqn.outvars[0]).size == size
-    if not (eqn.primitive in _MOVES or name in _MOVES_BY_NAME or spreads):
+    size = sum(aval.size for aval in equation.inputs)
+    # A broadcast that repeats nothing only adds axes of length 1.
+    spreads = primitive is primitives.broadcast_in_dim_p and equation.outputs[0].size == size
+    if not (primitive in _MOVES or primitive.name in _MOVES_BY_NAME or spreads):
         return None
-    options = tuple(sorted(eqn.params.items()))
+    options = tuple(sorted(equation.params.items()))
     loops = views[0].loops
     return [
-        View(None, aval(out).shape, eqn.primitive, options, tuple(views), i, loops)
-        for i, out in enumerate(eqn.outvars)
+        View(None, aval.shape, primitive, options, tuple(views), i, loops)
+        for i, aval in enumerate(equation.outputs)
     ]
 
 
@@ -146,7 +153,8 @@ def sliced(view: View, level: int) -> View:
     return View(None, tuple(shape), None, (), (view,), 0, (*view.loops, (level, length)))
 
 
-def keeps_entries(eqn: core.JaxprEqn) -> bool:
+def keeps_entries(equation: Equation) -> bool:
     """Whether an equation with one operand is an identity, up to precision and placement."""
-    known = eqn.primitive in _IDENTITIES or eqn.primitive.name in _IDENTITIES_BY_NAME
-    return known and jnp.issubdtype(aval(eqn.outvars[0]).dtype, jnp.floating)
+    primitive = equation.primitive
+    known = primitive in _IDENTITIES or primitive.name in _IDENTITIES_BY_NAME
+    return known and jnp.issubdtype(equation.outputs[0].dtype, jnp.floating)

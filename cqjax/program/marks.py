@@ -1,11 +1,16 @@
-"""Marks in a program: named identities around what normalises. They vanish when it is compiled."""
+"""Marks in a program: named identities around a normalisation. They vanish when it is compiled.
+
+Nothing in a program tells a normalisation from other arithmetic, so Flax's modules are made to say
+where they begin and end.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core
 from jax.extend.core import primitives
+
+from cqjax.program.jaxprs import Equation
 
 _BEFORE, _AFTER = "cqjax normalises: ", "cqjax normalised: "
 
@@ -31,11 +36,11 @@ def around(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], name: 
     return checkpoint_name(call(*args, **kwargs), _AFTER + name)
 
 
-def mark_of(eqn: core.JaxprEqn) -> Mark | None:
+def mark_of(equation: Equation) -> Mark | None:
     """What an equation marks, if it is a mark."""
-    if eqn.primitive is not primitives.name_p:
+    if equation.primitive is not primitives.name_p:
         return None
-    name: str = eqn.params["name"]
+    name: str = equation.params["name"]
     for prefix in (_BEFORE, _AFTER):
         if name.startswith(prefix):
             return Mark(name.removeprefix(prefix), prefix == _AFTER)

@@ -1,4 +1,4 @@
-"""What a framework tells of a loss while it is traced: which layer owns which parameter."""
+"""Which layer owns which parameter: recorded while a loss is traced, by whoever knows."""
 
 import contextlib
 import contextvars

@@ -1,6 +1,12 @@
-"""Statistics that outlive a batch: moving averages of XᵀX, and inverses that are kept."""
+"""What is kept between steps: moving averages of XᵀX, and inverses.
 
-import functools
+Both hold rows of other batches. They are of use for a batch whose rows they do not hold only where
+a batch's rows span the features (`Block.spans`). Of normal rows, λ = 1e-3 and n = 70 rows of d = 64
+features, an inverse that was kept for five steps made updates of norm 450 to 780, and an average
+that saw one in five batches of n = 8 rows made them 3e5, where the exact ones have norm 5 to 16. No
+solve fails then. So such weights are solved for with each batch's own rows.
+"""
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -13,25 +19,25 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from cqjax.capture.block import Block
-from cqjax.capture.captures import Capture
 from cqjax.capture.plan import Plan
-from cqjax.linalg import gram, ridge
-from cqjax.transforms.incoming import Incoming, joint_bias, labelled, masked_paths
-from cqjax.transforms.solves import Damping, primal_system
+from cqjax.linalg import ridge
+from cqjax.solves.layers import Layer, Layers, joint_bias, labelled, masked_paths
+from cqjax.solves.solve import Damping, primal_system
 
 _T = TypeVar("_T")
 
 GROWTH = 4
-"""Times by which a kept inverse may grow, in the mean of its features, from one to the next."""
+"""Times by which a kept inverse may grow, in the mean of its features, from one to the next. Of the
+values tried, ten missed a batch of equal rows at λ = 0.1; four was never reached in 900 steps of
+ordinary training."""
 
 
 class Moment(NamedTuple):
-    """A moving average of XᵀX / N.
+    """A moving average of XᵀX / N. Divided by N, batches of different sizes can be mixed.
 
     Attributes:
-      total: (B, d, d), or a lookup's diagonal (B, d): the sum of what came in, each times the share
-        that is left of it.
-      weight: (B,), the sum of these shares: the average is the quotient of the two.
+      total: (B, d, d), or a lookup's diagonal (B, d): the weighted sum of what has entered.
+      weight: (B,), the sum of these weights: the average is the quotient of the two.
     """
 
     total: jax.Array
@@ -52,20 +58,17 @@ class Kept(NamedTuple):
     lacking: jax.Array
 
 
-def no_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
+def empty_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
     """Averages of nothing yet, for all weights but those masked or with too large an XᵀX."""
     moments = {}
     for label, block in _unmasked(plan, params).items():
-        if not block.small("primal"):
-            continue
-        size = block.size("primal")
-        square = () if block.solver == "diagonal" else (size,)
-        total = jnp.zeros((block.batch, size, *square), _dtype(block))
-        moments[label] = Moment(total, jnp.zeros(block.batch, _dtype(block)))
+        if block.small("primal"):
+            total = jnp.zeros(block.moment_shape, block.dtype)
+            moments[label] = Moment(total, jnp.zeros(block.batch, block.dtype))
     return moments
 
 
-def no_inverses(
+def empty_inverses(
     plan: Plan, params: optax.Params, update_every: int, averaged: bool
 ) -> dict[str, Kept]:
     """Identities for the weights of which an inverse is kept.
@@ -74,10 +77,11 @@ def no_inverses(
     """
     masked, inverses = masked_paths(params, plan.blocks), {}
     for label, block in _unmasked(plan, params).items():
-        useful = block.solver != "diagonal" and block.spans and block.small("primal")
+        useful = not block.statistic.diagonal and block.spans and block.small("primal")
         if useful and (averaged or _cheaper_kept(block, update_every)):
-            size = block.features + joint_bias(block, masked)
-            one = jnp.eye(size, dtype=_dtype(block))
+            bias = block.bias is not None and not masked.isdisjoint(block.bias.view.paths)
+            size = block.features + joint_bias(block, masked=bias)
+            one = jnp.eye(size, dtype=block.dtype)
             identities = jnp.broadcast_to(one, (block.batch, size, size))
             none = jnp.zeros(block.batch, bool)
             inverses[label] = Kept(identities, none, ~none)
@@ -90,63 +94,61 @@ def _unmasked(plan: Plan, params: optax.Params) -> dict[str, Block]:
     return {label: block for label, block in labels if masked.isdisjoint(block.view.paths)}
 
 
-def _dtype(block: Block) -> jnp.dtype:
-    site = block.sites[0]
-    return gram.accumulator((site.z if block.solver == "diagonal" else site.x)[1])
-
-
 def _cheaper_kept(block: Block, update_every: int) -> bool:
+    """Whether products with a kept inverse, renewed now and then, cost less than exact solves."""
     product = 2 * block.batch * block.size("primal") ** 2 * block.outputs
-    renewed = block.flops("primal") - product
-    return product + renewed / update_every < block.flops(block.solver)
+    renewal = block.flops("primal") - product
+    return product + renewal / update_every < block.flops(block.solver)
 
 
-def every(
+def if_due(
     period: int | None,
     count: jax.Array,
     renew: Callable[[], _T],
     kept: _T,
     lacking: jax.Array | bool = False,
 ) -> _T:
-    """Something new in every so many updates, the first, and where it is lacking; else the old."""
+    """Something new in one of `period` updates, or where there is none yet; else what was kept."""
     if period is None or period == 1:
         return renew()
     return lax.cond((count % period == 0) | lacking, renew, lambda: kept)
 
 
 @jax.custom_batching.custom_vmap
-def _anything(flags: jax.Array) -> jax.Array:
-    """Whether any is true: under `jax.vmap` of any member, so that a condition remains one."""
+def _any(flags: jax.Array) -> jax.Array:
+    """Whether any flag is true; under `jax.vmap`, of any member.
+
+    So a condition on it is the same for all members. `jax.lax.cond` then remains a branch, where it
+    would become a selection that computes both sides.
+    """
     return flags.any()
 
 
-@_anything.def_vmap
+@_any.def_vmap
 def _of_all_members(
     axis_size: int, in_batched: Sequence[bool], flags: jax.Array
 ) -> tuple[jax.Array, bool]:
     del axis_size, in_batched
-    return _anything(flags), False
+    return _any(flags), False
 
 
-def averaged(
+def update_moments(
     moments: Mapping[str, Moment],
-    incoming: Incoming,
+    layers: Layers,
     decay: chex.Numeric,
     period: int | None,
     count: jax.Array,
 ) -> tuple[dict[str, Moment], dict[str, jax.Array]]:
-    """The averages, every so often with this batch's moments; without those that are not finite.
+    """The averages after this batch, if its turn has come. Moments that are not finite stay out.
 
-    Where a batch does not span the features, each one enters; so it does as long as there is none.
-    Each weight has a condition of its own, which XLA can take when its inputs are there: all in one
-    would keep them till the end.
+    Where a batch does not span the features, every batch enters. So does each until one has.
 
     Returns:
       The averages, and (B,) bool, whether this batch's moments were left out though due.
     """
 
-    def added(average: Moment, capture: Capture) -> tuple[Moment, jax.Array]:
-        moment = capture.second_moment() / incoming.terms(capture.block)
+    def added(average: Moment, layer: Layer) -> tuple[Moment, jax.Array]:
+        moment = layer.capture.second_moment() / layer.terms
         axes = tuple(range(1, moment.ndim))
         good = jnp.isfinite(moment).all(axes)
         total = jnp.where(
@@ -156,12 +158,14 @@ def averaged(
         new = Moment(total.astype(average.total.dtype), weight.astype(average.weight.dtype))
         return new, ~good
 
+    # Each weight has a condition of its own, which XLA can take as soon as its inputs are there.
+    # One for all of them would keep the inputs of all layers until the end.
     def maybe(label: str, average: Moment) -> tuple[Moment, jax.Array]:
-        capture = incoming.captures[label]
-        due = period if capture.block.spans else 1
+        layer = layers[label]
+        due = period if layer.block.spans else 1
         kept = average, jnp.zeros(len(average.weight), bool)
-        lacking = _anything(average.weight == 0)
-        return every(due, count, lambda: added(average, capture), kept, lacking)
+        lacking = _any(average.weight == 0)
+        return if_due(due, count, lambda: added(average, layer), kept, lacking)
 
     results = {label: maybe(label, average) for label, average in moments.items()}
     return (
@@ -170,30 +174,28 @@ def averaged(
     )
 
 
-def second_moment(moments: Mapping[str, Moment], incoming: Incoming, label: str) -> jax.Array:
-    """A weight's XᵀX: N times its average, or the batch's where none is kept.
+def second_moment(moments: Mapping[str, Moment], layer: Layer) -> jax.Array:
+    """A layer's XᵀX: N times its average, or the batch's where none is kept.
 
     As long as nothing has entered the average, it is infinite: the update is zero then.
     """
-    if label not in moments:
-        return incoming.captures[label].second_moment()
-    total, weight = moments[label]
+    if layer.label not in moments:
+        return layer.capture.second_moment()
+    total, weight = moments[layer.label]
     weight = jnp.expand_dims(weight, tuple(range(1, total.ndim)))
-    return jnp.where(
-        weight > 0, incoming.terms(incoming.captures[label].block) * total / weight, jnp.inf
-    )
+    return jnp.where(weight > 0, layer.terms * total / weight, jnp.inf)
 
 
-def renewed(
+def update_inverses(
     inverses: Mapping[str, Kept],
     moments: Mapping[str, Moment],
-    incoming: Incoming,
+    layers: Layers,
     damping: Damping,
     period: int,
     count: jax.Array,
     spread_over: NamedSharding | None = None,
 ) -> tuple[dict[str, Kept], dict[str, jax.Array]]:
-    """The inverses, every so often of what the moments are then; the old where there is none.
+    """The inverses, renewed if their turn has come; the old one where the new one fails.
 
     Until an attempt succeeds, there is one in each update. It fails, too, where the inverse has
     grown `GROWTH` times since the last: a batch whose rows are all alike says nothing of others.
@@ -202,33 +204,31 @@ def renewed(
     Returns:
       The inverses, and (B,) bool, whether the attempt at one failed.
     """
-    lacking = {label: _anything(old.lacking) for label, old in inverses.items()}
+    lacking = {label: _any(old.lacking) for label, old in inverses.items()}
 
-    def system(label: str, old: jax.Array) -> jax.Array:
-        xx = functools.partial(second_moment, moments, incoming, label)
-        size = old.shape[-1]
-        none = jnp.zeros_like(old)
+    def matrix(label: str, old: jax.Array) -> jax.Array:
+        layer = layers[label]
 
         def new() -> jax.Array:
-            return xx()[:, :size, :size].astype(old.dtype)
+            return layer.cropped(second_moment(moments, layer)).astype(old.dtype)
 
-        return every(period, count, new, none, lacking[label])
+        return if_due(period, count, new, jnp.zeros_like(old), lacking[label])
 
-    matrices = {label: system(label, old.inverse) for label, old in inverses.items()}
+    matrices = {label: matrix(label, old.inverse) for label, old in inverses.items()}
 
     def renew() -> tuple[dict[str, Kept], dict[str, jax.Array]]:
         systems = [
-            primal_system(incoming, incoming.captures[label], damping, xx, label in moments)
+            primal_system(layers[label], damping, xx, label in moments)
             for label, xx in matrices.items()
         ]
         kept, repaired = {}, {}
         found = ridge.inverses(systems, spread_over)
         for (label, old), new in zip(inverses.items(), found, strict=True):
             attempted = (count % period == 0) | old.lacking
-            failed = new.failed | (~old.lacking & _grown(new.value, old.inverse))
-            taken = jnp.expand_dims(attempted & ~(failed & old.found), (1, 2))
+            failed = new.failed | (~old.lacking & _has_grown(new.value, old.inverse))
+            replaces = jnp.expand_dims(attempted & ~(failed & old.found), (1, 2))
             kept[label] = Kept(
-                jnp.where(taken, new.value.astype(old.inverse.dtype), old.inverse),
+                jnp.where(replaces, new.value.astype(old.inverse.dtype), old.inverse),
                 old.found | (attempted & ~failed),
                 jnp.where(attempted, failed, old.lacking),
             )
@@ -236,11 +236,11 @@ def renewed(
         return kept, repaired
 
     never = {label: jnp.zeros_like(old.found) for label, old in inverses.items()}
-    anything = jnp.stack(list(lacking.values())).any() if lacking else False
-    return every(period, count, renew, (dict(inverses), never), anything)
+    some = jnp.stack(list(lacking.values())).any() if lacking else False
+    return if_due(period, count, renew, (dict(inverses), never), some)
 
 
-def _grown(new: jax.Array, old: jax.Array) -> jax.Array:
+def _has_grown(new: jax.Array, old: jax.Array) -> jax.Array:
     """Whether the diagonals of inverses have grown `GROWTH` times, in the geometric mean: (B,).
 
     A few features that were always zero in one of two batches make no difference.
@@ -252,7 +252,7 @@ def _grown(new: jax.Array, old: jax.Array) -> jax.Array:
 def check(
     moments: Mapping[str, Moment],
     inverses: Mapping[str, Kept],
-    incoming: Incoming,
+    layers: Layers,
     averages: bool,
 ) -> None:
     """Refuses captures for which the state was not made.
@@ -261,27 +261,24 @@ def check(
       ValueError: names the weight, and what is wrong.
     """
     remedy = "make the plan with the same loss and arguments as cqjax.value_and_grad"
-    kept = {label: average.total.shape for label, average in moments.items()}
     for label in {**moments, **inverses}:
-        if label not in incoming.captures:
+        if label not in layers:
             raise ValueError(
                 f"scale_by_consequentialism: the state has statistics of {label}, which was not "
                 f"captured; {remedy}"
             )
-    for label, capture in incoming.captures.items():
-        if averages and capture.block.small("primal") and label not in moments:
+    for label, layer in layers.items():
+        if averages and layer.block.small("primal") and label not in moments:
             raise ValueError(
                 f"scale_by_consequentialism: {label} was captured, but is not in the plan that the "
                 f"state was made with; {remedy}"
             )
-        block, shapes = capture.block, []
+        shapes = []
         if label in moments:
-            size = block.size("primal")
-            square = () if block.solver == "diagonal" else (size,)
-            shapes.append((kept[label], (block.batch, size, *square)))
+            shapes.append((moments[label].total.shape, layer.block.moment_shape))
         if label in inverses:
-            size = block.features + incoming.joint_bias(block)
-            shapes.append((inverses[label].inverse.shape, (block.batch, size, size)))
+            square = (layer.block.batch, layer.size, layer.size)
+            shapes.append((inverses[label].inverse.shape, square))
         for got, expected in shapes:
             if got != expected:
                 raise ValueError(

@@ -7,17 +7,46 @@ scan's `num_carry`), so everything here is read off public types and abstract va
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend import core
 
 
+class Equation(NamedTuple):
+    """What an analysis may know of an equation: no value, and no jaxpr that could hold one.
+
+    So a plan can keep it after the trace, when tracers must not be used any more.
+
+    Attributes:
+      primitive: the operation.
+      params: its parameters; empty for an operation that has jaxprs among them.
+      inputs: the operands' abstract values.
+      outputs: the results' abstract values.
+    """
+
+    primitive: core.Primitive
+    params: Mapping[str, Any]
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+
 class Scan(NamedTuple):
-    """How a scan equation splits its operands and results."""
+    """How a scan equation splits its operands and results.
+
+    Attributes:
+      consts: the number of operands that are the same in each trip.
+      carry: the number of operands that each trip replaces.
+    """
 
     consts: int
     carry: int
+
+
+def equation(eqn: core.JaxprEqn) -> Equation:
+    """The part of an equation that outlives the trace."""
+    params = {} if bodies(eqn) else eqn.params
+    inputs, outputs = (tuple(atom.aval for atom in side) for side in (eqn.invars, eqn.outvars))
+    return Equation(eqn.primitive, params, inputs, outputs)
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -27,8 +56,22 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def bodies(eqn: core.JaxprEqn) -> list[Any]:
     """The jaxprs within an equation."""
-    leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns"))
-    return [leaf for leaf in leaves if hasattr(opened(leaf)[0], "eqns")]
+    found = []
+    for param in eqn.params.values():
+        several = param if isinstance(param, tuple | list) else (param,)
+        found += [item for item in several if hasattr(opened(item)[0], "eqns")]
+    return found
+
+
+def constants_within(eqn: core.JaxprEqn) -> list[Any]:
+    """The constants of the jaxprs within an equation, and of those within these."""
+    found = []
+    for body in bodies(eqn):
+        jaxpr, consts = opened(body)
+        found += consts
+        for inner in jaxpr.eqns:
+            found += constants_within(inner)
+    return found
 
 
 def scan_arity(eqn: core.JaxprEqn) -> Scan:
@@ -42,14 +85,15 @@ def scan_arity(eqn: core.JaxprEqn) -> Scan:
 
 
 def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-    return sum(len(aval(a).shape) == len(aval(b).shape) for a, b in zip(outer, inner, strict=True))
+    return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
 
 
 def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on `inputs`, whatever its primitive.
 
-    Going through `eval_jaxpr` keeps the equation's name stack and context, and leaves the
-    unpacking of custom derivative rules to JAX.
+    Going through `eval_jaxpr` keeps the equation's name stack and context. It also leaves the
+    unpacking of custom derivative rules to JAX, whose `get_bind_params` has changed its result
+    between releases.
     """
     operands: dict[Any, Any] = {
         v: x for v, x in zip(eqn.invars, inputs, strict=True) if not is_literal(v)
@@ -61,14 +105,9 @@ def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     return [None if isinstance(v, core.DropVar) else next(results) for v in eqn.outvars]
 
 
-def aval(atom: Any) -> Any:
-    """Shape and dtype of an equation's operand or result."""
-    return atom.aval
-
-
-def varying(atom: Any) -> frozenset[str]:
-    """The mesh axes over which an operand or result varies within `jax.shard_map`."""
-    return aval(atom).manual_axis_type.varying
+def varying(aval: Any) -> frozenset[str]:
+    """The mesh axes over which an array of this type varies within `jax.shard_map`."""
+    return aval.manual_axis_type.varying
 
 
 def is_literal(atom: Any) -> bool:
@@ -79,16 +118,3 @@ def is_literal(atom: Any) -> bool:
 def value(atom: Any, values: Mapping[Any, Any]) -> Any:
     """An operand's value: its own, if it is a literal."""
     return np.asarray(atom.val, atom.aval.dtype) if is_literal(atom) else values[atom]
-
-
-def needed_results(jaxpr: Any, needed: Sequence[bool]) -> list[list[bool]]:
-    """For each equation, on which of its results the `needed` results of the jaxpr depend."""
-    wanted = {
-        v for v, need in zip(jaxpr.outvars, needed, strict=True) if need and not is_literal(v)
-    }
-    results = []
-    for eqn in reversed(jaxpr.eqns):
-        results.append([v in wanted for v in eqn.outvars])
-        if any(results[-1]):
-            wanted.update(v for v in eqn.invars if not is_literal(v))
-    return results[::-1]

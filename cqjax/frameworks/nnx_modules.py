@@ -10,9 +10,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cqjax.capture import marks, recording
-from cqjax.capture.captures import path_of
-from cqjax.capture.tracing import Aside
+from cqjax.frameworks import owners
+from cqjax.program import marks
+from cqjax.program.arguments import Aside
+from cqjax.program.paths import path_of
 
 PyTree = Any
 
@@ -168,7 +169,7 @@ def _record_owners(model: Any, params: PyTree) -> None:
             (layers[at] for i in range(len(keys), -1, -1) if (at := keys[:i]) in layers), None
         )
         if owner is not None and not issubclass(owner, nnx.bridge.ToNNX):
-            recording.record((recording.ROOT, *keys), owner)
+            owners.record((owners.ROOT, *keys), owner)
 
 
 def _mark_normalisations(modules: Any) -> None:

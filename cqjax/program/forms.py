@@ -1,66 +1,25 @@
 """Every site as Z = XW, with X: (B, n, d), W: (B, d, o), Z: (B, n, o).
 
 n counts rows (examples x positions), d contracted features, o outputs, and B independent products:
-groups of a convolution, members of an ensemble. A convolution's X is its im2col matrix; a lookup's
-X is one-hot.
+groups of a convolution, members of an ensemble. A convolution's X is its im2col matrix: a row holds
+what the window sees at one position. A lookup's X is one-hot.
 """
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 from jax.extend.core import primitives
 
-from cqjax.capture.jaxprs import aval
 from cqjax.linalg import conv_gram, devices, gram, windows
 from cqjax.linalg.windows import Window
+from cqjax.program.jaxprs import Equation
+from cqjax.program.layout import Layout
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an array's axes become those of a matrix form.
-
-    Attributes:
-      sizes: the array is reshaped to these first.
-      groups: for each axis of the matrix form, which of the `sizes` it is the product of.
-    """
-
-    sizes: tuple[int, ...]
-    groups: tuple[tuple[int, ...], ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The matrix form's shape."""
-        return tuple(math.prod(self.sizes[i] for i in group) for group in self.groups)
-
-    def pack(self, array: jax.Array) -> jax.Array:
-        """The matrix form of an array."""
-        return array.reshape(self.sizes).transpose(self._order).reshape(self.shape)
-
-    def unpack(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """The array of `shape` that `pack` turns into `matrix`."""
-        inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
-        permuted = matrix.reshape([self.sizes[i] for i in self._order])
-        return permuted.transpose(inverse).reshape(shape)
-
-    def split(self, axis: int, parts: int) -> "Layout":
-        """The layout with the contiguous parts of an axis as products of their own."""
-        sizes = (*self.sizes[:axis], parts, self.sizes[axis] // parts, *self.sizes[axis + 1 :])
-
-        def moved(group: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(i + (i >= axis) for i in group)
-
-        batch, *others = map(moved, self.groups)
-        return Layout(sizes, ((*batch, axis), *others))
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return tuple(itertools.chain(*self.groups))
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +29,8 @@ class Product:
     Attributes:
       weight: layout of the weight operand, (B, d, o).
       output: layout of the result, (B, n, o).
-      inputs: layout of the other operand, (B, n, d).
       axes: for each axis of the result, which of `output.sizes` it is made of.
+      inputs: layout of the other operand, (B, n, d).
     """
 
     weight: Layout
@@ -84,37 +43,29 @@ class Product:
         return self.inputs.pack(x)
 
     @property
-    def together(self) -> int:
-        """How many successive rows are taken together where some are taken."""
-        return 1
-
-    @property
     def channels(self) -> int:
-        """Length of the axis of features that `split` acts on: the longest."""
+        """Length of the axis of features that `in_parts` cuts: the longest."""
         return max((self.weight.sizes[i] for i in self.weight.groups[1]), default=1)
 
-    def split(self, parts: int) -> "Product":
+    def in_parts(self, parts: int) -> "Product":
         """The form in which each part of the features, of equal size, is a product of its own."""
         if parts == 1:
             return self
         features = self.weight.groups[1]
         longest = [self.weight.sizes[i] for i in features].index(self.channels)
-        weight = self.weight.split(features[longest], parts)
-        inputs = self.inputs.split(self.inputs.groups[2][longest], parts)
+        weight = self.weight.in_parts(features[longest], parts)
+        inputs = self.inputs.in_parts(self.inputs.groups[2][longest], parts)
         return dataclasses.replace(self, weight=weight, inputs=inputs)
 
     def second_moment(
-        self, x: jax.Array, h: jax.Array | None, subsample: int, precision: lax.PrecisionLike
+        self, x: jax.Array, h: jax.Array | None, precision: lax.PrecisionLike
     ) -> jax.Array:
-        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ().
-
-        Estimated from one in `subsample` rows.
-        """
-        rows, weight = one_in(subsample, self.rows(x), 1)
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
+        rows = self.rows(x)
         column = None if h is None else jnp.broadcast_to(h, rows.shape[:2]).astype(rows.dtype)
-        return weight * gram.inner(rows, column, precision)
+        return gram.inner(rows, column, precision)
 
-    def moment_flops(self, shape: tuple[int, ...], features: int) -> float:
+    def moment_flops(self, shape: Shape, features: int) -> float:
         """Operations of `second_moment` for an input of this shape, the bias among the features."""
         del shape
         batch, rows, _ = self.inputs.shape
@@ -131,6 +82,7 @@ class Convolution:
       axes: for each axis of the result, which of `output.sizes` it is made of.
       window: how it moves over the input.
       lhs: which axes of the input are (batch, feature, *spatial).
+      spatial: which axes of the result are spatial.
     """
 
     weight: Layout
@@ -138,36 +90,30 @@ class Convolution:
     axes: tuple[tuple[int, ...], ...]
     window: Window
     lhs: tuple[int, ...]
+    spatial: tuple[int, ...]
 
     def rows(self, x: jax.Array) -> jax.Array:
         """The im2col matrix: (B, n, d), d running over the window, then over the channels."""
         return windows.patches(self._channels_last(x), self.window, self.weight.shape[0])
 
     @property
-    def together(self) -> int:
-        """How many successive rows are taken together where some are taken: an example's."""
-        return math.prod(self.output.sizes[i] for i in self.output.groups[1][1:])
-
-    @property
     def channels(self) -> int:
-        """Input channels of a group: the features that `split` acts on."""
+        """Input channels of a group: the features that `in_parts` cuts."""
         return self.weight.sizes[self.weight.groups[1][-1]]
 
-    def split(self, parts: int) -> "Convolution":
+    def in_parts(self, parts: int) -> "Convolution":
         """The form in which each part of the channels, of equal size, is a group of its own."""
-        return dataclasses.replace(self, weight=self.weight.split(self.weight.groups[1][-1], parts))
+        weight = self.weight.in_parts(self.weight.groups[1][-1], parts)
+        return dataclasses.replace(self, weight=weight)
 
     def second_moment(
-        self, x: jax.Array, h: jax.Array | None, subsample: int, precision: lax.PrecisionLike
+        self, x: jax.Array, h: jax.Array | None, precision: lax.PrecisionLike
     ) -> jax.Array:
-        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ().
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
+        examples = self._channels_last(x)
+        return conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
 
-        Estimated from one in `subsample` examples.
-        """
-        examples, weight = one_in(subsample, self._channels_last(x), 0)
-        return weight * conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
-
-    def moment_flops(self, shape: tuple[int, ...], features: int) -> float:
+    def moment_flops(self, shape: Shape, features: int) -> float:
         """Operations of `second_moment` for an input of this shape."""
         del features
         channels_last = tuple(shape[i] for i in self._order)
@@ -201,7 +147,11 @@ class Lookup:
     mode: lax.GatherScatterMode
 
     def counts(self, indices: jax.Array, dtype: Any) -> jax.Array:
-        """How often each row of the table is read: (1, d)."""
+        """How often each row of the table is read: (1, d).
+
+        The transpose of the lookup adds up ones at the indices. So indices out of bounds, and
+        negative ones, count as the lookup itself reads them.
+        """
         table = [1] * len(self.weight.sizes)
         axis = self.dimension_numbers.start_index_map[0]
         table[axis] = self.weight.sizes[axis]
@@ -221,39 +171,37 @@ class Lookup:
 Form = Product | Convolution | Lookup
 
 
-def matrix_form(eqn: core.JaxprEqn, weight: int) -> Form | str:
+def matrix_form(equation: Equation, weight: int) -> Form | str:
     """The matrix form of an equation in which operand number `weight` is a parameter's view.
+
+    A new kind of product is one more class, and one more case here.
 
     Returns:
       The form, or why the equation is not a product with that operand in the weight's place.
     """
-    if eqn.primitive is primitives.dot_general_p:
-        return _product(eqn, weight)
-    if eqn.primitive is primitives.conv_general_dilated_p:
-        return _convolution(eqn, weight)
-    if eqn.primitive is primitives.gather_p and weight == 0:
-        return _lookup(eqn)
-    return f"enters `{eqn.primitive.name}`, which is no matrix product"
+    if equation.primitive is primitives.dot_general_p:
+        return _product(equation, weight)
+    if equation.primitive is primitives.conv_general_dilated_p:
+        return _convolution(equation, weight)
+    if equation.primitive is primitives.gather_p and weight == 0:
+        return _lookup(equation)
+    return f"enters `{equation.primitive.name}`, which is no matrix product"
 
 
-def one_in(number: int, array: jax.Array, axis: int) -> tuple[jax.Array, float]:
-    """One in `number` entries along an axis, and how many of them each then stands for."""
-    taken = lax.slice_in_dim(array, 0, None, number, axis)
-    return taken, array.shape[axis] / max(1, taken.shape[axis])
-
-
-def _product(eqn: core.JaxprEqn, weight: int) -> Form | str:
-    contracting, batching = eqn.params["dimension_numbers"]
+def _product(equation: Equation, weight: int) -> Form:
+    contracting, batching = equation.params["dimension_numbers"]
     other = 1 - weight
-    w, x = aval(eqn.invars[weight]).shape, aval(eqn.invars[other]).shape
+    w, x = equation.inputs[weight].shape, equation.inputs[other].shape
     batch_w, batch_x = tuple(batching[weight]), tuple(batching[other])
     features_w, features_x = tuple(contracting[weight]), tuple(contracting[other])
-    outputs = _rest(w, batch_w, features_w)
-    rows = _rest(x, batch_x, features_x)
-    z = aval(eqn.outvars[0]).shape
+    outputs = _other_axes(w, batch_w, features_w)
+    rows = _other_axes(x, batch_x, features_x)
+    z = equation.outputs[0].shape
+    # The result has the batch axes first, then the free axes of the first operand, then those of
+    # the second.
     batch_z = tuple(range(len(batch_w)))
-    split = len(batch_z) + len(rows if weight == 1 else outputs)
-    middle, last = tuple(range(len(batch_z), split)), tuple(range(split, len(z)))
+    end = len(batch_z) + len(rows if weight == 1 else outputs)
+    middle, last = tuple(range(len(batch_z), end)), tuple(range(end, len(z)))
     rows_z, outputs_z = (middle, last) if weight == 1 else (last, middle)
     return Product(
         weight=Layout(w, (batch_w, features_w, outputs)),
@@ -263,21 +211,22 @@ def _product(eqn: core.JaxprEqn, weight: int) -> Form | str:
     )
 
 
-def _rest(shape: tuple[int, ...], *taken: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(i for i in range(len(shape)) if i not in itertools.chain(*taken))
+def _other_axes(shape: Shape, *known: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(i for i in range(len(shape)) if i not in itertools.chain(*known))
 
 
-def _convolution(eqn: core.JaxprEqn, weight: int) -> Form | str:
+def _convolution(equation: Equation, weight: int) -> Form | str:
+    params = equation.params
     if weight != 1:
         return "is the input of a convolution, not its kernel"
-    if eqn.params["batch_group_count"] != 1:
+    if params["batch_group_count"] != 1:
         return "is the kernel of a convolution with `batch_group_count`"
-    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    kernel, z = aval(eqn.invars[1]).shape, aval(eqn.outvars[0]).shape
-    w_sizes, w_axes = _split(kernel, numbers.rhs_spec[0], groups)
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    kernel, z = equation.inputs[1].shape, equation.outputs[0].shape
+    w_sizes, w_axes = _grouped(kernel, numbers.rhs_spec[0], groups)
     (group, outputs), features = w_axes[numbers.rhs_spec[0]], w_axes[numbers.rhs_spec[1]]
     window = [w_axes[i] for i in numbers.rhs_spec[2:]]
-    z_sizes, z_axes = _split(z, numbers.out_spec[1], groups)
+    z_sizes, z_axes = _grouped(z, numbers.out_spec[1], groups)
     group_z, outputs_z = z_axes[numbers.out_spec[1]]
     rows_z = [z_axes[i] for i in (numbers.out_spec[0], *numbers.out_spec[2:])]
     return Convolution(
@@ -286,19 +235,18 @@ def _convolution(eqn: core.JaxprEqn, weight: int) -> Form | str:
         axes=z_axes,
         window=Window(
             shape=tuple(kernel[i] for i in numbers.rhs_spec[2:]),
-            strides=tuple(eqn.params["window_strides"]),
-            padding=tuple((int(low), int(high)) for low, high in eqn.params["padding"]),
-            lhs_dilation=tuple(eqn.params["lhs_dilation"]),
-            rhs_dilation=tuple(eqn.params["rhs_dilation"]),
+            strides=tuple(params["window_strides"]),
+            padding=tuple((int(low), int(high)) for low, high in params["padding"]),
+            lhs_dilation=tuple(params["lhs_dilation"]),
+            rhs_dilation=tuple(params["rhs_dilation"]),
         ),
         lhs=tuple(numbers.lhs_spec),
+        spatial=tuple(numbers.out_spec[2:]),
     )
 
 
-def _split(
-    shape: tuple[int, ...], axis: int, groups: int
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Shape with `axis` split into (groups, rest), and the new axes of each old one."""
+def _grouped(shape: Shape, axis: int, groups: int) -> tuple[Shape, tuple[tuple[int, ...], ...]]:
+    """Shape with `axis` replaced by (groups, the rest), and the new axes of each old one."""
     sizes = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
     axes = tuple(
         (i,) if i < axis else (i, i + 1) if i == axis else (i + 1,) for i in range(len(shape))
@@ -306,23 +254,23 @@ def _split(
     return sizes, axes
 
 
-def _lookup(eqn: core.JaxprEqn) -> Form | str:
-    numbers, table = eqn.params["dimension_numbers"], aval(eqn.invars[0]).shape
+def _lookup(equation: Equation) -> Form | str:
+    numbers, table = equation.params["dimension_numbers"], equation.inputs[0].shape
     axis = numbers.start_index_map[0] if numbers.start_index_map else 0
     slices = tuple(1 if i == axis else size for i, size in enumerate(table))
     if (
         tuple(numbers.start_index_map) != (axis,)
         or tuple(numbers.collapsed_slice_dims) != (axis,)
         or numbers.operand_batching_dims
-        or tuple(eqn.params["slice_sizes"]) != slices
+        or tuple(equation.params["slice_sizes"]) != slices
     ):
         return "enters a `gather` that does not read whole rows along one axis"
-    z = aval(eqn.outvars[0]).shape
+    z = equation.outputs[0].shape
     outputs = tuple(numbers.offset_dims)
     return Lookup(
-        weight=Layout(table, ((), (axis,), _rest(table, (axis,)))),
-        output=Layout(z, ((), _rest(z, outputs), outputs)),
+        weight=Layout(table, ((), (axis,), _other_axes(table, (axis,)))),
+        output=Layout(z, ((), _other_axes(z, outputs), outputs)),
         axes=tuple((i,) for i in range(len(z))),
         dimension_numbers=numbers,
-        mode=eqn.params["mode"],
+        mode=equation.params["mode"],
     )

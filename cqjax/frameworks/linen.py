@@ -1,4 +1,4 @@
-"""What Linen's interceptor tells of a loss: which layer owns which parameter, what normalises."""
+"""What Linen's interceptor knows: which module owns a parameter, and which normalises."""
 
 import contextlib
 import inspect
@@ -7,7 +7,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from cqjax.capture import marks, recording
+from cqjax.frameworks import owners
+from cqjax.program import marks
 
 _NORMALISATIONS = frozenset(
     inspect.unwrap(layer.__call__)
@@ -35,5 +36,5 @@ def _record(next_fun: Any, args: tuple, kwargs: dict, context: nn.module.Interce
         for collection in module.variables.values():
             for name, value in collection.items():
                 if not isinstance(value, Mapping):
-                    recording.record((*module.path, name), type(module))
+                    owners.record((*module.path, name), type(module))
     return result

@@ -1,0 +1,1 @@
+"""Back-matching (Zhang, Chen and Liu): layer-wise rates, and the exact propagation."""

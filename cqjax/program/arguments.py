@@ -1,0 +1,80 @@
+"""What a loss's arguments other than the parameters say of it: the batch, and its size."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from cqjax.linalg import devices
+from cqjax.program import jaxprs
+from cqjax.program.steps import Constants, Program
+
+PyTree = Any
+
+
+class Aside:
+    """A pytree among a loss's arguments whose arrays are no batch: a module's state, say."""
+
+
+def shared_size(arguments: PyTree, loss: Sequence[Any]) -> int | None:
+    """The leading dimension that all arrays among the arguments share; None if they do not.
+
+    Within `jax.shard_map`, times the number of devices over which these vary and the loss does not,
+    since the loss is their mean then.
+
+    Args:
+      arguments: the arguments.
+      loss: the loss's abstract value; nothing for the number of examples, whatever the loss.
+    """
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
+    arrays = [leaf for leaf in leaves if _may_be_batch(leaf)]
+    sizes = {leaf.shape[0] for leaf in arrays}
+    over = devices.varying(arrays).difference(*map(jaxprs.varying, loss))
+    return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
+
+
+def of_batch(
+    program: Program, constants: Constants, parameters: int, arguments: PyTree
+) -> set[int]:
+    """The variables of a loss that hold the batch: arguments and constants, by number.
+
+    An array that a function closes over is a constant of its program. Under `jax.jit` it is a
+    tracer if it was an argument of the jitted function, and else no batch. Outside of `jax.jit` any
+    constant may be a batch.
+
+    Args:
+      program: the loss.
+      constants: its constants.
+      parameters: how many of its inputs are parameters.
+      arguments: its other arguments: constants of the program, but for those that are abstract.
+    """
+    leaves = jax.tree.leaves(arguments)
+    abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    batch = [leaf for leaf in leaves if _may_be_batch(leaf)]
+    others = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _may_be_batch(leaf)]
+    traced = all(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in batch)
+
+    def holds_batch(const: Any) -> bool:
+        if batch and traced and not isinstance(const, Tracer):
+            return False
+        return all(const is not leaf for leaf in others)
+
+    inputs = program.inputs[parameters:]
+    found = {n for n, leaf in zip(inputs, abstract, strict=True) if _may_be_batch(leaf)}
+    return found | {n for n, const in constants if holds_batch(const)}
+
+
+def _may_be_batch(leaf: Any) -> bool:
+    """Whether a leaf of the arguments is an array that may have a row for each example.
+
+    A random key has none: neither a typed one nor one of the old style, two or four uint32.
+    """
+    return (
+        isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+        and bool(leaf.shape)
+        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
+    )

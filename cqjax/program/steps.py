@@ -1,0 +1,223 @@
+"""A loss's program as one flat list of steps.
+
+A jaxpr is a tree: equations have bodies, which have equations. Here it is made a list, once, and
+every analysis is a loop over it. `jit`, `remat` and `closed_call` leave no trace but the steps of
+their bodies. The bodies of `scan` and `cond` are entered too; what happens to a variable at their
+borders is a step of a kind of its own. Everything else is opaque: one step, whatever is inside.
+
+Variables are numbers. Each number is written by one step, so no analysis needs to know in which
+body it is. Only a `CARRY` reads what a later step writes: an analysis that wants to know it repeats
+its loop until nothing changes.
+"""
+
+import enum
+from collections.abc import Iterable, Sequence, Set
+from typing import Any, NamedTuple
+
+from jax.extend import core
+from jax.extend.core import primitives
+
+from cqjax.program import jaxprs
+from cqjax.program.jaxprs import Equation
+
+Position = tuple[int, ...]
+"""Where an equation is: its index, after those of the equations (and branches) around it."""
+
+Number = int | None
+"""A variable that is read; None for a literal."""
+
+_CALLS = frozenset({primitives.jit_p, primitives.remat_p, primitives.closed_call_p})
+
+
+class Kind(enum.Enum):
+    """What a step does.
+
+    All but `EQUATION` stand at the border of a body. `ENTER`, `SLICE`, `LAST` and `STACK` do the
+    same to each of their variables: what they write i-th depends on what they read i-th alone.
+    """
+
+    EQUATION = enum.auto()
+    ENTER = enum.auto()  # into a branch, or as a constant of a scan: the same value
+    SLICE = enum.auto()  # into a scan: one trip's part
+    CARRY = enum.auto()  # into a scan: (first, next), the first trip's and what each trip leaves
+    LAST = enum.auto()  # out of a scan: what the last trip leaves of a carry
+    STACK = enum.auto()  # out of a scan: what all trips leave, stacked
+    JOIN = enum.auto()  # out of a `cond`: (index, *results), one result for each branch
+
+
+_ONE_BY_ONE = frozenset({Kind.ENTER, Kind.SLICE, Kind.LAST, Kind.STACK})
+
+
+class Step(NamedTuple):
+    """One step of a program.
+
+    Attributes:
+      kind: what it does.
+      equation: the equation, or the one at whose border this is.
+      position: where the equation is.
+      reads: the variables that it reads.
+      writes: those that it writes.
+      loops: lengths of the scans around the equation, outermost first.
+      recomputed: whether the backward pass computes it anew (`jax.checkpoint`).
+    """
+
+    kind: Kind
+    equation: Equation
+    position: Position
+    reads: tuple[Number, ...]
+    writes: tuple[int, ...]
+    loops: tuple[int, ...]
+    recomputed: bool
+
+    def sources(self, i: int) -> tuple[Number, ...]:
+        """What the i-th of its results depends on."""
+        return self.reads[i : i + 1] if self.kind in _ONE_BY_ONE else self.reads
+
+
+class Program(NamedTuple):
+    """A program, without any value of it.
+
+    Attributes:
+      steps: its steps, in an order in which they can be taken.
+      inputs: the variables that it is given.
+      outputs: the variables that it returns.
+    """
+
+    steps: tuple[Step, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[Number, ...]
+
+    def needed(self, outputs: Iterable[Number]) -> Set[int]:
+        """The variables on which some of its results depend, these included."""
+        found = {n for n in outputs if n is not None}
+        while True:
+            before = len(found)
+            for step in reversed(self.steps):
+                for i, written in enumerate(step.writes):
+                    if written in found:
+                        found.update(n for n in step.sources(i) if n is not None)
+            if len(found) == before:
+                return found
+
+    def dependent(self, variables: Iterable[int]) -> Set[int]:
+        """The variables that depend on some of its variables, these included."""
+        found = set(variables)
+        while True:
+            before = len(found)
+            for step in self.steps:
+                for i, written in enumerate(step.writes):
+                    if written not in found and not found.isdisjoint(step.sources(i)):
+                        found.add(written)
+            if len(found) == before:
+                return found
+
+
+Constants = list[tuple[int, Any]]
+"""Constants, each with a variable that depends on it."""
+
+
+def flatten(jaxpr: Any) -> tuple[Program, Constants]:
+    """A jaxpr as a flat program, and the constants in it."""
+    return _Flattening().program(jaxpr)
+
+
+class _Flattening:
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._constants: Constants = []
+        self._count = 0
+
+    def program(self, jaxpr: Any) -> tuple[Program, Constants]:
+        inputs = self._new(len(jaxprs.opened(jaxpr)[0].invars))
+        outputs = self._body(jaxpr, inputs, (), (), False)
+        return Program(tuple(self._steps), inputs, tuple(outputs)), self._constants
+
+    def _new(self, number: int) -> tuple[int, ...]:
+        """Variables that nobody has yet."""
+        self._count += number
+        return tuple(range(self._count - number, self._count))
+
+    def _body(
+        self,
+        jaxpr: Any,
+        inputs: Sequence[Number],
+        at: Position,
+        loops: tuple[int, ...],
+        recomputed: bool,
+    ) -> list[Number]:
+        """Adds the steps of a jaxpr. Returns its results."""
+        jaxpr, consts = jaxprs.opened(jaxpr)
+        constants = self._new(len(consts))
+        self._constants += zip(constants, consts, strict=True)
+        numbers: dict[Any, Number] = dict(zip(jaxpr.constvars, constants, strict=True))
+        numbers.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atoms: Sequence[Any]) -> list[Number]:
+            return [None if jaxprs.is_literal(atom) else numbers[atom] for atom in atoms]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            results = self._equation(eqn, read(eqn.invars), (*at, i), loops, recomputed)
+            numbers.update(zip(eqn.outvars, results, strict=True))
+        return read(jaxpr.outvars)
+
+    def _equation(
+        self,
+        eqn: core.JaxprEqn,
+        reads: Sequence[Number],
+        at: Position,
+        loops: tuple[int, ...],
+        recomputed: bool,
+    ) -> Sequence[Number]:
+        """Adds what an equation does. Returns its results.
+
+        A primitive with a body that is to be entered has its place here, and in
+        `taps.Evaluation`, which evaluates it.
+        """
+        params = eqn.params
+        if eqn.primitive in _CALLS:
+            recomputed = recomputed or eqn.primitive is primitives.remat_p
+            body = params.get("jaxpr", params.get("call_jaxpr"))
+            return self._body(body, reads, at, loops, recomputed)
+        equation = jaxprs.equation(eqn)
+
+        def step(kind: Kind, reads: Sequence[Number], number: int) -> tuple[int, ...]:
+            writes = self._new(number)
+            self._steps.append(Step(kind, equation, at, tuple(reads), writes, loops, recomputed))
+            return writes
+
+        # Branches for several platforms are left closed: one of them is compiled, unknown which.
+        if eqn.primitive is primitives.cond_p and not params.get("branches_platforms"):
+            index, *operands = reads
+            inputs = step(Kind.ENTER, operands, len(operands))
+            branches = [
+                self._body(branch, inputs, (*at, i), loops, recomputed)
+                for i, branch in enumerate(params["branches"])
+            ]
+            results = zip(*branches, strict=True)
+            return [step(Kind.JOIN, (index, *each), 1)[0] for each in results]
+        if eqn.primitive is primitives.scan_p:
+            consts, carry = jaxprs.scan_arity(eqn)
+            firsts = reads[consts : consts + carry]
+            constants = step(Kind.ENTER, reads[:consts], consts)
+            slices = step(Kind.SLICE, reads[consts + carry :], len(reads) - consts - carry)
+            border, carries = len(self._steps), self._new(carry)
+            inner = (*loops, params["length"])
+            inputs = (*constants, *carries, *slices)
+            results = self._body(params["jaxpr"], inputs, at, inner, recomputed)
+            # A carry that the body hands on as it is, is a constant. That is known only now, and
+            # the steps that bring the carries in belong before the body.
+            enters = []
+            for first, inside, after in zip(firsts, carries, results[:carry], strict=True):
+                kept = after == inside
+                kind, read = (Kind.ENTER, (first,)) if kept else (Kind.CARRY, (first, after))
+                enters.append(Step(kind, equation, at, read, (inside,), loops, recomputed))
+            self._steps[border:border] = enters
+            finals = [
+                first if after == inside else step(Kind.LAST, (after,), 1)[0]
+                for first, inside, after in zip(firsts, carries, results[:carry], strict=True)
+            ]
+            return [*finals, *step(Kind.STACK, results[carry:], len(results) - carry)]
+        writes = step(Kind.EQUATION, reads, len(eqn.outvars))
+        held = jaxprs.constants_within(eqn)
+        self._constants += [(written, const) for written in writes for const in held]
+        return writes

@@ -1,0 +1,250 @@
+"""One loop over a program: where parameters meet activations, or anything else.
+
+Every variable gets a tag: a `View` of parameters, a `Spread` (a view broadcast to more axes: a bias
+on its way), an `Output` (a site's result, possibly transposed or reshaped), or nothing. Where a
+view enters a product with an activation there is a site; whatever else it enters is a use.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import primitives
+
+from cqjax.program import forms, jaxprs, views
+from cqjax.program.forms import Form, Lookup
+from cqjax.program.jaxprs import Equation
+from cqjax.program.sites import Bias, Site
+from cqjax.program.steps import Kind, Number, Position, Program, Step
+from cqjax.program.tags import Output, Spread, Tag, bias_layout, follow
+from cqjax.program.views import View
+
+
+class Use(NamedTuple):
+    """Where a parameter enters an equation that is no product with it.
+
+    Attributes:
+      reason: what it does there, in words.
+      position: where the equation is.
+      primitive: name of its primitive.
+    """
+
+    reason: str
+    position: Position
+    primitive: str
+
+
+class Record(NamedTuple):
+    """What the walk found.
+
+    Attributes:
+      sites: the sites, in the order of the program.
+      uses: for each parameter's path, what it enters besides sites and biases.
+    """
+
+    sites: tuple[Site, ...]
+    uses: Mapping[str, tuple[Use, ...]]
+
+
+def walk(program: Program, paths: Sequence[str], avals: Sequence[Any], batch: Set[int]) -> Record:
+    """Finds the sites and the other uses of parameters in a loss.
+
+    Args:
+      program: the loss. Its first inputs are the parameters, its first output is the loss.
+      paths: the parameters' paths.
+      avals: the parameters' abstract values.
+      batch: the variables that depend on the batch.
+    """
+    return _Walk(program, paths, avals, batch).record()
+
+
+class _Walk:
+    def __init__(
+        self, program: Program, paths: Sequence[str], avals: Sequence[Any], batch: Set[int]
+    ):
+        self._program = program
+        self._batch = batch
+        self._varying = dict(zip(paths, map(jaxprs.varying, avals), strict=True))
+        self._mesh_sizes = jax.sharding.get_abstract_mesh().shape
+        self._tags: dict[Number, Tag] = {
+            number: views.parameter(path, aval.shape)
+            for number, path, aval in zip(program.inputs, paths, avals, strict=False)
+        }
+        self._sites: list[Site] = []
+        self._reads: list[int] = []  # of each site's output: how often it is used as it is
+        self._uses: dict[str, list[Use]] = {path: [] for path in paths}
+
+    def record(self) -> Record:
+        loss = self._program.outputs[:1]
+        # What the loss does not depend on has no gradient: a product there is no site.
+        needed = self._program.needed(loss)
+        for step in self._program.steps:
+            if not needed.isdisjoint(step.writes):
+                self._step(step, needed)
+        self._leave(loss, "is the loss")
+        self._drop_shared_outputs()
+        uses = {path: tuple(found) for path, found in self._uses.items()}
+        return Record(tuple(self._sites), uses)
+
+    def _step(self, step: Step, needed: Set[int]) -> None:
+        """Gives tags to what a step writes."""
+        match step.kind:
+            case Kind.EQUATION:
+                args = [self._tags.get(n) for n in step.reads]
+                if any(tag is not None for tag in args):
+                    results = self._equation(step, args)
+                    self._tags.update(zip(step.writes, results, strict=True))
+            case Kind.ENTER | Kind.SLICE:
+                for read, written in zip(step.reads, step.writes, strict=True):
+                    if written in needed:
+                        self._tags[written] = self._entering(step, read)
+            case Kind.CARRY:
+                self._leave(step.reads[:1], "is changed from trip to trip of a scan")
+            case Kind.LAST | Kind.STACK:
+                returned = [n for n in step.reads if n in needed]
+                self._leave(returned, "is returned by a scan")
+            case Kind.JOIN:
+                self._leave(step.reads[1:], "is returned by a branch")
+
+    def _entering(self, step: Step, read: Number) -> Tag:
+        """The tag that a variable has inside of the body that it enters.
+
+        A site's output is not followed into a body: a bias that is added there is no site's.
+        """
+        tag = self._tags.get(read)
+        if isinstance(tag, Output):
+            self._leave([read], "")
+            return None
+        if step.kind is Kind.ENTER:
+            return tag
+        if isinstance(tag, View):
+            return views.sliced(tag, len(step.loops))
+        self._leave([read], "is broadcast and scanned over")
+        return None
+
+    def _equation(self, step: Step, args: list[Tag]) -> Sequence[Tag]:
+        """Tags of the results of an equation, after recording what it does."""
+        equation = step.equation
+        nothing = [None] * len(equation.outputs)
+        results = views.results(equation, [t if isinstance(t, View) else None for t in args])
+        if results is not None:
+            return results
+        if len(args) == 1 and args[0] is not None:
+            followed = follow(equation, args[0], self._sites)
+            if followed is not None:
+                return [followed]
+        if equation.primitive is primitives.stop_gradient_p:
+            return nothing
+        for tag in args:
+            if isinstance(tag, Output):
+                self._reads[tag.site] += 1
+        if equation.primitive is primitives.add_p and self._attach_bias(args):
+            return nothing
+        entering = [(i, tag) for i, tag in enumerate(args) if isinstance(tag, View | Spread)]
+        reason = "is combined with another parameter"
+        if len(entering) == 1:
+            ((weight, tag),) = entering
+            form = forms.matrix_form(equation, weight)
+            if isinstance(tag, View) and not isinstance(form, str):
+                return [self._site(step, tag, weight, form)]
+            reason = form if isinstance(form, str) else "is broadcast before a product"
+        for _, tag in entering:
+            self._use(tag, Use(reason, step.position, equation.primitive.name))
+        return nothing
+
+    def _leave(self, variables: Sequence[Number], reason: str) -> None:
+        """Records that variables leave the part of the program in which tags are followed."""
+        for tag in map(self._tags.get, variables):
+            if isinstance(tag, Output):
+                self._reads[tag.site] += 1
+            elif tag is not None:
+                self._use(tag, Use(reason, (), ""))
+
+    def _use(self, tag: View | Spread, use: Use) -> None:
+        for path in (tag.view if isinstance(tag, Spread) else tag).paths:
+            if use not in self._uses[path]:
+                self._uses[path].append(use)
+
+    def _site(self, step: Step, view: View, weight: int, form: Form) -> Tag:
+        """Adds a site. Returns its output's tag."""
+        equation = step.equation
+        x, z = equation.inputs[1 - weight], equation.outputs[0]
+        if not (x.size and z.size and math.prod(view.shape) and math.prod(step.loops)):
+            self._use(view, Use("enters a product without entries", step.position, ""))
+            return None
+        _check_placement(view, equation, weight)
+        own, *others = {self._varying[path] for path in view.paths}
+        if others:
+            reason = "is joined with one that varies over other mesh axes"
+            self._use(view, Use(reason, step.position, ""))
+            return None
+        varying = jaxprs.varying(x) | jaxprs.varying(z)
+        site = Site(
+            position=step.position,
+            view=view,
+            form=form,
+            loops=step.loops,
+            operand=1 - weight,
+            x=(x.shape, x.dtype),
+            z=(z.shape, z.dtype),
+            recomputed=step.recomputed,
+            varying=varying,
+            spread=tuple((axis, self._mesh_sizes[axis]) for axis in sorted(varying - own)),
+            shared=self._batch.isdisjoint(step.reads),
+        )
+        self._sites.append(site)
+        self._reads.append(0)
+        return Output(len(self._sites) - 1, form.axes)
+
+    def _attach_bias(self, args: list[Tag]) -> bool:
+        """Gives an added view to the site whose output it is added to, if it is a bias.
+
+        Whether the sum is the output's only use is known at the end: see `_drop_shared_outputs`.
+        """
+        outputs = [
+            tag
+            for tag in args
+            if isinstance(tag, Output) and not isinstance(self._sites[tag.site].form, Lookup)
+        ]
+        added = [tag for tag in args if isinstance(tag, View | Spread)]
+        if len(outputs) != 1 or len(added) != 1:
+            return False
+        output, tag = outputs[0], added[0]
+        view, sizes = (tag, tag.shape) if isinstance(tag, View) else (tag.view, tag.sizes)
+        site, rank = self._sites[output.site], len(output.axes)
+        layout = bias_layout(site.form, output.axes, sizes or (1,) * rank)
+        varying = {self._varying[path] for path in (*view.paths, *site.view.paths)}
+        if layout is None or view.loops != site.view.loops or site.bias or len(varying) > 1:
+            return False
+        self._sites[output.site] = dataclasses.replace(site, bias=Bias(view, layout))
+        return True
+
+    def _drop_shared_outputs(self) -> None:
+        """Takes the bias from sites whose output is used without it as well.
+
+        The gradient of such a bias is not the sum over the rows of ∂L/∂Z, which also has a part
+        from the other use. So it is no further feature of the site's X.
+        """
+        for i, site in enumerate(self._sites):
+            if site.bias is not None and self._reads[i] > 1:
+                reason = "is added to an output that is used without it too"
+                self._use(site.bias.view, Use(reason, (), ""))
+                self._sites[i] = dataclasses.replace(site, bias=None)
+
+
+def _check_placement(view: View, equation: Equation, weight: int) -> None:
+    """Refuses arrays whose types carry a sharding.
+
+    Raises:
+      ValueError: names the parameter, and says what to do.
+    """
+    for array in (equation.inputs[1 - weight], equation.outputs[0]):
+        spec = getattr(getattr(array, "sharding", None), "spec", ())
+        if any(axis is not None for axis in spec):
+            raise ValueError(
+                f"{' + '.join(view.paths)} meets an activation whose type is sharded ({array}), "
+                "since its mesh has explicit axes; expected automatic ones: make the mesh with "
+                "axis_types=(jax.sharding.AxisType.Auto,), and jax.jit will place the statistics"
+            )

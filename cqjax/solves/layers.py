@@ -1,0 +1,352 @@
+"""What a transformation is told of each layer: the way to write a new method.
+
+The updates that reach a transformation are the gradient, unless an earlier member of the chain
+changed it. Where a method computes from rows, and not from the updates, a layer's record says what
+has become of the gradient, so that it is not lost.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cqjax.capture.block import Block
+from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.statistics import Rows
+from cqjax.linalg import devices
+from cqjax.linalg.gram import accumulator
+from cqjax.program.paths import by_path, path_of
+from cqjax.solves.matrices import Matrices, finite, product
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight W, with the bias b that is added to its output: what came in, what was captured.
+
+    Its arrays are matrices with an axis B in front, for the weights that are solved for side by
+    side: groups of a convolution, members of an ensemble, layers scanned over.
+
+    Attributes:
+      label: its name: the weight's path, several joined by +, numbered where slices of one
+        parameter are weights of their own.
+      capture: what was captured of it.
+      terms: N, the number of terms that the loss averages over: N Z̄ is what each example's own
+        loss asks of the layer's output. Where all examples share the rows, N over their number.
+      has_bias: whether a bias is updated together with the weight.
+    """
+
+    label: str
+    capture: Capture
+    terms: float | jax.Array
+    has_bias: bool
+    _updates: Mapping[str, jax.Array]
+
+    @property
+    def block(self) -> Block:
+        """The static description: sizes B, n (`rows`), d (`features`), o (`outputs`), and more."""
+        return self.capture.block
+
+    @property
+    def joint_bias(self) -> bool:
+        """Whether the bias is solved for in one system with the weight."""
+        return joint_bias(self.block, not self.has_bias)
+
+    @property
+    def size(self) -> int:
+        """Features that are solved for together: d, or d + 1 with a bias among them."""
+        return self.block.features + self.joint_bias
+
+    @property
+    def update(self) -> Matrices:
+        """The layer's part of the updates that the transformation was handed, in ≥ float32."""
+        return self._matrices(self._updates)
+
+    @property
+    def gradient(self) -> Matrices:
+        """The part of the gradient that comes from the layer's products: XᵀZ̄.
+
+        The loss may use the weight elsewhere too. Then it takes the rows.
+        """
+        if self.block.exact:
+            return self._matrices(self.capture.gradients)
+        rows = self.rows()
+        return product(rows.x, rows.dz, rows.h)
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the updates are the gradient, as far as tracing can tell: the same arrays."""
+        return all(leaf is self.capture.gradients[path] for path, leaf in self._updates.items())
+
+    def differs(self) -> jax.Array:
+        """Whether any entry of the updates differs from the gradient: () bool."""
+        gradients = self.capture.gradients
+        different = [jnp.any(leaf != gradients[path]) for path, leaf in self._updates.items()]
+        return jnp.stack(different).any()
+
+    def rows(self) -> Rows:
+        """X: (B, n, d), Z̄: (B, n, o), and h: (B, n), None without a bias that is updated.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        rows = self.capture.rows()
+        return rows if self.has_bias else dataclasses.replace(rows, h=None)
+
+    def second_moment(self) -> jax.Array:
+        """XᵀX, with a joint bias as the last feature: (B, size, size). A lookup's diagonal: (B, d).
+
+        Raises:
+          ValueError: it was not captured.
+        """
+        return self.cropped(self.capture.second_moment())
+
+    def cropped(self, moment: jax.Array) -> jax.Array:
+        """A second moment without a constant feature for a bias that is not updated."""
+        if self.block.statistic.diagonal:
+            return moment
+        return moment[:, : self.size, : self.size]
+
+    def overflows(self, result: Matrices) -> jax.Array | bool:
+        """Whether a result, finite in at least float32, is not so in its parameters' dtype: (B,).
+
+        False where that is the dtype it has.
+        """
+        dtype = self._updates[self.block.view.paths[0]].dtype
+        if dtype == result.weight.dtype:
+            return False
+
+        def lost(part: jax.Array) -> jax.Array:
+            return ~jnp.isfinite(part.astype(dtype)).all(tuple(range(1, part.ndim)))
+
+        weight = lost(result.weight)
+        if result.bias is None:
+            return weight
+        return weight | jnp.repeat(lost(result.bias), len(weight) // len(result.bias))
+
+    def _matrices(self, arrays: Mapping[str, jax.Array]) -> Matrices:
+        def exact(array: jax.Array) -> jax.Array:
+            return array.astype(accumulator(array.dtype))
+
+        bias = exact(self.block.bias_matrix(arrays)) if self.has_bias else None
+        return Matrices(exact(self.block.weight_matrix(arrays)), bias)
+
+
+class Layers(Mapping[str, Layer]):
+    """A `Layer` for each captured weight among the updates, by its label.
+
+    A method of your own computes new matrices for each layer, and `replaced` puts them into the
+    updates. Parameters that were not captured pass through.
+
+    Attributes:
+      paths: the paths of all leaves of the updates, masked ones included.
+      batch_size: N.
+
+    Examples:
+      Each layer's gradient, as a fraction of the rows' mean square:
+
+      >>> import cqjax, jax.numpy as jnp, optax
+      >>> def scale_by_rows():
+      ...     def update(updates, state, params=None, *, captures=None, **extra_args):
+      ...         layers = cqjax.Layers(updates, captures, "scale_by_rows")
+      ...         results = {}
+      ...         for label, layer in layers.items():
+      ...             mean = jnp.trace(layer.second_moment(), axis1=1, axis2=2) / layer.block.rows
+      ...             results[label] = cqjax.Matrices.parted(
+      ...                 layer.update.joined / mean[:, None, None], layer.has_bias
+      ...             )
+      ...         return layers.replaced(results), state
+      ...     return optax.GradientTransformationExtraArgs(lambda params: (), update)
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean(x @ params["w"])
+      >>> params, x = {"w": jnp.zeros((3, 1))}, 2 * jnp.eye(3)
+      >>> _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x)
+      >>> updates, _ = scale_by_rows().update(grads, (), captures=captures)
+      >>> print((updates["w"] / grads["w"]).ravel())
+      [0.25 0.25 0.25]
+    """
+
+    def __init__(self, updates: optax.Updates, captures: Any, method: str):
+        """Matches `updates` with `captures`.
+
+        Args:
+          updates: what the transformation was handed; `optax.MaskedNode`s are left alone.
+          captures: what it was passed as `captures`.
+          method: its name, for errors.
+
+        Raises:
+          ValueError: no captures were passed, they belong to other parameters, or the batch size
+            is unknown.
+          TypeError: they are none.
+        """
+        if captures is None:
+            raise ValueError(
+                f"{method}: no captures were passed. Take the gradient with "
+                "cqjax.value_and_grad, which returns them last, and call "
+                "update(grads, state, params, captures=captures)"
+            )
+        if not isinstance(captures, Captures):
+            raise TypeError(
+                f"{method}: captures is a {type(captures).__name__}; expected the last result of "
+                "cqjax.value_and_grad"
+            )
+        self._method = method
+        keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
+        self.paths = [path_of(keys) for keys, _ in keyed]
+        blocks = [capture.block for capture in captures.blocks]
+        self._masked = masked_paths(updates, blocks)
+        self._leaves = dict(zip(self.paths, (leaf for _, leaf in keyed), strict=True))
+        self.batch_size = 1 if captures.batch_size is None else captures.batch_size
+        self._layers = {
+            label: self._layer(label, capture, captures.examples)
+            for label, capture in zip(labelled(blocks), captures.blocks, strict=True)
+            if self._concerns(capture.block)
+        }
+        if captures.batch_size is None and self._layers:
+            raise ValueError(
+                f"{method}: the batch size could not be inferred, since the loss's arguments do "
+                "not share one leading dimension. Pass batch_size= to cqjax.value_and_grad: the "
+                'number of terms that the loss averages over (or loss_reduction="sum")'
+            )
+
+    def __getitem__(self, label: str) -> Layer:
+        """The layer of this label."""
+        return self._layers[label]
+
+    def __iter__(self) -> Iterator[str]:
+        """The labels, in the order of the captures."""
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self._layers)
+
+    def _layer(self, label: str, capture: Capture, examples: Any) -> Layer:
+        block = capture.block
+        return Layer(
+            label=label,
+            capture=capture,
+            terms=block.terms(self.batch_size, examples),
+            has_bias=block.bias is not None and self._masked.isdisjoint(block.bias.view.paths),
+            _updates={p: self._leaves[p] for p in block.paths if p not in self._masked},
+        )
+
+    def _concerns(self, block: Block) -> bool:
+        """Whether the block's weight is among the updates that are not masked.
+
+        Raises:
+          ValueError: the updates are of other parameters, or have a part of the weight only.
+        """
+        for path, shape in block.shapes:
+            if path in self._masked:
+                continue
+            if path not in self._leaves:
+                raise ValueError(
+                    f"{self._method}: the captures have a parameter {path}, which is not among the "
+                    f"updates ({', '.join(self.paths)}): they were captured for other parameters; "
+                    "take both from the same call of cqjax.value_and_grad"
+                )
+            leaf = self._leaves[path]
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{self._method}: {path} has shape {leaf.shape} in the updates and {shape} in "
+                    "the captures; take both from the same call of cqjax.value_and_grad (and the "
+                    "same jax.vmap)"
+                )
+        masked = self._masked.intersection(block.view.paths)
+        if masked and len(masked) < len(block.view.paths):
+            raise ValueError(
+                f"{self._method}: of the parameters {', '.join(block.view.paths)}, which form one "
+                f"weight, {', '.join(sorted(masked))} are masked; mask all or none"
+            )
+        return not masked
+
+    def replaced(self, results: Mapping[str, Matrices]) -> optax.Updates:
+        """The updates, with results for layers in the place of their parameters' updates.
+
+        Entries of a parameter that no layer covers keep their update. Those that are not finite,
+        in the dtype of the parameter, become zero.
+        """
+        leaves = dict(self._leaves)
+        for label, (weight, bias) in results.items():
+            layer = self[label]
+            whole = layer.block.view.whole
+            if not whole:  # the difference is added, so that other entries stay
+                weight = weight - layer.update.weight
+            for path, new in layer.block.scatter(weight, bias).items():
+                if path in layer.block.view.paths and not whole:
+                    new += leaves[path].astype(new.dtype)
+                leaves[path] = new.astype(leaves[path].dtype)
+        return jax.tree.unflatten(self._tree, [finite(leaves[path]) for path in self.paths])
+
+    def counts(self, events: Mapping[str, jax.Array]) -> jax.Array:
+        """How many events, () or (B,) bool, the layers had: (P,) int32.
+
+        P is the number of leaves of the updates' tree; a layer's are counted at its first path.
+        One more is counted for each parameter without a layer whose update is not finite.
+        """
+        total = jnp.zeros(len(self.paths), jnp.int32)
+        first = [(self[label].block.view.paths[0], event) for label, event in events.items()]
+        solved = {path for layer in self.values() for path in layer.block.paths}
+        others = [
+            (path, ~jnp.isfinite(leaf).all())
+            for path, leaf in self._leaves.items()
+            if path not in solved | self._masked
+        ]
+        if not first and not others:
+            return total
+        paths, each = zip(*first, *others, strict=True)
+        each = [
+            devices.total(jnp.ravel(event).astype(jnp.int32), devices.varying(event))
+            for event in each
+        ]
+        at = np.repeat([self.paths.index(path) for path in paths], [len(e) for e in each])
+        return total.at[at].add(jnp.concatenate(each))
+
+    def check_counts(self, counts: jax.Array) -> None:
+        """Refuses counts of a state that was made for other parameters.
+
+        Raises:
+          ValueError: there are not as many as the updates have leaves.
+        """
+        if counts.shape != (len(self.paths),):
+            raise ValueError(
+                f"{self._method}: the state has counts of shape {counts.shape}; expected "
+                f"{(len(self.paths),)}, one for each of the updates ({', '.join(self.paths)}): "
+                "make the state by init of the same parameters"
+            )
+
+
+def labelled(blocks: Sequence[Block]) -> list[str]:
+    """A label for each block: its name, numbered where slices of one parameter are several."""
+    names, seen = [block.name for block in blocks], collections.Counter[str]()
+    labels = []
+    for name in names:
+        labels.append(f"{name}[{seen[name]}]" if names.count(name) > 1 else name)
+        seen[name] += 1
+    return labels
+
+
+def joint_bias(block: Block, masked: bool) -> bool:
+    """Whether a block has a bias, not masked, that is solved for in one system with its weight."""
+    return block.bias is not None and block.parts is None and not masked
+
+
+def is_masked(leaf: Any) -> bool:
+    """Whether `optax.masked` has taken a parameter's place."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def masked_paths(tree: optax.Params, blocks: Iterable[Block]) -> set[str]:
+    """The paths at which `optax.masked` has taken a place, and those of blocks' parameters below.
+
+    A mask may be a prefix of the parameters' tree: then it takes whole subtrees.
+    """
+    taken = {path for path, leaf in by_path(tree, is_masked).items() if is_masked(leaf)}
+    paths = (path for block in blocks for path in block.paths)
+    below = {path for path in paths if any(not t or path.startswith(f"{t}/") for t in taken)}
+    return taken | below

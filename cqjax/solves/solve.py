@@ -1,0 +1,166 @@
+"""The update that each layer's solve makes: N (XᵀX + λI)⁻¹ H, for whatever update H came in.
+
+First every solve says which matrix is to be inverted. So all can be inverted together, and before
+the backward pass where they come of the inputs alone. Then each makes its update.
+
+That is the one definition of the update, for both solvers. Where H is the gradient, the dual is the
+cheap way to it. Where an earlier member of a chain changed H, the dual takes a second term.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cqjax.linalg import gram, ridge
+from cqjax.solves.layers import Layer
+from cqjax.solves.matrices import Matrices, along, decomposed, finite, product
+
+
+class Damping(NamedTuple):
+    """λ, in two parts.
+
+    Attributes:
+      absolute: in units of the squared length of an input row.
+      relative: in units of the mean of those eigenvalues that may differ from zero.
+    """
+
+    absolute: Any
+    relative: Any
+
+    def of(self, matrix: jax.Array, rank: int) -> Any:
+        """λ for a matrix, (B, m, m), of which `rank` eigenvalues may differ from zero."""
+        if isinstance(self.relative, int | float) and self.relative == 0:
+            return self.absolute
+        diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
+        return self.absolute + self.relative * ridge.mean_eigenvalue(diagonal, rank)
+
+
+class Solve(NamedTuple):
+    """A matrix to be inverted, and the update that its inverse makes.
+
+    Attributes:
+      system: the matrix and its damping.
+      update: makes the update of the inverse, and a row of the solution, (B, o). What is not finite
+        in a column of the solution is not so in any row: one row shows it.
+    """
+
+    system: ridge.System
+    update: Callable[[ridge.Inverse], tuple[Matrices, jax.Array]]
+
+
+def primal(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> Solve:
+    """U = N (XᵀX + λI)⁻¹ H, for a second moment of the layer."""
+
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        return preconditioned(layer, damping, inverse.value)
+
+    return Solve(primal_system(layer, damping, xx, averaged), update)
+
+
+def primal_system(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> ridge.System:
+    """N (XᵀX + λI)⁻¹, for a second moment of the layer.
+
+    A batch's own has no more eigenvalues than there are rows; an average of many may have all.
+    """
+    rank = layer.size if averaged else min(layer.block.rows, layer.size)
+    xx = layer.cropped(xx)
+    return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
+
+
+def preconditioned(
+    layer: Layer, damping: Damping, inverse: jax.Array
+) -> tuple[Matrices, jax.Array]:
+    """The inverse's product with the updates, and a row of it."""
+    weight, bias = layer.update
+    if bias is not None and layer.joint_bias:
+        u = ridge.solve(inverse, layer.update.joined)
+        return Matrices.parted(u, True), u[:, 0]
+    u = ridge.solve(inverse, weight)
+    if bias is not None:  # alone: its X is a column of ones
+        ones = layer.block.rows_with_bias * (1 + damping.relative)
+        bias *= layer.terms / (ones + damping.absolute)
+    return Matrices(u, bias), u[:, 0]
+
+
+def dual(layer: Layer, damping: Damping) -> Solve:
+    """U = N Xᵀ (XXᵀ + λI)⁻¹ Z̄, where the updates are the gradient."""
+    rows, precision = layer.rows(), layer.block.precision
+    dz = rows.dz.astype(gram.accumulator(rows.dz.dtype))
+
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        s = ridge.solve(inverse.value, dz)
+        return product(rows.x, s, rows.h, precision), s[:, 0]
+
+    return Solve(_dual_system(layer, damping, precision), update)
+
+
+def dual_of_changed(layer: Layer, damping: Damping) -> Solve:
+    """U = N (XᵀX + λI)⁻¹ H for H = c G + R: the dual for G, Woodbury's identity for the rest R.
+
+    (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ, which needs the highest precision.
+    """
+    n, handed = layer.terms, layer.update
+    scale, rest, present = decomposed(handed, layer.gradient)
+    rows = layer.rows()
+    x, h, dz = rows.x, rows.h, rows.dz.astype(gram.accumulator(rows.dz.dtype))
+    outputs = jnp.einsum("bnd,bdo->bno", x.astype(dz.dtype), rest.weight, precision=gram.HIGHEST)
+    if h is not None and rest.bias is not None:
+        outputs += h[..., None].astype(dz.dtype) * rest.bias[:, None]
+
+    def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
+        solution = ridge.solve(inverse.value, jnp.concatenate([dz, outputs], -1))
+        failed = inverse.failed | ~jnp.isfinite(solution[:, 0]).all(-1)
+        limit = jnp.where(inverse.failed, inverse.value[:, 0, 0], 1)
+        of_gradient, of_rest = jnp.split(solution, 2, -1)
+        scaled = product(x, along(scale, of_gradient) * of_gradient, h)
+        spanned = product(x, of_rest, h)
+
+        def total(u: jax.Array, r: jax.Array, s: jax.Array, plain: jax.Array) -> jax.Array:
+            outside = (n * r - s) / along(inverse.damping, r)
+            u = u + jnp.where(along(present, r), outside, 0)
+            return jnp.where(along(failed, u), along(limit, plain) * plain, u)
+
+        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), solution[:, 0]
+
+    system = _dual_system(layer, damping, gram.HIGHEST)
+    # Without damping, the rest has no solution outside the span of the rows.
+    solvable = (jnp.asarray(system.damping) > 0) | ~present
+    return Solve(system._replace(solvable=solvable), update)
+
+
+def diagonal(layer: Layer, damping: Damping, counts: jax.Array) -> tuple[Matrices, jax.Array]:
+    """U = N H / (counts + λ), row by row: a lookup's XᵀX is the diagonal of counts.
+
+    Returns:
+      U, or H where U is not finite; and whether that happened, () bool.
+    """
+    block, weight = layer.block, layer.update.weight
+    mean = ridge.mean_eigenvalue(counts, min(block.rows, block.features))
+    added = jnp.broadcast_to(damping.absolute + damping.relative * mean, counts.shape[:1])
+    divisor = counts + along(added, counts)
+    u = jnp.where(weight == 0, 0, layer.terms * weight / divisor[..., None])
+    failed = ~jnp.isfinite(u).all()
+    return Matrices(jnp.where(failed, weight, u), None), failed
+
+
+def _dual_system(layer: Layer, damping: Damping, precision: lax.PrecisionLike) -> ridge.System:
+    """N (XXᵀ + λI)⁻¹."""
+    rows, block = layer.rows(), layer.block
+    xx = gram.outer(rows.x, rows.h, precision)
+    rank = min(block.rows, block.features + layer.has_bias)
+    return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
+
+
+def check_number(value: Any, name: str) -> None:
+    """Refuses a Python number that is no damping; values that may be traced are not looked at.
+
+    Raises:
+      ValueError: it is negative, infinite or NaN.
+    """
+    if isinstance(value, int | float | np.number) and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value}: expected a finite number, zero or more")
