@@ -193,7 +193,8 @@ def _log(x: jax.Array) -> jax.Array:
     # formula's, log(x / x̄) + 1, wherever that is finite.
     smallest = jnp.finfo(x.dtype).smallest_normal
     below = x < smallest
-    # log(1) is a stand-in where x is below: NaN from a branch not taken would spoil the gradient.
+    # Where x is below, log(1) takes the place of log(x): log(0) would make the gradient NaN, even
+    # though the outer `where` does not select it.
     return jnp.where(below, jnp.log(smallest), jnp.log(jnp.where(below, 1, x)))
 
 

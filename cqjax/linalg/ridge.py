@@ -213,5 +213,6 @@ def solve(inverse: jax.Array, right: jax.Array) -> jax.Array:
     """
     # One product with an inverse takes the place of two triangular solves: R ↦ (L⁻ᵀL⁻¹) R has the
     # same error bound as R ↦ L⁻ᵀ (L⁻¹R). Inverses need no right-hand sides. So all of them can be
-    # had at once, before the backward pass, and each layer's product comes when its signal does.
+    # computed together, before the backward pass. Each layer's product follows when its signal is
+    # there, and no layer waits for the others.
     return jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
