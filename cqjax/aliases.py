@@ -1,4 +1,4 @@
-"""The papers' optimizers: what the update does comes first, then Optax's rule. Chains only."""
+"""The papers' optimizers, as chains of a transformation of cqjax and one of Optax's rules."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,9 @@ Optimizer = optax.GradientTransformationExtraArgs
 
 
 def _chain(damping: Schedule, relative_damping: Schedule, rule: optax.GradientTransformation):
+    """Consequentialism, followed by one of Optax's rules."""
+    # Consequentialism comes first, since it is cheapest for the gradient itself. The rule then sees
+    # its update U in the place of the gradient.
     first = scale_by_consequentialism(damping, relative_damping=relative_damping)
     return optax.chain(first, rule)
 
@@ -26,6 +29,11 @@ def csgd(
     relative_damping: Schedule = 0.0,
 ) -> Optimizer:
     r"""C-SGD: stochastic gradient descent with consequentialism, :math:`W \leftarrow W - \mu U`.
+
+    U is the update of `scale_by_consequentialism`. It aims at each example's *virtual error*: for a
+    row of a layer's output, N times the loss's gradient with respect to it, where N is the number
+    of terms that the loss averages over. That is how much the example's own loss asks the output to
+    move.
 
     Args:
       learning_rate: μ, the fraction of each example's virtual error that a step removes from a
@@ -50,7 +58,7 @@ def csgd(
       [2. 4.]
 
     References:
-      Seed 000, Eq. 63 and section 5.
+      Paeedeh and Ghiasi-Shirazi (2020), Eq. 63 and section 5.
     """
     return _chain(damping, relative_damping, optax.sgd(learning_rate))
 
@@ -74,7 +82,7 @@ def cmomentum(
       A transformation whose `update` takes the keyword argument `captures`.
 
     References:
-      Seed 000, section 5.4.
+      Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
     return _chain(damping, relative_damping, optax.sgd(learning_rate, momentum))
 
@@ -90,7 +98,7 @@ def cnesterov(
 
     Args:
       learning_rate: μ, a number or a schedule.
-      momentum: decay of the accumulated update (the paper's experiments have 0.95).
+      momentum: decay of the accumulated update (the paper's experiments use 0.95).
       damping: λ of `scale_by_consequentialism`.
       relative_damping: as in `scale_by_consequentialism`.
 
@@ -98,7 +106,7 @@ def cnesterov(
       A transformation whose `update` takes the keyword argument `captures`.
 
     References:
-      Seed 000, section 5.4.
+      Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
     rule = optax.sgd(learning_rate, momentum, nesterov=True)
     return _chain(damping, relative_damping, rule)
@@ -125,7 +133,7 @@ def crmsprop(
       A transformation whose `update` takes the keyword argument `captures`.
 
     References:
-      Seed 000, abstract and section 5.
+      Paeedeh and Ghiasi-Shirazi (2020), abstract and section 5.
     """
     return _chain(damping, relative_damping, optax.rmsprop(learning_rate, decay, eps))
 
@@ -153,24 +161,26 @@ def cadam(
       A transformation whose `update` takes the keyword argument `captures`.
 
     References:
-      Seed 000, section 5.4.
+      Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
     return _chain(damping, relative_damping, optax.adam(learning_rate, b1, b2, eps))
 
 
 def nlms(learning_rate: optax.ScalarOrSchedule, eps: float = 1e-3) -> Optimizer:
-    """NLMS, extended to layers and mini-batches row by row: the paper's unstable first attempt.
+    """NLMS (normalised least mean squares), extended to layers and mini-batches row by row.
+
+    This is the first attempt of Paeedeh and Ghiasi-Shirazi, who show that it is unstable.
 
     Args:
       learning_rate: μ, a number or a schedule.
       eps: ε of `scale_by_nlms`.
 
     Returns:
-      A transformation whose `update` takes the keyword argument `captures`; they must hold rows:
-      `cqjax.value_and_grad(loss_fn, solver="dual")`.
+      A transformation whose `update` takes the keyword argument `captures`. The captures must hold
+      rows, as those of `cqjax.value_and_grad(loss_fn, solver="dual")` do.
 
     References:
-      Seed 000, Eqs. 49 and 50.
+      Paeedeh and Ghiasi-Shirazi (2020), Eqs. 49 and 50.
     """
     return optax.chain(scale_by_nlms(eps), optax.sgd(learning_rate))
 
@@ -188,23 +198,23 @@ def back_matching_sgd(
 ) -> Optimizer:
     """Momentum SGD with back-matching's layer-wise rates, in the order that the paper found best.
 
-    The weights decay first, so that the decay too is taken at each layer's rate; then come the
-    rates, then momentum.
+    Weight decay comes first, so that each layer's rate applies to the decay too. Then come the
+    rates, and then momentum.
 
     Args:
-      learning_rate: a number or a schedule; a fraction of SGD's, since the rates are relative to
-        the top layer's (the paper has 0.02 where SGD's best is 0.1, for LeNet on CIFAR-10).
+      learning_rate: a number or a schedule. It is a fraction of SGD's, since the layers' rates are
+        relative to the top layer's: for LeNet on CIFAR-10 the paper has 0.02, and 0.1 for SGD.
       momentum: decay of the accumulated update; None for none.
       nesterov: whether the momentum is Nesterov's.
-      weight_decay: what a step adds of the weights to their gradient (the paper has 5e-4).
-      plan: as for `scale_by_back_matching`, as the rest.
+      weight_decay: the multiple of the weights that is added to their gradient (the paper: 5e-4).
+      plan: as for `scale_by_back_matching`; so are the arguments below.
       factors: "chain" or "measured".
-      refresh_every: updates from one measurement to the next.
-      decay: of the measurements' moving average.
+      refresh_every: the number of updates from one measurement to the next.
+      decay: that of the measurements' moving average.
 
     Returns:
-      A transformation whose `update` takes `params`; and `captures` if there is no plan, `value_fn`
-      if the factors are measured.
+      A transformation whose `update` takes `params`. Without a plan it also takes `captures`, and
+      with measured factors `value_fn`.
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp, optax
@@ -221,7 +231,7 @@ def back_matching_sgd(
       0.0
 
     References:
-      Seed 004, Algorithm 1, sections 3.2 and 4.1.
+      Zhang, Chen and Liu (2018), Algorithm 1, sections 3.2 and 4.1.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
@@ -236,16 +246,16 @@ def lsalr(
     nesterov: bool = True,
     weight_decay: float = 5e-4,
 ) -> Optimizer:
-    """Momentum SGD with layer-specific adaptive rates (Singh et al.), as seed 004 compares with it.
+    """Momentum SGD with the layer-specific adaptive rates (LSALR) of Singh et al.
 
-    The weights decay first: the decay is part of the gradient whose norm sets a layer's rate, and
-    is taken at that rate.
+    It has the settings with which Zhang, Chen and Liu compare their method. Weight decay comes
+    first: it is part of the gradient whose norm sets a layer's rate, and that rate applies to it.
 
     Args:
-      learning_rate: η, a number or a schedule (seed 004 has 0.1, Singh et al. 0.006).
+      learning_rate: η, a number or a schedule (Zhang, Chen and Liu: 0.1; Singh et al.: 0.006).
       momentum: decay of the accumulated update; None for none.
       nesterov: whether the momentum is Nesterov's.
-      weight_decay: what a step adds of the weights to their gradient.
+      weight_decay: the multiple of the weights that is added to their gradient.
 
     Returns:
       A transformation whose `update` takes `params`.
@@ -261,8 +271,7 @@ def lsalr(
       far 1.321
 
     References:
-      Singh et al., Layer-specific adaptive learning rates for deep networks (2015); seed 004,
-      section 4.1.
+      Singh et al. (2015). Zhang, Chen and Liu (2018), section 4.1.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay),

@@ -1,4 +1,4 @@
-"""What a batch's inputs allow a solve, and how far an update moved the outputs as it meant to."""
+"""How well each layer's inputs determine its update, and what the update does to its outputs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -23,27 +23,28 @@ _NAME = "cqjax.diagnostics.report"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What there is to say of one weight; B of them where a stack or groups are solved for.
+    """The numbers for one weight, or for B weights that are solved for side by side.
 
-    With σ the singular values of the weight's input rows X (n, d), a bias being a feature:
+    X (n, d) are the input rows that meet the weight, with a bias as a further feature. σ are the
+    singular values of X; those within rounding error of zero count as zero.
 
     Attributes:
       condition: (B,), the condition number of the matrix that the solver inverts, XᵀX + λI or
-        XXᵀ + λI: a ratio of eigenvalues, infinite where one is zero.
-      restricted_condition: (B,), that of XᵀX restricted to its numerical rank: the squared ratio of
-        the largest and the smallest σ that is told from zero.
-      rank: (B,) int32, the numerical rank of X: how many σ are.
-      effective_rank: (B,), exp(−Σ p log p) with p = σ / Σσ (Roy and Vetterli, 2007): the rank where
-        the σ are equal, less where few dominate.
-      effective_dimension: (B,), tr XᵀX (XᵀX + λI)⁻¹ = Σ σ² / (σ² + λ): how many directions the
-        damping leaves (the degrees of freedom of ridge regression).
-      residual: (B,), ‖XΔW + μNZ̄‖ / ‖μNZ̄‖, how far the outputs are from where they were meant to
-        be, relative to how far they were meant to move; NaN where rows were not captured. None
-        without a learning rate.
-      reachable_residual: (B,), the same of those parts of the outputs that some ΔW could move: the
-        projections on the columns of X. Known from XᵀX and the gradient too.
-      fallbacks: () int32, how many solves failed; None without a state.
-      block: what was captured.
+        XXᵀ + λI: its largest eigenvalue divided by the smallest, infinite if that is zero.
+      restricted_condition: (B,), the same for XᵀX without its zero eigenvalues: the squared ratio
+        of the largest and the smallest σ that is not zero.
+      rank: (B,) int32, the numerical rank of X: the number of σ that are not zero.
+      effective_rank: (B,), exp(−Σ p log p) with p = σ / Σσ (Roy and Vetterli, 2007). It equals the
+        rank if all σ are equal, and is less if a few of them dominate.
+      effective_dimension: (B,), tr XᵀX (XᵀX + λI)⁻¹ = Σ σ² / (σ² + λ), the degrees of freedom of
+        ridge regression: roughly the number of directions with σ² above λ.
+      residual: (B,), ‖XΔW + μNZ̄‖ / ‖μNZ̄‖: the outputs' distance from their targets, relative to
+        the move that the targets ask for. NaN where rows were not captured. None without a
+        learning rate.
+      reachable_residual: (B,), the same for the parts of the outputs that some ΔW could move, which
+        are their projections on the columns of X. XᵀX and the gradient suffice for it.
+      fallbacks: () int32, the number of failed solves; None without a state.
+      block: the block: the uses of the weight in the loss, which share one solve.
     """
 
     condition: jax.Array
@@ -60,11 +61,12 @@ class LayerReport:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A `LayerReport` for each weight, by its path. A pytree; prints as a table.
+    """A `LayerReport` for each weight. It is a pytree, and prints as a table.
 
     Attributes:
-      layers: the reports, by the weight's path (several, joined by +, where parameters are
-        concatenated; numbered where slices of one parameter are weights of their own).
+      layers: the reports, by the weight's path. Where parameters are concatenated to one weight,
+        it has all their paths, joined by +. Where slices of one parameter are separate weights,
+        they are numbered.
     """
 
     layers: dict[str, LayerReport]
@@ -85,47 +87,47 @@ def report(
     relative_damping: Any = 0.0,
     opt_state: optax.OptState | None = None,
 ) -> Report:
-    r"""Says for each captured weight how good its solve could be, and how good its update was.
+    r"""Reports for each captured weight how well its solve can do, and how well its update did.
 
-    The method means the outputs Z = XW of a batch to move by :math:`-\mu N \bar Z` (seed 000,
-    Eq. 58); the updates ΔW move them by XΔW. The *virtual-target residual* compares the two:
+    For each row of a layer's output, N times the loss's gradient with respect to it is the row's
+    *virtual error*: what that example's own loss asks the output to move by. N is the number of
+    terms that the loss averages over. The method means to move the outputs Z = XW of a batch by
+    :math:`-\mu N \bar Z`. An update ΔW moves them by XΔW. The *residual* compares the two:
 
     .. math:: \frac{\lVert X \Delta W + \mu N \bar Z \rVert_F}{\lVert \mu N \bar Z \rVert_F}.
 
-    It is 0 for C-SGD where the rows of X are independent and λ = 0, and 1 where nothing moves. Each
-    layer is looked at with its inputs held: in the next forward pass they have moved too, by what
-    was done to the layers below.
+    It is 0 for C-SGD with independent rows of X and λ = 0. It is 1 if nothing moves. The inputs X
+    are those of this batch; the next forward pass has others, since the layers below change too.
 
-    What no ΔW can move, the part of Z̄ orthogonal to the columns of X, is in it; with more rows than
-    features that may be most. The `reachable_residual` leaves it out. With XᵀX = QΣ²Qᵀ and G = XᵀZ̄
-    it is known where XᵀX alone was captured, too:
+    No ΔW can move the part of Z̄ that is orthogonal to the columns of X. With more rows than
+    features, that may be most of Z̄. The `reachable_residual` leaves this part out. It needs only
+    XᵀX = QΣ²Qᵀ and the gradient G = XᵀZ̄:
 
     .. math::
       \frac{\lVert \Sigma Q^T \Delta W + \mu N \Sigma^{-1} Q^T G \rVert_F}
            {\lVert \mu N \Sigma^{-1} Q^T G \rVert_F}.
 
-    Singular values are computed from rows where rows were captured, and are told from zero down to
-    max(n, d) ε of the largest; otherwise from the eigenvalues of XᵀX, down to the root of d ε.
-    A decomposition takes several times as long as a solve: look at a batch now and then. Works
-    under `jax.jit`.
+    Singular values come from the rows if these were captured. Then those up to max(n, d) ε of the
+    largest count as zero. Otherwise they come from the eigenvalues of XᵀX, and those up to the root
+    of d ε count as zero. A decomposition takes several times as long as a solve, so report on a
+    batch now and then only. This works under `jax.jit`.
 
     Args:
       captures: the last result of `cqjax.value_and_grad`.
-      updates: what is added to the parameters, after the whole chain: with its sign and rate.
-      learning_rate: μ that the residuals measure the updates against.
+      updates: the result of the whole optimizer, as it is added to the parameters.
+      learning_rate: μ, which says how far the updates were meant to move the outputs.
       damping: λ of the solves.
       relative_damping: as in `cqjax.scale_by_consequentialism`.
-      opt_state: the optimizer's state, for its counts of failed solves: one that was made for the
-        parameters that the updates are of.
+      opt_state: the optimizer's state for the same parameters, which counts failed solves.
 
     Returns:
-      A `Report`. Residuals are NaN for a weight that is solved for in diagonal blocks, and where
-      the loss uses the weight elsewhere too and its rows were not captured.
+      A `Report`. Residuals are NaN for a weight that is solved for in diagonal blocks. They are NaN
+      also if rows were not captured and the loss uses the weight elsewhere too.
 
     Raises:
-      ValueError: there are no updates to go with the rate or the state; they, the state or the
-        captures belong to other parameters; the batch size is unknown.
-      TypeError: `captures` is something else.
+      ValueError: a rate or a state was passed without updates; or updates, state and captures
+        belong to different parameters; or the batch size is unknown.
+      TypeError: `captures` are not the last result of `cqjax.value_and_grad`.
 
     Examples:
       >>> import cqjax, jax.numpy as jnp
@@ -144,9 +146,9 @@ def report(
       [2.5] [1.3] [0.418]
 
     References:
-      Seed 000, Eqs. 58 to 63. Roy and Vetterli, The effective rank: a measure of effective
-      dimensionality (EUSIPCO 2007). Hastie, Tibshirani and Friedman, The elements of statistical
-      learning (2009), Eq. 3.50.
+      Paeedeh and Ghiasi-Shirazi (2020), Eqs. 58 to 63. Roy and Vetterli, The effective rank: a
+      measure of effective dimensionality (EUSIPCO 2007). Hastie, Tibshirani and Friedman, The
+      elements of statistical learning (2009), Eq. 3.50.
     """
     if updates is None and (learning_rate is not None or opt_state is not None):
         raise ValueError(
@@ -179,12 +181,12 @@ def report(
 
 
 class _Spectrum(NamedTuple):
-    """X = UΣVᵀ, as far as it was captured.
+    """The singular value decomposition X = UΣVᵀ, as far as the captures determine it.
 
     Attributes:
-      values: Σ, (B, k), in descending order; 0 for what rounding does not tell from it.
-      right: V, (B, d, k); None where it is the identity.
-      left: U, (B, n, k); None where rows were not captured.
+      values: Σ, (B, k), in descending order; 0 for values within rounding error of zero.
+      right: V, (B, d, k); None if it is the identity.
+      left: U, (B, n, k); None if rows were not captured.
     """
 
     values: jax.Array
@@ -193,8 +195,8 @@ class _Spectrum(NamedTuple):
 
 
 def _spectrum(layer: Layer) -> _Spectrum:
-    """The singular values and vectors of a weight's input, with its bias where that is joined."""
-    if layer.block.statistic.diagonal:
+    """The decomposition of a weight's input X; a bias that is solved for with it is a feature."""
+    if layer.block.statistic.diagonal:  # a lookup: XᵀX is the diagonal matrix of counts
         return _Spectrum(jnp.sqrt(layer.second_moment()), None, None)
     if layer.capture.has_rows:
         left, values, right = jnp.linalg.svd(_inputs(layer), full_matrices=False)
@@ -205,7 +207,7 @@ def _spectrum(layer: Layer) -> _Spectrum:
 
 
 def _told(values: jax.Array, size: int) -> jax.Array:
-    """Values in descending order, with zeros for those that rounding does not tell from it."""
+    """Values (B, k) in descending order, with zeros for those within rounding error of zero."""
     least = size * jnp.finfo(values.dtype).eps * values[:, :1]
     return jnp.where(values <= least, 0, values)
 
@@ -241,7 +243,7 @@ def _of_spectrum(layer: Layer, values: jax.Array, damping: jax.Array) -> dict[st
 def _residuals(
     layer: Layer, spectrum: _Spectrum, learning_rate: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The residual and the reachable one, (B,); NaN where they are not known."""
+    """The residual and the reachable residual, (B,); NaN if it is not known."""
     block, factor = layer.block, learning_rate * layer.terms
     unknown = jnp.full(len(spectrum.values), jnp.nan, spectrum.values.dtype)
     if block.parts is not None or (spectrum.left is None and not block.exact):
@@ -261,14 +263,15 @@ def _residuals(
 
 
 def _rotated(basis: jax.Array | None, matrix: jax.Array) -> jax.Array:
-    """QᵀA: (B, k, o)."""
+    """QᵀA, (B, k, o); a basis Q of None is the identity."""
     if basis is None:
         return matrix
     return jnp.einsum("bmk,bmo->bko", basis, matrix, precision=HIGHEST)
 
 
 def _relative(moved: jax.Array, meant: jax.Array) -> jax.Array:
-    """‖moved − meant‖ / ‖meant‖, (B,): of numbers of any size; 0 where both are zero."""
+    """‖moved − meant‖ / ‖meant‖, (B,), without overflow; 0 if both are zero."""
+    # Divided by the largest entry first, since squares of entries above 1e19 overflow in float32.
     largest = jnp.maximum(jnp.abs(meant).max((1, 2)), jnp.abs(moved).max((1, 2)))
     scale = along(jnp.where(largest > 0, largest, 1), meant)
     difference, size = (
@@ -278,10 +281,10 @@ def _relative(moved: jax.Array, meant: jax.Array) -> jax.Array:
 
 
 def _counts(layers: Layers, opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """Failed solves by path, of all members of the chain together.
+    """The failed solves of each parameter, by path, summed over the members of a chain.
 
     Raises:
-      ValueError: the state counts none, or those of other parameters.
+      ValueError: the state has no such counts, or counts for other parameters.
     """
     found = [counts for _, counts in optax.tree.get_all_with_path(opt_state, "fallbacks")]
     if not found:
@@ -304,11 +307,11 @@ _NUMBERS = {
     "residual": "residual",
     "reachable_residual": "reachable",
 }
-"""Columns of the table, by the fields of a `LayerReport`."""
+"""The headings of the table's columns, by the fields of a `LayerReport`."""
 
 
 def _rows(label: str, layer: LayerReport) -> Iterator[tuple[str, ...]]:
-    """A line for each of a stack's weights."""
+    """The table's rows for one label: one for each of its B weights."""
     block, members = layer.block, len(layer.condition)
     for i in range(members):
         name = label if members == 1 else f"{label} ({i})"
@@ -317,6 +320,6 @@ def _rows(label: str, layer: LayerReport) -> Iterator[tuple[str, ...]]:
 
 
 def _cell(values: jax.Array | None, i: int) -> str:
-    """The i-th of these numbers; the only one is the first."""
+    """The i-th of these numbers, as text. A single number goes in the first row."""
     numbers = [] if values is None else np.atleast_1d(values)[i : i + 1]
     return "-" if not len(numbers) or np.isnan(numbers[0]) else f"{numbers[0]:.3g}"

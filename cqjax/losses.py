@@ -1,4 +1,4 @@
-"""Losses of seed 003 that Optax lacks (section 2.2)."""
+"""Losses of the NeuronLearning notes (section 2.2) that Optax lacks."""
 
 import math
 from typing import Any
@@ -19,27 +19,28 @@ def p_norm_loss(
     axis: Axis = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""The p-norm of the error, to the power p.
+    r"""The p-norm of the error, raised to the power p and divided by p.
 
     .. math::
       \ell_p = \frac{1}{p} \sum_i |x_i - \bar x_i|^p, \quad
       \frac{\partial \ell_p}{\partial x_i}
         = \operatorname{sgn}(x_i - \bar x_i) |x_i - \bar x_i|^{p - 1}
 
-    for predictions x and targets x̄. Where the two are equal, the gradient is zero, for p = 1 too.
+    for predictions x and targets x̄. The gradient is zero where the two are equal, even for p = 1.
 
     Args:
       predictions: x, of a floating dtype, shape (..., n).
       targets: x̄, of a floating dtype and the same shape.
-      p: a number p ≥ 1; p = 2 is half the squared error.
-      axis: the axis, or axes, to sum over; None is all.
-      where: which entries count, broadcast to the shape of the predictions; by default all.
+      p: a number p ≥ 1; p = 2 gives half the squared error.
+      axis: the axis, or axes, to sum over; None for all.
+      where: which entries count; broadcast to the shape of the predictions; by default all.
 
     Returns:
       The losses, shape (...).
 
     Raises:
-      ValueError: shapes differ, a dtype is not a floating one, or p is not a number from 1 on.
+      ValueError: the shapes differ, a dtype is not a floating one, or p is not a finite number of
+        at least 1.
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp
@@ -51,13 +52,14 @@ def p_norm_loss(
       11.666667 [ 0. -4.  9.]
 
     References:
-      Seed 003, Eq. 14.
+      The NeuronLearning notes (author and date unknown), Eq. 14.
     """
     if isinstance(p, int | float | np.number) and not 1 <= p < math.inf:
         raise ValueError(f"p={p}: expected a finite number, 1 or more")
     x, target, dtype = _compatible(predictions, targets, where)
     error = x - target
-    # JAX differentiates |.| at zero as if it increased: right where p > 1, at all orders.
+    # JAX differentiates |x| at zero as if it increased. That is right for p > 1, in derivatives of
+    # every order. For p = 1 it would be a gradient of 1, so zero takes the place of |x| there.
     size = jnp.where((error == 0) & (jnp.asarray(p) == 1), 0, jnp.abs(error))
     return (jnp.sum(size**p, axis) / p).astype(dtype)
 
@@ -68,33 +70,33 @@ def kullback_leibler(
     axis: Axis = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""The Kullback-Leibler divergence of the targets from the predictions.
+    r"""The Kullback-Leibler divergence, weighted by the predictions.
 
     .. math::
       \ell_{KL} = \sum_i x_i \log \frac{x_i}{\bar x_i}, \quad
       \frac{\partial \ell_{KL}}{\partial x_i} = \log \frac{x_i}{\bar x_i} + 1
 
-    for predictions x and targets x̄. Optax's `kl_divergence` is the other one,
-    :math:`\sum_i \bar x_i \log (\bar x_i / x_i)`. Nothing here makes x sum to one: over all
-    positive x the least value is where :math:`x = \bar x / e`. If that is not meant, use
-    `normalized_kullback_leibler`, or a softmax.
+    for predictions x and targets x̄. Optax's `kl_divergence` is weighted by the targets:
+    :math:`\sum_i \bar x_i \log (\bar x_i / x_i)`. Nothing here makes x sum to one. Over all
+    positive x the minimum is at :math:`x = \bar x / e`, not at the targets. If you mean the
+    targets, use `normalized_kullback_leibler`, or make the predictions by a softmax.
 
-    Within the logarithms, x and x̄ are raised to at least ε, the smallest normal number (1.2e-38 in
-    float32). So where x = 0, the term is zero and its derivative is log(ε / x̄) + 1, about −86,
-    rather than −∞; and where x̄ = 0 < x, loss and derivative are finite.
+    In the logarithms, x and x̄ are raised to at least ε, the smallest normal number (1.2e-38 in
+    float32). So a term with x = 0 is zero, and its derivative is log(ε / x̄) + 1, about −86, in the
+    place of −∞. Where x̄ = 0 < x, loss and derivative are finite.
 
     Args:
       predictions: x ≥ 0, of a floating dtype, shape (..., n).
       targets: x̄ ≥ 0, of a floating dtype and the same shape.
-      axis: the axis, or axes, to sum over; None is all.
-      where: which entries count, broadcast to the shape of the predictions; by default all.
+      axis: the axis, or axes, to sum over; None for all.
+      where: which entries count; broadcast to the shape of the predictions; by default all.
 
     Returns:
       The losses, shape (...).
 
     Raises:
-      ValueError: shapes differ, a dtype is not a floating one, or a NumPy array has a negative
-        entry (arrays of JAX are not looked at).
+      ValueError: the shapes differ, a dtype is not a floating one, or a NumPy array has a negative
+        entry (JAX arrays are not checked, since their values may be unknown).
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp
@@ -104,7 +106,7 @@ def kullback_leibler(
       0.6931 = log 2 [-85.6   1.7   1.7]
 
     References:
-      Seed 003, Eq. 15.
+      The NeuronLearning notes (author and date unknown), Eq. 15.
     """
     x, target, dtype = _compatible(predictions, targets, where)
     _check_signs(predictions, "predictions", where)
@@ -128,24 +130,24 @@ def normalized_kullback_leibler(
         = \frac{1}{X} \left( \log \frac{x_i}{X \bar x_i} - L_{KL} \right),
 
     for predictions x and targets x̄, which should sum to one. Only the proportions of x count, so
-    :math:`\sum_i x_i \, \partial L_{KL} / \partial x_i = 0`; the least value is where they are the
-    targets'.
+    :math:`\sum_i x_i \, \partial L_{KL} / \partial x_i = 0`. The minimum is where the proportions
+    equal the targets.
 
-    Within the logarithms, x / X and x̄ are raised to at least ε, as in `kullback_leibler`. Where all
-    x are zero, X counts as 1, so that the loss is zero and a gradient step increases every x.
+    In the logarithms, x / X and x̄ are raised to at least ε, as in `kullback_leibler`. Where all x
+    are zero, X counts as 1: the loss is zero then, and a gradient step increases every x.
 
     Args:
       predictions: x ≥ 0, of a floating dtype, shape (..., n).
       targets: x̄ ≥ 0, of a floating dtype and the same shape.
-      axis: the axis, or axes, to sum over; None is all.
-      where: which entries count, broadcast to the shape of the predictions; by default all.
+      axis: the axis, or axes, to sum over; None for all.
+      where: which entries count; broadcast to the shape of the predictions; by default all.
 
     Returns:
       The losses, shape (...).
 
     Raises:
-      ValueError: shapes differ, a dtype is not a floating one, or a NumPy array has a negative
-        entry (arrays of JAX are not looked at).
+      ValueError: the shapes differ, a dtype is not a floating one, or a NumPy array has a negative
+        entry (JAX arrays are not checked, since their values may be unknown).
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp
@@ -157,19 +159,20 @@ def normalized_kullback_leibler(
       0.0000
 
     References:
-      Seed 003, Eqs. 13 and 16.
+      The NeuronLearning notes (author and date unknown), Eqs. 13 and 16.
     """
     x, target, dtype = _compatible(predictions, targets, where)
     _check_signs(predictions, "predictions", where)
     _check_signs(targets, "targets", where)
-    # The loss of c x is that of x for any constant c; c = 1/X spares the derivative a 1/X².
+    # The loss of c x is that of x for any constant c. With c = 1/X there is no factor 1/X² in the
+    # derivative, which would overflow for small X.
     proportions = _normalized(_normalized(x, axis, constant=True), axis)
     return jnp.sum(_relative_entropy(proportions, target), axis).astype(dtype)
 
 
 @jax.custom_jvp
 def _relative_entropy(x: jax.Array, target: jax.Array) -> jax.Array:
-    """Entries x log(x / x̄)."""
+    """The terms x log(x / x̄)."""
     return x * (_log(x) - _log(target))
 
 
@@ -177,7 +180,7 @@ def _relative_entropy(x: jax.Array, target: jax.Array) -> jax.Array:
 def _relative_entropy_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """With the derivative log(x / x̄) + 1 wherever x is, zero included."""
+    """Uses the derivative log(x / x̄) + 1 for every x, including zero."""
     (x, target), (dx, dtarget) = primals, tangents
     log_target, dlog_target = jax.jvp(_log, (target,), (dtarget,))
     log_ratio = _log(x) - log_target
@@ -185,14 +188,21 @@ def _relative_entropy_jvp(
 
 
 def _log(x: jax.Array) -> jax.Array:
-    """Logarithm of x, or of ε where x is less."""
+    """The logarithm of x, but at least that of ε."""
+    # The floor is for the logarithm only, not for x itself. So the derivative of the loss is the
+    # formula's, log(x / x̄) + 1, wherever that is finite.
     smallest = jnp.finfo(x.dtype).smallest_normal
-    less = x < smallest
-    return jnp.where(less, jnp.log(smallest), jnp.log(jnp.where(less, 1, x)))
+    below = x < smallest
+    # Where x is below, log(1) takes the place of log(x): log(0) would make the gradient NaN, even
+    # though the outer `where` does not select it.
+    return jnp.where(below, jnp.log(smallest), jnp.log(jnp.where(below, 1, x)))
 
 
 def _normalized(x: jax.Array, axis: Axis, *, constant: bool = False) -> jax.Array:
-    """Proportions x / X, or x where X is zero; X is a constant to differentiation if `constant`."""
+    """The proportions x / X, or x where X is zero.
+
+    If `constant`, X is a constant in derivatives.
+    """
     total = jnp.sum(x, axis, keepdims=True)
     total = jnp.where(total == 0, 1, total)
     return x / (lax.stop_gradient(total) if constant else total)
@@ -201,10 +211,14 @@ def _normalized(x: jax.Array, axis: Axis, *, constant: bool = False) -> jax.Arra
 def _compatible(
     predictions: ArrayLike, targets: ArrayLike, where: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Both arrays in at least float32, with zeros where they do not count; and the loss's dtype.
+    """Checks both arrays and prepares them for the loss.
+
+    Returns:
+      The predictions and the targets, in at least float32, with zeros where entries do not count;
+      and the loss's dtype.
 
     Raises:
-      ValueError: shapes differ, or a dtype is not a floating one.
+      ValueError: the shapes differ, or a dtype is not a floating one.
     """
     x, target = jnp.asarray(predictions), jnp.asarray(targets)
     for name, array in (("predictions", x), ("targets", target)):
@@ -228,7 +242,7 @@ def _check_signs(array: ArrayLike, name: str, where: ArrayLike | None) -> None:
     """Refuses a NumPy array with negative entries that count.
 
     Raises:
-      ValueError: it has one.
+      ValueError: an entry is negative.
     """
     if not isinstance(array, np.ndarray) or isinstance(where, jax.Array):
         return

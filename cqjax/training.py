@@ -1,4 +1,4 @@
-"""Flax's training state, for transformations that take extra arguments."""
+"""Flax's training state, for transformations that take the argument `captures`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from cqjax.transforms.extra_args import bind_extra_args
 
 
 class TrainState(train_state.TrainState):
-    """`flax.training.train_state.TrainState`, with captures forwarded to the transformation.
+    """`flax.training.train_state.TrainState`, which passes captures on to the transformation.
 
     A training step takes `loss, grads, captures = cqjax.value_and_grad(loss_fn)(state.params, ...)`
     and `state.apply_gradients(grads=grads, captures=captures)`. Everything else is Flax's:
-    `create`, `replace`, further fields by subclassing, serialisation, and the collection that
-    gradients overwrite (`_overwrite_with_gradient`, of 8-bit layers), beside which the parameters,
-    and what was captured of them, are under "params".
+    `create`, `replace`, further fields by subclassing, and serialisation. So is the collection
+    `_overwrite_with_gradient` of 8-bit layers, which gradients overwrite. If there is one, the
+    parameters are under "params" beside it, and so are their paths in the captures.
 
     Examples:
       >>> import cqjax, flax.linen as nn, jax, jax.numpy as jnp
@@ -54,13 +54,14 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: the gradients, of the structure of `params`.
-          captures: what `cqjax.value_and_grad` captured with them.
-          extra_args: further extra arguments for the transformation: `value`, `value_fn`, ...
-          **kwargs: fields to be replaced.
+          captures: the last result of the `cqjax.value_and_grad` that gave the gradients.
+          extra_args: further arguments for the transformation's `update`: `value`, `value_fn`, ...
+          **kwargs: new values of other fields.
 
         Returns:
           The new state.
         """
+        # Flax's own method passes no extra arguments to `update`. So they are bound beforehand.
         bound = bind_extra_args(self.tx, captures=captures, **(extra_args or {}))
         tx = _within_params(bound) if OVERWRITE_WITH_GRADIENT in grads else bound
         state = super(TrainState, self.replace(tx=tx)).apply_gradients(grads=grads, **kwargs)
@@ -70,13 +71,13 @@ class TrainState(train_state.TrainState):
     def create(
         cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any
     ) -> "TrainState":
-        """A state at step 0, with the transformation's initial state.
+        """Creates a state at step 0, with the transformation's initial state.
 
         Args:
           apply_fn: usually the model's `apply`.
           params: the parameters.
           tx: the transformation.
-          **kwargs: further fields of a subclass.
+          **kwargs: values of a subclass's further fields.
 
         Returns:
           The state.
@@ -87,7 +88,10 @@ class TrainState(train_state.TrainState):
 
 
 def _within_params(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation of {"params": tree} for `tree`: paths are those in the whole."""
+    """Wraps a transformation of {"params": tree} as one of `tree`.
+
+    Flax hands the transformation `tree`, but the captures' paths begin with "params".
+    """
 
     def init(params: Any) -> optax.OptState:
         return tx.init({"params": params})

@@ -1,16 +1,17 @@
-"""Trains by C-SGD on many devices in three ways, and compares with a single one.
+"""Trains by C-Nesterov on many devices in three ways, and compares them with a single device.
 
-On one host, with its accelerators, or eight simulated CPU devices where there is one device only:
+On one host it takes all accelerators, or eight simulated CPU devices if there is one device only:
 
     python examples/multi_device.py
 
-On several hosts the same command runs on each, with the address of the first (number 0):
+On several hosts, run it on each of them, with the address of the first host (number 0):
 
     python examples/multi_device.py --coordinator HOST0:1234 --processes 2 --process-id 0
     python examples/multi_device.py --coordinator HOST0:1234 --processes 2 --process-id 1
 
-Both may be the same machine: HOST0 is 127.0.0.1 then, and each process gets `--cpu-devices` of its
-own. On Cloud TPU and Slurm `jax.distributed.initialize()` finds out all that by itself.
+Both may be the same machine. HOST0 is 127.0.0.1 then, and each process has `--cpu-devices`
+simulated devices of its own. On Cloud TPU and Slurm, `jax.distributed.initialize()` needs no
+arguments.
 """
 
 import argparse
@@ -40,13 +41,13 @@ def init(key):
 
 
 def batch(step):
-    """All inputs and targets of a step; a real program would load its own share only."""
+    """All inputs and targets of a step. A real program would load only those of its own devices."""
     x = np.random.default_rng(step).normal(size=(BATCH, WIDTHS[0])).astype(np.float32)
     return x, np.sin(x[:, : WIDTHS[-1]])
 
 
 def loss_fn(params, x, y):
-    """The mean over the examples at hand of half the squared error."""
+    """Half the squared error: its mean over the examples that are passed."""
     *hidden, last = params
     for layer in hidden:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
@@ -54,25 +55,25 @@ def loss_fn(params, x, y):
 
 
 def mean_loss(params, x, y):
-    """The mean over all devices, within `jax.shard_map`."""
+    """The mean of `loss_fn` over all devices, within `jax.shard_map`."""
     return jax.lax.pmean(loss_fn(params, x, y), "data")
 
 
 def train_step(loss, tx, params, state, x, y):
-    """One step of training."""
+    """One step of training: the new parameters, the optimizer's new state, and the loss."""
     value, grads, captures = cqjax.value_and_grad(loss)(params, x, y)
     updates, state = tx.update(grads, state, params, captures=captures)
     return optax.apply_updates(params, updates), state, value
 
 
 def optimizer(**options):
-    """C-Nesterov."""
+    """C-Nesterov: consequentialism, then SGD with Nesterov momentum."""
     tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=1e-2, **options)
     return optax.chain(tx, optax.sgd(0.1, momentum=0.9, nesterov=True))
 
 
 def fully_sharded(mesh, tree):
-    """A sharding of every array along its first axis that the devices divide."""
+    """Splits every array along its first axis whose length is a multiple of the devices."""
 
     def sharding(array):
         shape = jnp.shape(array)
@@ -83,7 +84,7 @@ def fully_sharded(mesh, tree):
 
 
 def ways(mesh, params):
-    """For each way to train: its step, the optimizer's state, and where both trees are kept."""
+    """Yields for each way to train its name, its step, the optimizer's state, and the shardings."""
     copied, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     tx = optimizer()
     state = tx.init(params)
@@ -91,8 +92,9 @@ def ways(mesh, params):
     everywhere = jax.tree.map(lambda _: copied, trees)
     step = functools.partial(train_step, loss_fn, tx)
 
-    def jitted(step, placed):
-        return jax.jit(step, in_shardings=(*placed, split, split), out_shardings=(*placed, copied))
+    def jitted(step, shardings):
+        in_shardings, out_shardings = (*shardings, split, split), (*shardings, copied)
+        return jax.jit(step, in_shardings=in_shardings, out_shardings=out_shardings)
 
     yield "data parallel, jit", jitted(step, everywhere), state, everywhere
     shards = fully_sharded(mesh, trees)
@@ -108,7 +110,7 @@ def ways(mesh, params):
 
 
 def run(step, params, state, split, steps):
-    """The parameters and the loss after some steps, and the collectives of one."""
+    """Trains for some steps: the parameters, the loss, and the collectives in a compiled step."""
     for number in range(steps):
         x, y = (global_array(part, split) for part in batch(number))
         if not number:
@@ -120,18 +122,18 @@ def run(step, params, state, split, steps):
 
 
 def global_array(part, sharding):
-    """The array over all devices, of which each process is asked for its own devices' rows."""
+    """The array over all devices, to which each process contributes its own devices' rows."""
     return jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
 
 
 def on_this_host(mesh, tree):
-    """A tree with whole arrays as NumPy's."""
+    """The tree with whole arrays, as NumPy arrays of this process."""
     whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))(tree)
     return jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), whole)
 
 
 def main():
-    """Prints a table."""
+    """Trains in all ways and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--cpu-devices", type=int, default=8, help="simulated, in each process")
@@ -151,14 +153,14 @@ def main():
     for number in range(args.steps):
         alone, state, value = step(alone, state, *batch(number))
     rows = [("one device", "", f"{value:.6f}", "")]
-    for name, step, state, placed in ways(mesh, params):
-        trees = jax.tree.map(jax.device_put, (params, state), placed)
+    for name, step, state, shardings in ways(mesh, params):
+        trees = jax.tree.map(jax.device_put, (params, state), shardings)
         split = NamedSharding(mesh, P("data"))
-        got, value, collectives = run(step, *trees, split, args.steps)
-        got = on_this_host(mesh, got)
-        apart = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), got, alone)
+        trained, value, collectives = run(step, *trees, split, args.steps)
+        trained = on_this_host(mesh, trained)
+        errors = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), trained, alone)
         value = float(on_this_host(mesh, value))
-        rows.append((name, f"{max(jax.tree.leaves(apart)):.1e}", f"{value:.6f}", collectives))
+        rows.append((name, f"{max(jax.tree.leaves(errors)):.1e}", f"{value:.6f}", collectives))
     if jax.process_index() == 0:
         kind = devices[0].device_kind
         print(f"{len(devices)} devices ({kind}), {jax.process_count()} processes")

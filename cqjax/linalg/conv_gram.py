@@ -1,16 +1,20 @@
-"""XᵀX of a convolution's im2col matrix X, without the patches that are its rows.
+"""The patch Gram: XᵀX of a convolution's im2col matrix X, without building X.
 
-Row p of X holds x[p + u] for the offsets u of the window, so that (XᵀX)[u, v] is the sum over the
-positions p of x[p + u] x[p + v]ᵀ. Were p to run over all positions at which the window touches the
-input, this would depend on u - v alone. It would be the input's autocorrelation: one convolution of
-the input with itself, with the channels in place of the batch and the examples in place of the
-features. For k × k offsets that has (2k - 1)² entries, half of them by symmetry; XᵀX has k⁴.
+Each row of X is the patch of the input x that the window sees at one position. At position p it
+holds x[p + u] for every offset u in the window. So the block of XᵀX for two offsets u and v is the
+sum over all positions p of x[p + u] x[p + v]ᵀ.
 
-What the positions beyond X's own contribute is taken off again. Those before the first one along an
-axis see only the first few entries of the input along it. With these entries counted as channels,
-the contribution is a Gram matrix of the same kind, with an axis less. The same holds at the end.
+Suppose that p ran over all positions at which the window touches the input. Then this sum would
+depend on u - v alone: it would be the input's autocorrelation. That is one convolution of the input
+with itself, in which the channels stand for the batch, and the examples for the features. For k × k
+offsets it has (2k - 1)² blocks, of which symmetry gives half, where XᵀX has k⁴.
 
-Dilations and strides are undone beforehand (`windows.in_blocks`).
+A convolution has fewer positions than that. So the contributions of the others, beyond its first or
+last position along an axis, are subtracted again. Those before the first position see only the
+first few entries along the axis. If these entries count as channels, their contribution is a Gram
+matrix of the same kind with one axis less. The same holds at the end of the axis.
+
+All this is for windows without dilation and strides; `windows.in_blocks` reduces others to these.
 """
 
 import functools
@@ -24,14 +28,17 @@ from jax import lax
 from cqjax.linalg import gram, windows
 from cqjax.linalg.windows import Window
 
+# With this value the cost model chose the slower route in one of 41 cases: a batch of one.
 WORD = 100
-"""Floating-point operations in the time that a number takes to memory and back, roughly."""
+"""Roughly, the floating-point operations that take as long as writing and reading one number."""
 
+# A running float32 sum over 131,072 positions had an error of 6e-6 of the largest entry, which was
+# more than the damping λ = 3e-2. Sums of at most 16,384 positions had 2e-7, at the same speed.
 SUMMED = 1 << 14
-"""Positions that one convolution sums over, if that leaves no more than `PARTS` convolutions: in
-float32, where they are many more, their sum is less accurate than that of partial sums."""
+"""The number of positions that one convolution sums over, unless that makes more than `PARTS`."""
 
 PARTS = 8
+"""The largest number of partial sums, each of which is a convolution in the program."""
 
 Padding = Sequence[tuple[int, int]]
 
@@ -43,18 +50,18 @@ def inner(
     h: jax.Array | float | None = None,
     precision: lax.PrecisionLike = gram.HIGHEST,
 ) -> jax.Array:
-    """XᵀX for the `windows.patches` X of x, or [X, h]ᵀ[X, h]; whichever way costs less.
+    """XᵀX of an input's patches X (`windows.patches`), by the route that costs less.
 
     Args:
       x: the input, (batch, *spatial, channels).
       window: how the convolution's window moves over it.
-      groups: parts that the channels are split into, each with an X of its own.
-      h: a constant further feature, the same in every row; None for none.
+      groups: the number of parts that the channels are split into, each with an X of its own.
+      h: a further feature, with the same value in every row; None for none.
       precision: of the products.
 
     Returns:
-      (groups, d, d), or (groups, d+1, d+1) with h, in at least float32. The largest array needed is
-      of the size of x or of XᵀX, unless the patches themselves are the cheaper way.
+      XᵀX, (groups, d, d), or with h [X, h]ᵀ[X, h], (groups, d+1, d+1), in at least float32. By way
+      of the autocorrelation no array is much larger than x or XᵀX; the other route builds X.
     """
     if correlation_cost(x.shape, window, groups) < patches_cost(x.shape, window, groups):
         product = correlation(x, window, groups, precision)
@@ -70,7 +77,7 @@ def inner(
 
 
 def flops(shape: tuple[int, ...], window: Window, groups: int = 1) -> float:
-    """Floating-point operations of `inner`, for x of this shape."""
+    """The floating-point operations of `inner`, for an input of this shape."""
     routes = correlation_cost, patches_cost
     cheaper = min(routes, key=lambda cost: cost(shape, window, groups))
     return cheaper(shape, window, groups, word=0)
@@ -79,29 +86,33 @@ def flops(shape: tuple[int, ...], window: Window, groups: int = 1) -> float:
 def correlation(
     x: jax.Array, window: Window, groups: int = 1, precision: lax.PrecisionLike = gram.HIGHEST
 ) -> jax.Array:
-    """XᵀX for the `windows.patches` X of x, (groups, d, d), by way of the autocorrelation.
+    """XᵀX of an input's patches, (groups, d, d), by way of the autocorrelation.
 
-    Exact but for rounding, whose errors are relative to the trace of XᵀX rather than to each entry.
+    It is exact but for rounding. The errors are relative to the trace of XᵀX, not to each entry,
+    since large contributions are added and subtracted again.
     """
     x = x.astype(gram.accumulator(x.dtype))
-    split = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups), -2, 0)
-    features = math.prod(window.shape) * split.shape[-1]
+    grouped = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups), -2, 0)
+    features = math.prod(window.shape) * grouped.shape[-1]
 
     def product(x: jax.Array) -> jax.Array:
         total = jnp.zeros((features, features), x.dtype)
         for axes in windows.in_blocks(x.shape[1:-1], window):
             blocks = windows.gather(x, axes, window)
-            part = _gram(blocks, [a.window for a in axes], [a.padding for a in axes], precision)
-            total += windows.ungather(part, axes, window)
+            shape, padding = [a.window for a in axes], [a.padding for a in axes]
+            total += windows.ungather(_unit_gram(blocks, shape, padding, precision), axes, window)
         return total
 
-    return lax.map(product, split)
+    return lax.map(product, grouped)
 
 
 def patches_cost(
     shape: tuple[int, ...], window: Window, groups: int = 1, word: float = WORD
 ) -> float:
-    """Operations by way of the patches, for x of this shape; a number stored counts as `word`."""
+    """The cost of XᵀX by way of the patches, for an input of this shape.
+
+    Each floating-point operation counts as 1, and each number stored as `word`.
+    """
     rows = shape[0] * math.prod(window.positions(shape[1:-1]))
     features = math.prod(window.shape) * shape[-1] // groups
     return groups * (2 * rows * features**2 + word * (rows * features + features**2))
@@ -110,80 +121,89 @@ def patches_cost(
 def correlation_cost(
     shape: tuple[int, ...], window: Window, groups: int = 1, word: float = WORD
 ) -> float:
-    """Operations of `correlation`, for x of this shape; a number stored counts as `word`."""
+    """The cost of `correlation`, for an input of this shape, counted as in `patches_cost`."""
     cost = 0.0
     for axes in windows.in_blocks(shape[1:-1], window):
         channels = shape[-1] // groups * math.prod(a.size for a in axes)
         blocks = [shape[0], *(a.length for a in axes), channels]
-        cost += _cost(blocks, [a.window for a in axes], [a.padding for a in axes], word)
+        cost += _unit_cost(blocks, [a.window for a in axes], [a.padding for a in axes], word)
     return groups * cost
 
 
-def _cost(shape: Sequence[int], window: Sequence[int], padding: Padding, word: float) -> float:
-    """Operations of `_gram`, for x of this shape."""
+def _unit_cost(shape: Sequence[int], window: Sequence[int], padding: Padding, word: float) -> float:
+    """The cost of `_unit_gram`, for an input of this shape."""
     features = math.prod(window) * shape[-1]
     differences = math.prod(2 * k - 1 for k in window[1:]) * (window[0] if window else 1)
     cost = 2 * math.prod(shape) * shape[-1] * differences
     cost += word * (3 * math.prod(shape) + features**2)
-    for axis, _, depth, others, around in _edges(window, padding):
+    for axis, _, depth, others, around in _outside(window, padding):
         strip = (*shape[: axis + 1], *shape[axis + 2 : -1], depth * shape[-1])
         if len(others) > 1:
-            cost += _cost(strip, others, around, word)
+            cost += _unit_cost(strip, others, around, word)
         else:
-            cost += patches_cost(strip, _moving(others, around), word=word)
+            cost += patches_cost(strip, _unit_window(others, around), word=word)
     return cost
 
 
-def _moving(shape: Sequence[int], padding: Padding) -> Window:
-    """A window that moves by 1, undilated."""
+def _unit_window(shape: Sequence[int], padding: Padding) -> Window:
+    """A window without dilation and strides."""
     ones = (1,) * len(shape)
     return Window(tuple(shape), ones, tuple(padding), ones, ones)
 
 
-def _gram(
+def _unit_gram(
     x: jax.Array, window: Sequence[int], padding: Padding, precision: lax.PrecisionLike
 ) -> jax.Array:
-    """Σ_p x[p + u] x[p + v]ᵀ, p moving by 1: (*window, channels, *window, channels).
+    """The sum over positions p of x[p + u] x[p + v]ᵀ, for a window without dilation and strides.
 
     Args:
-      x: (batch, *spatial, channels).
+      x: the input, (batch, *spatial, channels).
       window: the number of offsets u along each axis.
-      padding: zeros before and after each axis; none is negative.
+      padding: the number of zeros before and after each axis; none is negative.
       precision: of the products.
+
+    Returns:
+      The Gram matrix, (*window, channels, *window, channels), indexed by u and then v.
     """
     channels, ndim = x.shape[-1], len(window)
     if not window:
         return gram.inner(x[None], precision=precision)[0]
     product = _toeplitz(_autocorrelation(x, window, precision), window)
-    for axis, way, depth, others, around in _edges(window, padding):
+    # Pairs such as (before, after) are for the start of an axis; `[::way]` swaps them for its end.
+    for axis, way, depth, others, around in _outside(window, padding):
         both = axis, ndim + 1 + axis
+        # The strip: the first (or last) `depth` entries along the axis, counted as channels.
         strip = _pad(x, (axis + 1,), *(0, depth - x.shape[axis + 1])[::way])
         strip = jnp.moveaxis(strip, axis + 1, -2)
         strip = strip.reshape(*strip.shape[:-2], depth * channels)
         if len(others) > 1:
-            edge = _gram(strip, others, around, precision)
+            outside = _unit_gram(strip, others, around, precision)
         else:
-            edge = gram.inner(windows.patches(strip, _moving(others, around)), None, precision)
-        edge = edge.reshape(2 * (*others, depth, channels))
-        edge = jnp.moveaxis(edge, (ndim - 1, 2 * ndim), both)
-        shifted = (_pad(edge, both, *(at, -at)[::way]) for at in range(depth))
-        edge = sum(shifted, jnp.zeros_like(edge))
-        product -= _pad(edge, both, *(window[axis] - depth, 0)[::way])
+            patches = windows.patches(strip, _unit_window(others, around))
+            outside = gram.inner(patches, None, precision)
+        outside = outside.reshape(2 * (*others, depth, channels))
+        outside = jnp.moveaxis(outside, (ndim - 1, 2 * ndim), both)
+        # A position that is t before the first (or after the last) sees each entry of the strip at
+        # an offset that is t more (or less). So the entries' Gram matrix is shifted for each t.
+        shifted = (_pad(outside, both, *(at, -at)[::way]) for at in range(depth))
+        outside = sum(shifted, jnp.zeros_like(outside))
+        product -= _pad(outside, both, *(window[axis] - depth, 0)[::way])
     return product
 
 
-def _edges(
+def _outside(
     window: Sequence[int], padding: Padding
 ) -> Iterator[tuple[int, int, int, Sequence[int], Padding]]:
-    """Where positions beyond the convolution's own touch the input.
+    """Lists the sets of positions that touch the input and are not the convolution's own.
 
-    To count each of them once, those beyond the ends of one axis run over all positions that touch
-    the input along the axes before it, and over the convolution's own along those after it.
+    A set is beyond one end of one axis. So that each position is in one set only, it runs along the
+    axes before that one over all positions that touch the input, and along the axes after it over
+    the convolution's own.
 
     Yields:
-      The axis; 1 before its first position or -1 after its last; how many positions beyond touch
-      the input, and so how many of its entries they see; and for the axes that remain window and
-      padding.
+      The axis; the end, 1 for its start and -1 for its end; along this axis the number of positions
+      in the set, which is also the number of entries that they see; and the window and the padding
+      along the other axes.
     """
     everywhere = [(k - 1, k - 1) for k in window]
     for axis, k in enumerate(window):
@@ -205,14 +225,17 @@ def _pad(x: jax.Array, axes: Sequence[int], before: int, after: int) -> jax.Arra
 def _autocorrelation(
     x: jax.Array, window: Sequence[int], precision: lax.PrecisionLike
 ) -> jax.Array:
-    """Σ_q x[q + Δ] x[q]ᵀ: (channels, *Δ, channels), Δ from 1 - k to k - 1 along each axis.
+    """The sums over entries q of x[q + Δ] x[q]ᵀ: (channels, *Δ, channels).
 
-    The partial sums are of every so many examples: of a batch that is split over devices, each has
-    its part in each of them, and none is moved.
+    Along each axis, of k offsets, Δ is from 1 - k to k - 1. The result for -Δ is the transposed one
+    for Δ, so only Δ ≥ 0 is computed along the first axis.
     """
     reach = [(0, window[0] - 1), *((k - 1, k - 1) for k in window[1:])]
-    few = max(SUMMED // max(1, math.prod(x.shape[1:-1])), -(-len(x) // PARTS), 1)
-    number = min(1 << (-(-len(x) // few) - 1).bit_length(), len(x)) or 1
+    # Partial sums are more accurate than one running sum: see `SUMMED`. Each takes every so many-th
+    # example. So if the batch is split over devices, each device has its share of every sum, and no
+    # example moves. The number of sums is a power of two, as numbers of devices usually are.
+    examples = max(SUMMED // max(1, math.prod(x.shape[1:-1])), -(-len(x) // PARTS), 1)
+    number = min(1 << (-(-len(x) // examples) - 1).bit_length(), len(x)) or 1
     parts = [x[start::number] for start in range(number)]
     half = functools.reduce(jnp.add, [_correlation(p, p, reach, precision) for p in parts])
     mirrored = jnp.flip(half[:, 1:], tuple(range(1, half.ndim - 1))).swapaxes(0, -1)
@@ -222,12 +245,14 @@ def _autocorrelation(
 def _correlation(
     x: jax.Array, y: jax.Array, reach: Sequence[tuple[int, int]], precision: lax.PrecisionLike
 ) -> jax.Array:
-    """Σ_q x[q + Δ] y[q]ᵀ: (channels, *Δ, channels), Δ from -before to after along each axis.
+    """The sums over entries q of x[q + Δ] y[q]ᵀ: (channels, *Δ, channels).
 
-    On the CPU, XLA is fast at convolutions along one or two axes in the layout used here. It brings
-    others into this layout, but not within a loop: there they take a hundred times as long.
+    Along each axis, Δ is from -before to after, the two numbers of `reach`.
     """
     ndim = len(reach)
+    # One convolution is the fastest way. Measured slower for 3 x 3 offsets: a product for each Δ,
+    # im2col along one axis, a convolution for each row of offsets. Along more than two axes XLA has
+    # no fast convolution on the CPU, so the first axis becomes a loop over Δ.
     if ndim > 2:
         before, after = reach[0]
         padded = _pad(x, (1,), before, after)
@@ -235,6 +260,8 @@ def _correlation(
         y, *shifted = (z.reshape(-1, *z.shape[2:]) for z in (y, *shifted))
         return jnp.stack([_correlation(x, y, reach[1:], precision) for x in shifted], 1)
     spatial, last = tuple(range(1, ndim + 1)), ndim + 1
+    # The transposes are explicit because XLA is fast on the CPU in this layout only. It brings
+    # others into it, but not within a loop: there they took a hundred times as long.
     return lax.conv_general_dilated(
         x.transpose(last, *spatial, 0),
         y.transpose(*spatial, 0, last),
@@ -248,11 +275,11 @@ def _correlation(
 
 
 def _toeplitz(correlation: jax.Array, window: Sequence[int]) -> jax.Array:
-    """Entry u - v for each two offsets u, v: (*window, channels, *window, channels)."""
+    """Copies entry u - v to each pair of offsets u, v: (*window, channels, *window, channels)."""
     ndim = len(window)
     for axis, k in enumerate(window, 1):
-        rows = [
+        each_v = [
             lax.slice_in_dim(correlation, k - 1 - v, 2 * k - 1 - v, axis=axis) for v in range(k)
         ]
-        correlation = jnp.stack(rows, ndim + axis)
+        correlation = jnp.stack(each_v, ndim + axis)
     return jnp.moveaxis(correlation, 0, ndim)

@@ -1,4 +1,8 @@
-"""Within `jax.shard_map`: over which mesh axes arrays vary, sums and rows of all devices."""
+"""Sums and joined rows of all devices, within `jax.shard_map`.
+
+An array varies over an axis of the device mesh if the devices along that axis may have different
+values of it. JAX keeps these axes in the array's type.
+"""
 
 import math
 from collections.abc import Iterable
@@ -14,13 +18,13 @@ Axes = Iterable[str]
 
 
 def varying(tree: Any) -> frozenset[str]:
-    """The mesh axes over which any array of a tree varies: none outside of `jax.shard_map`."""
+    """The mesh axes over which any array of a tree varies; none outside of `jax.shard_map`."""
     types = (jax.typeof(leaf) for leaf in jax.tree.leaves(tree))
     return frozenset(axis for kind in types for axis in kind.manual_axis_type.varying)
 
 
 def number(axes: Axes) -> int:
-    """How many devices there are along these axes together."""
+    """The number of devices along these axes together."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in axes)
 
@@ -32,7 +36,10 @@ def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
 
 
 def vary(tree: Any, axes: Axes) -> Any:
-    """The same arrays, with types that vary over these axes too."""
+    """The same arrays, with types that say that they vary over these axes too.
+
+    Where JAX compares types, as in a loop's carry, the axes must agree.
+    """
 
     def cast(leaf: jax.Array) -> jax.Array:
         missing = frozenset(axes) - varying(leaf)
@@ -42,18 +49,18 @@ def vary(tree: Any, axes: Axes) -> Any:
 
 
 def struct(shape: tuple[int, ...], dtype: Any, axes: Axes) -> jax.ShapeDtypeStruct:
-    """The abstract array of this shape and dtype that varies over these axes."""
+    """An abstract array with this shape and dtype that varies over these axes."""
     return jax.eval_shape(lambda: vary(jnp.zeros(shape, dtype), axes))
 
 
 def total(tree: Any, axes: Axes) -> Any:
-    """The sums of the devices' arrays along these axes."""
+    """The sums of arrays over the devices along these axes."""
     names = tuple(sorted(axes))
     return lax.psum(vary(tree, names), names) if names else tree
 
 
 def gathered(tree: Any, axes: Axes, axis: int) -> Any:
-    """The devices' arrays along these mesh axes, joined along an array axis."""
+    """The arrays of all devices along these mesh axes, joined along an axis of the arrays."""
     names = tuple(axes)
     if not names:
         return tree
@@ -66,5 +73,5 @@ def gathered(tree: Any, axes: Axes, axis: int) -> Any:
 
 
 def anywhere(found: jax.Array) -> jax.Array:
-    """Whether something was found on any of the devices between which the answer varies."""
+    """Whether `found` is true on any of the devices over which it varies."""
     return total(found.astype(jnp.int32), varying(found)) > 0

@@ -1,4 +1,4 @@
-"""Damped inverses: factorised together where shapes are equal, repaired where that fails."""
+"""Damped inverses: matrices of one shape are inverted together, failed inverses are repaired."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,19 +13,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cqjax.linalg import devices, triangular
 
 REPAIR_DAMPING = 1e-2
-"""Damping of the second attempt, relative to the mean eigenvalue."""
+"""What the second attempt adds to the damping, relative to the mean eigenvalue."""
 
 
 class System(NamedTuple):
-    """c (A + λI)⁻¹, for A symmetric and positive semi-definite.
+    """B matrices to be inverted: c (A + λI)⁻¹, with A symmetric and positive semi-definite.
 
     Attributes:
       matrix: A, (B, m, m).
       damping: λ, (B,) or ().
-      rank: how many of A's eigenvalues may differ from zero.
+      rank: the number of A's eigenvalues that may differ from zero.
       gain: c, ().
-      solvable: (B,) or () bool, whether the inverse with this λ is of use; else λ is raised at
-        once.
+      solvable: (B,) or () bool, whether to attempt the inverse with this λ. Where it is false, the
+        first attempt counts as failed, and only the second, with a larger λ, is used.
     """
 
     matrix: jax.Array
@@ -36,14 +36,14 @@ class System(NamedTuple):
 
 
 class Inverse(NamedTuple):
-    """What came of a system.
+    """The inverses of a `System`.
 
     Attributes:
-      value: c (A + λI)⁻¹, (B, m, m).
-      damping: the λ of this inverse, (B,).
+      value: c (A + λI)⁻¹, (B, m, m). Where both attempts failed, it is the identity instead; or
+        zero, where A has overflowed.
+      damping: (B,), the λ of the last attempt.
       repaired: (B,) bool, whether the first attempt failed.
-      failed: (B,) bool, whether the second did too; the value is I then, or 0, which is its limit,
-        where A has overflowed.
+      failed: (B,) bool, whether both attempts failed.
     """
 
     value: jax.Array
@@ -53,47 +53,63 @@ class Inverse(NamedTuple):
 
 
 def mean_eigenvalue(diagonal: jax.Array, rank: jax.Array | int) -> jax.Array:
-    """Mean of those eigenvalues of XXᵀ or XᵀX that may differ from zero: the two share them.
+    """The mean of those eigenvalues of XXᵀ or XᵀX that may differ from zero.
 
-    So a damping relative to it is the same in both. Their number is that of X's rows or features,
-    whichever is less. Of diagonals (B, m), whose sums may overflow where the means do not: (B,).
+    The two matrices share these eigenvalues. So a damping relative to their mean is the same in the
+    dual solution, which inverts XXᵀ, as in the primal, which inverts XᵀX.
+
+    Args:
+      diagonal: the diagonals of B matrices, (B, m). Their sum is the sum of the eigenvalues.
+      rank: the number of eigenvalues in the mean, (B,) or (): X's rows or features, whichever is
+        less.
+
+    Returns:
+      The means, (B,).
     """
     rank = jnp.broadcast_to(jnp.asarray(rank, diagonal.dtype), diagonal.shape[:1])
+    # Divided before they are summed: the sum may overflow where the mean does not.
     return (diagonal / rank[:, None]).sum(-1)
 
 
 def inverses(systems: Sequence[System], spread_over: NamedSharding | None = None) -> list[Inverse]:
-    """Inverts the systems by Cholesky factorisation, matrices of the same shape as one batch.
+    """Inverts systems by Cholesky factorisation. Matrices of the same shape form one batch.
 
-    One whose inverse is not finite is tried again with its damping raised by `REPAIR_DAMPING` times
-    its mean eigenvalue. So is one that is singular to working precision: where for some i
-    A_ii (A⁻¹)_ii exceeds 1/ε. That is how many times the diagonal entry is what the other rows and
-    columns leave of it (in statistics, the variance inflation factor); whether the factorisation
-    then failed, or made something huge of rounding errors, would be chance. The second attempt
-    costs nothing unless it is needed (under `vmap`, where a condition becomes a selection, it
-    always runs).
+    An inverse fails where it is not finite, or where its matrix M = A + λI is singular to working
+    precision: where M_ii (M⁻¹)_ii exceeds 1/ε for some i. Such a matrix is inverted again, with λ
+    raised by `REPAIR_DAMPING` times the mean eigenvalue of A. This second attempt costs nothing
+    unless it is needed. (Under `jax.vmap` it always runs, since a condition becomes a selection.)
 
     Args:
       systems: the systems.
-      spread_over: a sharding whose axes name the devices that share the matrices of a batch out
-        among them, and then all get all inverses; None where each inverts all.
+      spread_over: a sharding whose mesh axes name devices. They divide the matrices of a batch
+        among themselves, and then exchange the inverses. None if each device inverts all matrices.
+
+    Returns:
+      The inverses of each system.
     """
     function = _inverse
     if spread_over is not None:
-        function = functools.partial(_spread, spread_over)
-    return [Inverse(*parts) for parts in _together(function, list(map(_each_own, systems)))]
+        function = functools.partial(_inverse_shared_out, spread_over)
+    arguments = list(map(_with_own_numbers, systems))
+    return [Inverse(*parts) for parts in _batched_by_shape(function, arguments)]
 
 
 def all_finite(rows: Sequence[jax.Array]) -> list[jax.Array]:
-    """For each of these arrays, (B, o), which of its rows are finite: (B,) bool."""
-    found = _together(lambda x: (jnp.isfinite(x).all(-1),), [(row,) for row in rows])
+    """For each of these arrays, (B, o), whether each of its rows is finite: (B,) bool."""
+    found = _batched_by_shape(lambda x: (jnp.isfinite(x).all(-1),), [(row,) for row in rows])
     return [finite for (finite,) in found]
 
 
-def _together(
+def _batched_by_shape(
     function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Sequence[jax.Array]]
 ) -> list[list[jax.Array]]:
-    """A function's results for each of these arrays, (B, ...): equal shapes in one call."""
+    """Calls a function of arrays (B, ...) once for all argument lists of the same shapes.
+
+    Each call is compiled anew, so fewer calls compile faster.
+
+    Returns:
+      For each list of arguments its own results.
+    """
     groups: dict[object, list[int]] = {}
     for i, (first, *_) in enumerate(arguments):
         key = first.shape[1:], first.dtype, devices.varying(first)
@@ -107,27 +123,29 @@ def _together(
     return [results[i] for i in range(len(arguments))]
 
 
-def _each_own(system: System) -> tuple[jax.Array, ...]:
-    """The system with numbers (B,), one for each of its matrices."""
+def _with_own_numbers(system: System) -> tuple[jax.Array, ...]:
+    """The fields of the system, all of them with a number for each of its matrices, (B,)."""
     matrix = system.matrix
 
-    def own(value: jax.Array | float, dtype: jnp.dtype) -> jax.Array:
+    def repeated(value: jax.Array | float, dtype: jnp.dtype) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(value).astype(dtype), matrix.shape[:1])
 
-    numbers = (own(value, matrix.dtype) for value in system[1:-1])
-    parts = matrix, *numbers, own(system.solvable, jnp.dtype(bool))
+    numbers = (repeated(value, matrix.dtype) for value in system[1:-1])
+    parts = matrix, *numbers, repeated(system.solvable, jnp.dtype(bool))
     return devices.vary(parts, devices.varying(parts))
 
 
-def _spread(sharding: NamedSharding, *stack: jax.Array) -> Inverse:
-    """`_inverse`, with the matrices of the stack shared out among the sharding's devices."""
+def _inverse_shared_out(sharding: NamedSharding, *stack: jax.Array) -> Inverse:
+    """`_inverse`, with the matrices divided among the sharding's devices."""
     axes = devices.axes_of(sharding)
+    # Where the devices have different matrices already, each must invert its own.
     if len(stack[0]) == 1 or devices.varying(stack) & set(axes):
         return _inverse(*stack)
 
     def share(*stack: jax.Array) -> Inverse:
         number = len(stack[0])
         each = -(-number // devices.number(axes))
+        # If they do not come out even, the last devices begin again with the first matrices.
         mine = (lax.axis_index(axes) * each + jnp.arange(each)) % number
         found = _inverse(*(part[mine] for part in stack))
         return jax.tree.map(lambda a: a[:number], devices.gathered(found, axes, 0))
@@ -142,44 +160,59 @@ def _spread(sharding: NamedSharding, *stack: jax.Array) -> Inverse:
 def _inverse(
     matrix: jax.Array, damping: jax.Array, rank: jax.Array, gain: jax.Array, solvable: jax.Array
 ) -> Inverse:
+    """The inverses of a system whose numbers are all (B,)."""
     diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
-    more = REPAIR_DAMPING * mean_eigenvalue(diagonal, rank)
+    increase = REPAIR_DAMPING * mean_eigenvalue(diagonal, rank)
     one = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
-    limit = jnp.where(diagonal.max(-1) == jnp.inf, 0, one[0, 0, 0])
+    # What takes the place of an inverse if both attempts fail. The identity gives the plain
+    # gradient. But where A overflows, the inverse tends to zero, and the plain gradient is huge.
+    substitute = jnp.where(diagonal.max(-1) == jnp.inf, 0, one[0, 0, 0])
 
-    def attempt(last: Inverse, number: jax.Array) -> Inverse:
-        raised = damping + jnp.where(number > 0, more, 0)
-        value = triangular.inverse(matrix + _wide(raised) * one)
+    def attempt(previous: Inverse, number: jax.Array) -> Inverse:
+        raised = damping + jnp.where(number > 0, increase, 0)
+        value = triangular.inverse(matrix + _per_matrix(raised) * one)
+        # M_ii (M⁻¹)_ii is M_ii divided by what remains of it once the other rows and columns are
+        # eliminated: in statistics, the variance inflation factor. Above 1/ε, all that remains may
+        # be rounding error, and it would be chance whether the factorisation fails or the inverse
+        # is huge. The factor does not depend on the scales of features, and takes O(m).
         inflation = (diagonal + raised[:, None]) * jnp.diagonal(value, axis1=1, axis2=2)
-        value = _wide(gain) * value
+        value = _per_matrix(gain) * value
         good = (inflation * jnp.finfo(matrix.dtype).eps <= 1).all(-1)
         good &= jnp.isfinite(value).all((1, 2)) & (solvable | (number > 0))
-        value = jnp.where(_wide(good), value, _wide(limit) * one)
+        value = jnp.where(_per_matrix(good), value, _per_matrix(substitute) * one)
         repaired = jnp.broadcast_to(number > 0, good.shape)
         return Inverse(
-            jnp.where(_wide(last.failed), value, last.value),
-            jnp.where(last.failed, raised, last.damping),
-            jnp.where(last.failed, repaired, last.repaired),
-            last.failed & ~good,
+            jnp.where(_per_matrix(previous.failed), value, previous.value),
+            jnp.where(previous.failed, raised, previous.damping),
+            jnp.where(previous.failed, repaired, previous.repaired),
+            previous.failed & ~good,
         )
 
-    def trip(last: Inverse, number: jax.Array) -> tuple[Inverse, None]:
-        return lax.cond(last.failed.any(), attempt, lambda last, _: last, last, number), None
+    def attempt_if_needed(previous: Inverse, number: jax.Array) -> tuple[Inverse, None]:
+        needed = previous.failed.any()
+        return lax.cond(needed, attempt, lambda previous, _: previous, previous, number), None
 
     never, always = jnp.zeros(len(matrix), bool), jnp.ones(len(matrix), bool)
     none_yet = Inverse(jnp.zeros_like(matrix), damping, never, always)
     none_yet = devices.vary(none_yet, devices.varying(matrix))
-    return lax.scan(trip, none_yet, jnp.arange(2))[0]
+    # A scan of two trips compiles `attempt` once. A branch for repairs would be a second copy of
+    # the inversion, which is over half of the compile time that the optimizer adds to an MLP's.
+    return lax.scan(attempt_if_needed, none_yet, jnp.arange(2))[0]
 
 
-def _wide(numbers: jax.Array) -> jax.Array:
+def _per_matrix(numbers: jax.Array) -> jax.Array:
+    """Numbers (B,) as (B, 1, 1), to go with B matrices."""
     return numbers[:, None, None]
 
 
 def solve(inverse: jax.Array, right: jax.Array) -> jax.Array:
     """Applies inverses, (B, m, m), to right-hand sides, (B, m, o).
 
-    What is not finite in a column of a right-hand side leaves no entry of the result's finite: any
-    row of it shows that.
+    If an entry of a right-hand side is not finite, no entry of the result's column is finite. So
+    any one row of the result shows whether the right-hand side was finite.
     """
+    # One product with an inverse takes the place of two triangular solves: R ↦ (L⁻ᵀL⁻¹) R has the
+    # same error bound as R ↦ L⁻ᵀ (L⁻¹R). Inverses need no right-hand sides. So all of them can be
+    # computed together, before the backward pass. Each layer's product follows when its signal is
+    # there, and no layer waits for the others.
     return jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""A convolution's window: what it sees of the input, and the same with strides of 1."""
+"""Windows of convolutions: the entries that each position sees, and windows without strides."""
 
 import itertools
 import math
@@ -13,14 +13,14 @@ from cqjax.linalg import gram
 
 
 class Window(NamedTuple):
-    """How a convolution's window moves over its input: one entry for each spatial axis.
+    """How a convolution's window moves over its input, with an item for each spatial axis.
 
     Attributes:
-      shape: of the window.
-      strides: of the window.
-      padding: before and after the input; negative amounts crop it.
-      lhs_dilation: of the input.
-      rhs_dilation: of the window.
+      shape: the number of entries that the window sees at once.
+      strides: the number of entries from one position of the window to the next.
+      padding: the number of zeros before and after the input; negative numbers crop it.
+      lhs_dilation: the input's: the distance that its entries are spread to, with zeros in between.
+      rhs_dilation: the window's: the distance between the entries that it sees.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Window(NamedTuple):
     rhs_dilation: tuple[int, ...]
 
     def positions(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        """How many positions the window takes along each axis of the input."""
+        """The number of the window's positions along each axis of the input."""
         return tuple(
             max(0, (_dilated(size, inserted) + lo + hi - _dilated(k, dilation)) // stride + 1)
             for size, k, stride, (lo, hi), inserted, dilation in zip(spatial, *self, strict=True)
@@ -38,18 +38,26 @@ class Window(NamedTuple):
 
 
 def patches(x: jax.Array, window: Window, groups: int = 1) -> jax.Array:
-    """The im2col matrix X of x: (batch, *spatial, channels), which is (groups, n, d).
+    """The im2col matrix X of an input: each row is the patch that one position sees.
 
-    n runs over examples and positions, d over the window's offsets, then over a group's channels.
+    Args:
+      x: the input, (batch, *spatial, channels).
+      window: how the convolution's window moves over it.
+      groups: the number of parts that the channels are split into, each with an X of its own.
+
+    Returns:
+      X, (groups, n, d). The rows are in the order of examples, then positions; the features in that
+      of the window's offsets, then a group's channels.
     """
     columns = jnp.stack(_columns(x, window), -2)
-    split = columns.reshape(*columns.shape[:-1], groups, x.shape[-1] // groups)
-    rows, features = math.prod(columns.shape[:-2]), columns.shape[-2] * split.shape[-1]
-    return jnp.moveaxis(split, -2, 0).reshape(groups, rows, features)
+    grouped = columns.reshape(*columns.shape[:-1], groups, x.shape[-1] // groups)
+    rows, features = math.prod(columns.shape[:-2]), columns.shape[-2] * grouped.shape[-1]
+    return jnp.moveaxis(grouped, -2, 0).reshape(groups, rows, features)
 
 
 def column_sums(x: jax.Array, window: Window, groups: int = 1) -> jax.Array:
     """The sums of the columns of `patches`: (groups, d), in at least float32."""
+    # Summing over the examples first leaves one input to take the columns of.
     total = x.sum(0, keepdims=True, dtype=gram.accumulator(x.dtype))
     axes = tuple(range(x.ndim - 1))
     sums = jnp.stack([column.sum(axes) for column in _columns(total, window)])
@@ -57,7 +65,10 @@ def column_sums(x: jax.Array, window: Window, groups: int = 1) -> jax.Array:
 
 
 def _columns(x: jax.Array, window: Window) -> list[jax.Array]:
-    """What each offset of the window sees: (batch, *positions, channels)."""
+    """For each offset in the window, the entries there at all positions.
+
+    Each is (batch, *positions, channels).
+    """
     edges = zip(window.padding, window.lhs_dilation, strict=True)
     padded = _pad(x, [(lo, hi, inserted - 1) for (lo, hi), inserted in edges])
     columns = []
@@ -69,17 +80,17 @@ def _columns(x: jax.Array, window: Window) -> list[jax.Array]:
 
 
 class Blocks(NamedTuple):
-    """Some of an axis's entries in blocks, over which a window moves with stride 1, undilated.
+    """Equally spaced entries of one axis, in blocks. A window moves over them by 1 block at a time.
 
     Attributes:
-      start: the first of the entries.
-      step: from one of the entries to the next.
-      entries: how many there are.
-      zeros: how many zeros the first block begins with.
-      size: of a block.
-      length: of the axis, in blocks.
-      window: its length, in blocks.
-      padding: before and after, in blocks; neither is negative.
+      start: the index of the first entry.
+      step: the distance from one entry to the next.
+      entries: the number of entries.
+      zeros: the number of zeros in front of the entries that make up the first block.
+      size: the number of entries, or zeros, in a block.
+      length: the number of blocks.
+      window: the number of blocks that the window sees at once.
+      padding: the number of zero blocks before and after; neither is negative.
     """
 
     start: int
@@ -93,22 +104,24 @@ class Blocks(NamedTuple):
 
 
 def in_blocks(spatial: Sequence[int], window: Window) -> Iterator[tuple[Blocks, ...]]:
-    """Splits a window's positions into those of windows with stride 1 over blocks of entries.
+    """Describes one window as several without dilation and strides, each over blocks of entries.
 
-    Let r be the dilation and s the stride, divided by what they have in common. Every r-th position
-    sees entries that are equal modulo the dilation; from one such position to the next, the window
-    moves s of these entries further, which make a block.
+    Take one axis. Let r be the dilation and s the stride, both divided by their greatest common
+    divisor. Then every r-th position sees entries whose indices are equal modulo the dilation.
+    From one such position to the next, the window moves by s of these entries. So s entries make a
+    block, and the window moves by one block. The positions are r such sequences in all.
 
     Args:
       spatial: the input's spatial shape.
       window: the window.
 
     Yields:
-      Blocks for each axis. Those of which a window would see nothing are left out.
+      For each combination of the axes' sequences of positions, the blocks of each axis. Sequences
+      that see only zeros are left out.
     """
     yield from itertools.product(
         *(
-            _split(_dilated(size, inserted), n, k, stride, lo, dilation)
+            _axis_blocks(_dilated(size, inserted), n, k, stride, lo, dilation)
             for size, n, k, stride, (lo, _), inserted, dilation in zip(
                 spatial, window.positions(spatial), *window, strict=True
             )
@@ -116,26 +129,38 @@ def in_blocks(spatial: Sequence[int], window: Window) -> Iterator[tuple[Blocks, 
     )
 
 
-def _split(
+def _axis_blocks(
     length: int, positions: int, window: int, stride: int, before: int, dilation: int
 ) -> Iterator[Blocks]:
-    phases, size = (n // math.gcd(stride, dilation) for n in (dilation, stride))
-    reach = _ceil(window, size)
-    for phase in range(min(phases, positions)):
-        own = _ceil(positions - phase, phases)
-        first = stride * phase - before
+    """`in_blocks` for one axis: a `Blocks` for each sequence of positions."""
+    sequences, size = (n // math.gcd(stride, dilation) for n in (dilation, stride))
+    window_blocks = _ceil(window, size)
+    for position in range(min(sequences, positions)):
+        steps = _ceil(positions - position, sequences) - 1
+        first = stride * position - before
         padding = max(0, _ceil(-first, dilation))
         start = first + dilation * padding
-        entries = min(_ceil(length - start, dilation), (own - 1) * size + window - padding)
+        entries = min(_ceil(length - start, dilation), steps * size + window - padding)
         if entries > 0:
+            # Whole blocks of padding are the window's; the zeros left fill up the first block.
             outside, zeros = divmod(padding, size)
             blocks = _ceil(zeros + entries, size)
-            ends = outside, own - 1 + reach - outside - blocks
-            yield Blocks(start, dilation, entries, zeros, size, blocks, reach, ends)
+            ends = outside, steps + window_blocks - outside - blocks
+            yield Blocks(start, dilation, entries, zeros, size, blocks, window_blocks, ends)
 
 
 def gather(x: jax.Array, axes: Sequence[Blocks], window: Window) -> jax.Array:
-    """Blocks of x: (batch, *spatial, channels) as (batch, *blocks, entries and channels)."""
+    """The entries of an input in blocks, which count as channels.
+
+    Args:
+      x: the input, (batch, *spatial, channels).
+      axes: the blocks of each spatial axis.
+      window: the window that `in_blocks` made them of.
+
+    Returns:
+      An array (batch, *blocks, channels). Its channels are in the order of a block's entries, then
+      the input's channels.
+    """
     x = _pad(x, [(0, 0, inserted - 1) for inserted in window.lhs_dilation])
     x = x[:, *(slice(a.start, a.start + (a.entries - 1) * a.step + 1, a.step) for a in axes)]
     x = _pad(x, [(a.zeros, a.length * a.size - a.zeros - a.entries, 0) for a in axes])
@@ -146,7 +171,19 @@ def gather(x: jax.Array, axes: Sequence[Blocks], window: Window) -> jax.Array:
 
 
 def ungather(product: jax.Array, axes: Sequence[Blocks], window: Window) -> jax.Array:
-    """XᵀX, (d, d), of the one for blocks: (*window, entries and channels) twice."""
+    """The Gram matrix of a window's patches, from that of the blocks' patches.
+
+    Args:
+      product: the Gram matrix of the patches of `gather`'s result: two indices, (*window, channels)
+        each, in blocks.
+      axes: the blocks of each spatial axis.
+      window: the window that `in_blocks` made them of.
+
+    Returns:
+      XᵀX, (d, d), for the features of `patches`.
+    """
+    # Along each axis, a block in the window and an entry in the block are an offset together. The
+    # last block may reach beyond the window: these offsets are cut off.
     ndim, entries = len(axes), [a.size for a in axes]
     channels = product.shape[-1] // math.prod(entries)
     product = product.reshape(2 * (*(a.window for a in axes), *entries, channels))
@@ -163,8 +200,10 @@ def _pad(x: jax.Array, spatial: Sequence[tuple[int, int, int]]) -> jax.Array:
 
 
 def _dilated(size: int, dilation: int) -> int:
+    """The length of `size` entries with `dilation - 1` others between each two."""
     return max(0, (size - 1) * dilation + 1)
 
 
 def _ceil(a: int, b: int) -> int:
+    """The quotient a / b, rounded up."""
     return -(-a // b)

@@ -1,4 +1,4 @@
-"""Extra arguments for transformations inside of wrappers that do not pass any on."""
+"""Extra arguments for transformations inside wrappers that do not pass any on."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ import optax
 def bind_extra_args(
     tx: optax.GradientTransformation, **extra_args: Any
 ) -> optax.GradientTransformation:
-    """The transformation with its extra arguments given now, and not in `update`.
+    """Gives a transformation its extra arguments now, instead of in `update`.
 
-    Some wrappers take no extra arguments (`optax.lookahead`, `optax.contrib.sam`). As a
-    transformation is only a pair of functions, it can be wrapped anew in every step, where the
-    captures are known: the state has the same structure whatever they are.
+    Some wrappers take no extra arguments: `optax.lookahead`, `optax.contrib.sam`. A transformation
+    is only a pair of functions. So it can be made and wrapped anew in every step, once the captures
+    are known. The structure of its state does not depend on them.
 
     Args:
       tx: the transformation.
-      **extra_args: what its `update` is to be called with: `captures=`, `value_fn=`, ...
+      **extra_args: arguments for its `update`: `captures=`, `value_fn=`, ...
 
     Returns:
       A transformation whose `update` takes no extra arguments.

@@ -1,4 +1,7 @@
-"""Layer-specific adaptive learning rates (Singh et al., 2015; seed 004's second baseline)."""
+"""LSALR, layer-specific adaptive learning rates (Singh et al., 2015).
+
+Zhang, Chen and Liu (2018) compare back-matching with it.
+"""
 
 from typing import Any
 
@@ -11,16 +14,16 @@ from cqjax.solves.matrices import finite
 
 
 def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
-    r"""Raises the rate of each layer the more, the smaller its gradient.
+    r"""Multiplies each layer's gradient by a factor, which is larger for smaller gradients.
 
     .. math:: U_l = \left(1 + \log\left(1 + \frac{1}{\lVert G_l \rVert_2}\right)\right) G_l
 
-    for the gradient :math:`G_l` of each array of parameters: an array is a layer. In the networks
-    of seed 004, whose layers have one kernel each and nothing else, that is the paper's rate; a
-    bias gets a rate of its own.
+    Here :math:`G_l` is the gradient of one array of parameters. Each array counts as a layer, so a
+    bias has its own factor. In the networks of Zhang, Chen and Liu each layer has one kernel and
+    nothing else; for these the factor is the paper's.
 
-    The factor is computed in at least float32, and neither overflows nor underflows with the norm:
-    it is 47 for a norm of 1e-20. A gradient of zero stays zero, and one that is not finite becomes
+    The factor is computed in at least float32. It neither overflows nor underflows with the norm:
+    for a norm of 1e-20 it is 47. A gradient of zero stays zero. One that is not finite becomes
     zero.
 
     Returns:
@@ -38,7 +41,7 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
 
     References:
       Singh, De, Zhang, Goldstein and Taylor, Layer-specific adaptive learning rates for deep
-      networks (ICMLA 2015); seed 004, section 4.1.
+      networks (ICMLA 2015). Zhang, Chen and Liu (2018), section 4.1.
     """
 
     def init(params: optax.Params) -> optax.EmptyState:
@@ -58,7 +61,9 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
 
 
 def _scaled(gradient: jax.Array) -> jax.Array:
-    """(1 + log(1 + 1/‖G‖)) G, with the logarithm as softplus(-log ‖G‖)."""
+    """(1 + log(1 + 1/‖G‖)) G."""
+    # log(1 + 1/‖G‖) = softplus(-log ‖G‖), since 1/‖G‖ may overflow where its logarithm does not.
+    # Entries are divided by the largest before they are squared, for the same reason.
     size = jnp.abs(gradient)
     size = size.astype(accumulator(size.dtype))
     largest = jnp.max(size, initial=0)

@@ -1,4 +1,7 @@
-"""The first extension of NLMS to mini-batches: each row normalised on its own (seed 000, 4.2)."""
+"""NLMS (normalised least mean squares) for mini-batches, with each row normalised on its own.
+
+This is the first extension that Paeedeh and Ghiasi-Shirazi (2020) try, in section 4.2.
+"""
 
 from typing import Any
 
@@ -14,24 +17,24 @@ from cqjax.solves.solve import check_number
 
 
 def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
-    r"""Divides each row's part in the gradient by the row's squared norm.
+    r"""Divides each row's contribution to the gradient by the row's squared norm.
 
-    With the rows :math:`x_i` of a layer's input (a bias counts as a further, constant feature),
-    the gradient :math:`\bar z_i` with respect to their outputs and :math:`N` the number of terms
-    that the loss averages,
+    Let :math:`x_i` be the rows of a layer's input (a bias counts as a further, constant feature),
+    :math:`\bar z_i` the loss's gradient with respect to their outputs, and :math:`N` the number of
+    terms that the loss averages over. The update is
 
     .. math:: U = N \sum_i \frac{x_i \bar z_i^T}{\lVert x_i \rVert^2 + \epsilon}.
 
-    With one row it equals `scale_by_consequentialism` with :math:`\lambda = \epsilon`. With more,
-    rows that are not orthogonal disturb each other: the paper shows this method in order to show
-    that it is unstable in mini-batches, and it is here for that comparison.
+    For one row it equals `scale_by_consequentialism` with :math:`\lambda = \epsilon`. In a batch,
+    rows that are not orthogonal disturb each other. The paper presents this method to show that it
+    is unstable for mini-batches, and it is here for that comparison.
 
-    A row whose squared norm overflows has no part, and entries of the result that are not finite
-    become zero.
+    A row whose squared norm overflows contributes nothing. Entries of the result that are not
+    finite become zero.
 
-    It needs rows, so take the gradient with `cqjax.value_and_grad(loss_fn, solver="dual")`. What
-    an earlier member of a chain did to the gradient is kept: a scaling scales the update, anything
-    else is added to it unnormalised.
+    The method needs rows, so take the gradient with `cqjax.value_and_grad(loss_fn, solver="dual")`.
+    If an earlier member of a chain scaled the gradient, the update is scaled too. If it added
+    something, that is added to the update as it is.
 
     Args:
       eps: ε ≥ 0, in units of the squared length of an input row.
@@ -40,9 +43,9 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
       A transformation whose `update` takes the keyword argument `captures`. Its state is empty.
 
     Raises:
-      ValueError: `eps` is negative or NaN; in `update`, there are no captures, they hold no rows,
-        belong to other parameters, or the batch size is unknown.
-      TypeError: in `update`, `captures` is something else.
+      ValueError: `eps` is negative or NaN. In `update`: there are no captures, or they hold no rows
+        or belong to other parameters, or the batch size is unknown.
+      TypeError: in `update`, `captures` are not the last result of `cqjax.value_and_grad`.
 
     Examples:
       >>> import cqjax, jax.numpy as jnp
@@ -58,7 +61,7 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
 
     References:
       Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
-      weight updates over mini-batches (seed 000), Eqs. 49 and 50.
+      weight updates over mini-batches (2020), Eqs. 49 and 50.
     """
     check_number(eps, "eps")
 
