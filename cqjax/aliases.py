@@ -177,7 +177,7 @@ def nlms(learning_rate: optax.ScalarOrSchedule, eps: float = 1e-3) -> Optimizer:
 
     Returns:
       A transformation whose `update` takes the keyword argument `captures`. The captures must hold
-      rows, as those of `cqjax.value_and_grad(loss_fn, solver="dual")` do.
+      rows, as those of `cqjax.value_and_grad(loss_fn, capture=cqjax.Rows)` do.
 
     References:
       Paeedeh and Ghiasi-Shirazi (2020), Eqs. 49 and 50.

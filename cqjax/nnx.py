@@ -13,9 +13,59 @@ from cqjax.capture.plan import Plan
 from cqjax.frameworks import nnx_modules as modules
 
 
+class ValueAndGrad:
+    """A loss of modules that also says what it met: the result of `value_and_grad`.
+
+    Call it with the loss's arguments.
+    """
+
+    def __init__(
+        self, loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, options: dict[str, Any]
+    ):
+        functools.update_wrapper(self, loss_fn)
+        self._has_aux = has_aux
+        self._wrt = wrt
+        pure = modules.functional(loss_fn, has_aux)
+        self._differentiate = functions.value_and_grad(pure, has_aux=True, **options)
+        # A plan ignores auxiliary results, whether or not `has_aux` says that there are some.
+        self._plan = functions.plan(modules.functional(loss_fn, None), **options)
+
+    def plan(self, model: Any, *args: Any, **kwargs: Any) -> Plan:
+        """What a call with these arguments captures, and what it costs.
+
+        Runs nothing, and changes no module.
+
+        Args:
+          model: the model; it may be abstract, made by `nnx.eval_shape`.
+          *args: the loss's other arguments: arrays, or `jax.ShapeDtypeStruct`s.
+          **kwargs: those passed by name.
+
+        Returns:
+          A `Plan`, which prints as a table.
+
+        Raises:
+          ValueError: as for `cqjax.value_and_grad`.
+          TypeError: as for `cqjax.value_and_grad`.
+        """
+        with nnx.update_context(modules.CONTEXT):
+            params, rest, args, kwargs = modules.split(model, self._wrt, args, kwargs)
+            return self._plan(nnx.as_pure(params), rest, *args, **kwargs)
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State, Captures]:
+        """The loss, its gradients, and the captures. Updates the modules' state in place."""
+        with nnx.update_context(modules.CONTEXT):
+            params, rest, args, kwargs = modules.split(model, self._wrt, args, kwargs)
+            (loss, (state, aux)), grads, captures = self._differentiate(
+                nnx.as_pure(params), rest, *args, **kwargs
+            )
+            modules.update(rest, state)
+        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+        return (loss, aux) if self._has_aux else loss, grads, captures
+
+
 def value_and_grad(
     loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param, **options: Any
-) -> Callable[..., tuple[Any, nnx.State, Captures]]:
+) -> ValueAndGrad:
     """`flax.nnx.value_and_grad` with respect to the first argument, and what it met on the way.
 
     The captures are those of `cqjax.value_and_grad`, keyed by the parameters' NNX paths
@@ -37,7 +87,8 @@ def value_and_grad(
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of
       `nnx.value_and_grad(loss_fn, has_aux=has_aux)` and a `Captures`, last: for
-      `nnx.Optimizer.update(model, grads, captures=captures)`.
+      `nnx.Optimizer.update(model, grads, captures=captures)`. Its method `plan`, with the same
+      arguments, says what is captured and at what cost; it runs nothing and changes no module.
 
     Raises:
       ValueError: as for `cqjax.value_and_grad`.
@@ -61,37 +112,20 @@ def value_and_grad(
 
     References:
       Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
-      weight updates over mini-batches (seed 000), Algorithms 1 to 3.
+      weight updates over mini-batches (2020), Algorithms 1 to 3.
     """
-    pure = modules.functional(loss_fn, has_aux)
-    differentiate = functions.value_and_grad(pure, has_aux=True, **options)
-
-    @functools.wraps(loss_fn)
-    @nnx.update_context(modules.CONTEXT)
-    def evaluate(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State, Captures]:
-        params, rest, args, kwargs = modules.split(model, wrt, args, kwargs)
-        (loss, (state, aux)), grads, captures = differentiate(
-            nnx.as_pure(params), rest, *args, **kwargs
-        )
-        modules.update(rest, state)
-        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
-        return (loss, aux) if has_aux else loss, grads, captures
-
-    return evaluate
+    return ValueAndGrad(loss_fn, has_aux, wrt, options)
 
 
 def plan(
     loss_fn: Callable[..., Any], *, wrt: Any = nnx.Param, **options: Any
 ) -> Callable[..., Plan]:
-    """What `cqjax.nnx.value_and_grad` with the same arguments captures, and what it costs.
-
-    The function returned traces the loss, runs nothing and changes no module. Its arguments may be
-    abstract: a model made by `nnx.eval_shape`, and `jax.ShapeDtypeStruct`s.
+    """What `value_and_grad` captures: `cqjax.nnx.value_and_grad(loss_fn, wrt=wrt, **options).plan`.
 
     Args:
       loss_fn: as for `value_and_grad`; auxiliary results are ignored.
       wrt: as for `value_and_grad`.
-      **options: those of `cqjax.plan`.
+      **options: those of `cqjax.value_and_grad`.
 
     Returns:
       A function with `loss_fn`'s arguments that returns a `Plan`, which prints as a table.
@@ -110,12 +144,4 @@ def plan(
       >>> [(p.path, p.layer, p.status) for p in plan.parameters]
       [('bias', 'Linear', 'covered'), ('kernel', 'Linear', 'covered')]
     """
-    describe_pure = functions.plan(modules.functional(loss_fn, None), **options)
-
-    @functools.wraps(loss_fn)
-    @nnx.update_context(modules.CONTEXT)
-    def describe(model: Any, *args: Any, **kwargs: Any) -> Plan:
-        params, rest, args, kwargs = modules.split(model, wrt, args, kwargs)
-        return describe_pure(nnx.as_pure(params), rest, *args, **kwargs)
-
-    return describe
+    return value_and_grad(loss_fn, wrt=wrt, **options).plan

@@ -32,9 +32,9 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     A row whose squared norm overflows contributes nothing. Entries of the result that are not
     finite become zero.
 
-    The method needs rows, so take the gradient with `cqjax.value_and_grad(loss_fn, solver="dual")`.
-    If an earlier member of a chain scaled the gradient, the update is scaled too. If it added
-    something, that is added to the update as it is.
+    The method needs rows, so take the gradient with
+    `cqjax.value_and_grad(loss_fn, capture=cqjax.Rows)`. If an earlier member of a chain scaled the
+    gradient, the update is scaled too. If it added something, that is added to the update as it is.
 
     Args:
       eps: ε ≥ 0, in units of the squared length of an input row.
@@ -53,7 +53,7 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
       ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
       >>> params = {"w": jnp.zeros((2, 1))}
       >>> x, y = jnp.array([[3.0, 4.0]]), jnp.array([[2.0]])
-      >>> _, grads, captures = cqjax.value_and_grad(loss_fn, solver="dual")(params, x, y)
+      >>> _, grads, captures = cqjax.value_and_grad(loss_fn, capture=cqjax.Rows)(params, x, y)
       >>> tx = cqjax.scale_by_nlms(eps=0.0)
       >>> updates, _ = tx.update(grads, tx.init(params), captures=captures)
       >>> print(x @ (params["w"] - updates["w"]))
