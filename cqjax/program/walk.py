@@ -81,15 +81,19 @@ class _Walk:
         # What the loss does not depend on has no gradient: a product there is no site.
         needed = self._program.needed(loss)
         for step in self._program.steps:
-            if not needed.isdisjoint(step.writes):
-                self._step(step, needed)
+            self._step(step, needed)
         self._leave(loss, "is the loss")
         self._drop_shared_outputs()
         uses = {path: tuple(found) for path, found in self._uses.items()}
         return Record(tuple(self._sites), uses)
 
     def _step(self, step: Step, needed: Set[int]) -> None:
-        """Gives tags to what a step writes."""
+        """Gives tags to what a step writes, as far as it is needed."""
+        if step.kind is Kind.LAST:
+            # What a trip leaves may be needed by the next one only, and not after the last.
+            self._leave([n for n in step.reads if n in needed], "is returned by a scan")
+        elif needed.isdisjoint(step.writes):
+            return
         match step.kind:
             case Kind.EQUATION:
                 args = [self._tags.get(n) for n in step.reads]
@@ -102,9 +106,10 @@ class _Walk:
                         self._tags[written] = self._entering(step, read)
             case Kind.CARRY:
                 self._leave(step.reads[:1], "is changed from trip to trip of a scan")
-            case Kind.LAST | Kind.STACK:
-                returned = [n for n in step.reads if n in needed]
-                self._leave(returned, "is returned by a scan")
+            case Kind.STACK:
+                for read, written in zip(step.reads, step.writes, strict=True):
+                    if written in needed:
+                        self._leave([read], "is returned by a scan")
             case Kind.JOIN:
                 self._leave(step.reads[1:], "is returned by a branch")
 
