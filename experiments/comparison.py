@@ -1,6 +1,6 @@
 """Several optimizers train the same network, from the same start over the same batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -130,32 +130,3 @@ class Runs(ExitStack):
         if self._number > MANY:
             self._progress.update(its_bar, visible=False)
         return history
-
-
-def compare(
-    console: Console,
-    session: Session,
-    methods: Sequence[Method],
-    start: tuple[Any, Any],
-    examples: tuple[jax.Array, jax.Array],
-    batches: np.ndarray,
-    metrics: Mapping[str, Metric],
-    at_end: Mapping[str, Metric] | None = None,
-) -> list[History]:
-    """Train by each method, from the same start over the same batches.
-
-    Args:
-      console: Where to draw the progress.
-      session: Keeps each run's checkpoints and metrics, and knows what was done before.
-      methods: What to compare; their labels differ.
-      start: The first parameters and network state.
-      examples: All training images and labels.
-      batches: Indices of each step's examples, `(steps, batch_size)`.
-      metrics: What is evaluated now and then; off the clock.
-      at_end: What is evaluated in the end.
-
-    Returns:
-      How the training went, for each method.
-    """
-    with Runs(console, session, len(methods), len(methods) * len(batches)) as runs:
-        return [runs.train(method, start, examples, batches, metrics, at_end) for method in methods]

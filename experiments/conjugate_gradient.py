@@ -17,7 +17,6 @@ import cqjax
 from experiments import options
 from experiments.objectives import PROBLEMS, Problem
 from experiments.page import publish
-from experiments.pages import conjugate_gradient as pages
 from experiments.scans import compiled, stages
 
 PRESETS: dict[options.Preset, dict[str, Any]] = {
@@ -74,7 +73,7 @@ class ConjugateGradient:
             for problem, method in stages(console, list(product(results, methods))):
                 found = _tuned(settings, *PROBLEMS[problem], method)
                 results[problem]["methods"][method] = found
-        publish("conjugate_gradient", self, settings, pages, results, console)
+        publish("conjugate_gradient", self, settings, results, console)
 
 
 def minimise(

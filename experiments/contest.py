@@ -23,6 +23,11 @@ class Parts(NamedTuple):
     validation: Split
     test: Split
 
+    def evaluated(self, number: int | None) -> "Parts":
+        """The same, with the first so many images to pick rates by and to test."""
+        few = (Split(*(array[:number] for array in part)) for part in self[1:])
+        return Parts(self.train, *few)
+
 
 class Task(NamedTuple):
     """What all entrants learn."""
@@ -32,9 +37,9 @@ class Task(NamedTuple):
     """The Flax network, called without further arguments where it is evaluated."""
     start: Callable[[int], tuple[Any, Any]]
     """Takes a seed to the first parameters and network state."""
-    augment: Callable[[int], Augment] | None = None
-    """Takes a seed to what is done to each batch's images."""
-    watched: Mapping[str, Metric] | None = None
+    augment: Augment | None = None
+    """What is done to each batch's images."""
+    watched: Mapping[str, Metric] = {}
     """What else is evaluated now and then."""
 
 
@@ -45,12 +50,12 @@ class Entrant(NamedTuple):
     at: Callable[[float], tuple[optax.GradientTransformation, Step]]
     """Takes a rate to the optimizer and its step."""
     rates: Sequence[float]
-    role: Literal["ours", "baseline", "other", "variant"] = "baseline"
-    """The best of the baselines sets the target; of the variants, all are tuned, and only the best
-    then runs."""
+    role: Literal["ours", "baseline", "other", "variant", "timed"] = "baseline"
+    """The best of the baselines sets the target. Of the variants, all are tuned, and only the best
+    then runs. Who is "timed" takes no part: only a step is timed."""
     task: Task | None = None
-    """What it learns, where that is another network or other inputs than the others'; of as many
-    images as theirs."""
+    """What it learns, if that is another network, or has other inputs, than the contest's task. It
+    has as many images."""
 
     def method(self, rate: float, label: str) -> Method:
         """It at work at a rate."""
@@ -154,7 +159,7 @@ def hold(
             shuffled_batches(seed, len(examples[1]), effort.batch_size, steps),
             {} if tuning else evaluating,
             validating if tuning else None,
-            augment=its.augment and its.augment(seed),
+            augment=its.augment,
             cost=entrant.cost(seconds),
         )
 
@@ -264,6 +269,6 @@ class _Evaluated(NamedTuple):
             "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
             **validating,
             "test_accuracy": accuracy(task.model, *test),
-            **(task.watched or {}),
+            **task.watched,
         }
         return cls((jnp.asarray(images), jnp.asarray(labels)), validating, evaluating)

@@ -1,9 +1,9 @@
-"""What all experiments that train have in common: options, a session, and the results' file."""
+"""What the experiments that train networks share: options, a session, and the contests' `run`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -13,6 +13,7 @@ from experiments.checkpoints import Session
 from experiments.comparison import Runs
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset
+from experiments.page import publish
 from experiments.training import shuffled_batches
 
 PERIPHERAL = (  # options that no number depends on, since the data themselves are compared
@@ -71,36 +72,17 @@ class Experiment:
             tensorboard=self.tensorboard,
         )
 
-    def write(
-        self, console: Console, figure: str, dataset: Dataset, measured: int, results: Any
-    ) -> None:
-        """Write results.json, and say where everything is.
-
-        Args:
-          console: Where to say it.
-          figure: The figure's file.
-          dataset: The data set.
-          measured: How many training images the training loss is that of.
-          results: What the experiment found.
-        """
-        report.write_json(
-            self.output / "results.json",
-            {
-                "experiment": type(self).__name__.lower(),
-                "dataset": dataset.summary() | {"images_for_training_loss": measured},
-                "settings": asdict(self),
-                "environment": report.environment(),
-                "results": results,
-            },
-        )
-        written = f"Written: {self.output}/{figure} and {self.output}/results.json"
-        console.print(written, highlight=False, soft_wrap=True)
-
 
 @dataclass(frozen=True)
 class Contest(Experiment):
-    """Options of the experiments that tune optimizers alike and then compare them."""
+    """What the experiments share that tune optimizers alike and then compare them.
 
+    Each of them declares its name, its presets, and the `contests` that it holds.
+    """
+
+    name: ClassVar[str]
+    """On the command line; `experiments.pages` has a module of this name."""
+    presets: ClassVar[options.Presets]
     preset: options.Preset = "cpu"
     """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. It sets
     what is not given below."""
@@ -133,23 +115,64 @@ class Contest(Experiment):
         options.require(self, options.AT_LEAST_ONE, "tries", "seeds", "batch_size", "measured")
         options.require(self, options.POSITIVE, "epochs", "tuning_epochs")
 
-    def hold(
-        self,
-        console: Console,
-        dataset: Dataset,
-        contests: Mapping[str, tuple[Task, Sequence[Entrant]]],
-        absent: Sequence[Entrant] = (),
-    ) -> dict[str, Any]:
-        """Time a step of everyone, and hold contests.
+    def require_rates(self, *optimizers: str) -> None:
+        """Refuse learning rates of these optimizers that are bad, or fewer than the tuning runs.
+
+        Raises:
+          ValueError: If there are any; the message names the option.
+        """
+        tries = self.tries or self.presets[self.preset]["tries"]
+        fields = (f"{name}_rates" for name in optimizers)
+        given = [field for field in fields if getattr(self, field) is not None]
+        options.require_rates(self, tries, *given)
+
+    def filled(self) -> Self:
+        """The settings, with what was not given as the preset has it."""
+        return options.filled(self, self.presets)
+
+    def rates(self, optimizer: str) -> tuple[float, ...]:
+        """The learning rates that are tried for an optimizer."""
+        return getattr(self, f"{optimizer}_rates")[: self.tries]
+
+    def prepared(self, dataset: Dataset) -> Dataset:
+        """The data set as it is used."""
+        return dataset
+
+    def contests(self, dataset: Dataset) -> Mapping[str, tuple[Task, Sequence[Entrant]]]:
+        """By title, what is learnt and who takes part.
+
+        Args:
+          dataset: The data set, `prepared`.
+
+        Raises:
+          NotImplementedError: Each experiment has its own.
+        """
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Tune, train, draw, and judge the source's claims.
+
+        Raises:
+          DataError: If there is no such data set, or its files are bad.
+          ResumeError: If an earlier session cannot be resumed.
+        """
+        console, settings = Console(), self.filled()
+        assert settings.dataset
+        dataset = data.load(settings.dataset, self.data_dir, self.download)
+        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
+        results = settings.hold(console, settings.prepared(dataset))
+        publish(self.name, self, settings, results, console)
+
+    def hold(self, console: Console, dataset: Dataset) -> dict[str, Any]:
+        """Time a step of everyone, and hold all contests.
 
         Args:
           console: Where to draw the progress.
-          dataset: The data set.
-          contests: By title.
-          absent: Entrants whose step is timed, and who take no part.
+          dataset: The data set, `prepared`.
 
         Returns:
-          What `pipeline.measure` and `contest.hold` return for each contest, and the data's name.
+          The data set's name, and for each contest what `pipeline.measure` and `contest.hold`
+          return.
 
         Raises:
           DataError: If a batch is more than all training images.
@@ -157,7 +180,7 @@ class Contest(Experiment):
         assert self.epochs and self.tuning_epochs and self.seeds and self.measured
         contests = {
             title: (task, [entrant.remembering() for entrant in entrants])
-            for title, (task, entrants) in contests.items()
+            for title, (task, entrants) in self.contests(dataset).items()
         }
         train = next(iter(contests.values()))[0].parts.train
         replace(dataset, train=train).check_batch_size(self.batch_size)
@@ -170,31 +193,22 @@ class Contest(Experiment):
             self.batch_size,
             self.measured,
         )
+        prefixes = {title: f"{title}: " * (len(contests) > 1) for title in contests}
         timings = {
-            title: self._timing(
-                console, f"{title}: " * (len(contests) > 1), task, [*entrants, *absent]
-            )
-            for title, (task, entrants) in contests.items()
+            title: self._timing(console, prefixes[title], *contests[title]) for title in contests
         }
-        number = sum(effort.runs(entrants) for _, entrants in contests.values())
-        cost = sum(
-            effort.cost(entrants, timings[title]["seconds_per_step"])
-            for title, (_, entrants) in contests.items()
-        )
+        held, number, cost = {}, 0, 0.0
+        for title, (task, entrants) in contests.items():
+            racing = [entrant for entrant in entrants if entrant.role != "timed"]
+            seconds = timings[title]["seconds_per_step"]
+            held[title] = prefixes[title], task, racing, effort, seconds
+            number += effort.runs(racing)
+            cost += effort.cost(racing, seconds)
         with self.session(dataset) as session, Runs(console, session, number, cost) as runs:
-            held = {
-                title: timings[title]
-                | contest.hold(
-                    runs,
-                    f"{title}: " * (len(contests) > 1),
-                    task,
-                    entrants,
-                    effort,
-                    timings[title]["seconds_per_step"],
-                )
-                for title, (task, entrants) in contests.items()
+            results = {
+                title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
-        return {"dataset": dataset.summary(), "contests": held}
+        return {"dataset": dataset.summary(), "contests": results}
 
     def _timing(
         self, console: Console, title: str, task: Task, entrants: Sequence[Entrant]
@@ -209,7 +223,7 @@ class Contest(Experiment):
             task.start(self.seed),
             (jnp.asarray(images), jnp.asarray(labels)),
             shuffled_batches(self.seed, len(labels), self.batch_size, per_epoch),
-            task.augment and task.augment(self.seed),
+            task.augment,
             title=title,
             starts={e.name: e.task.start(self.seed) for e in timed if e.task},
         )

@@ -13,8 +13,6 @@ from rich.console import Console
 from experiments import homework, options
 from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES
 from experiments.page import publish
-from experiments.pages import lecture as pages
-from experiments.pruning import at_once, by_and_by
 from experiments.scans import stages, timed
 
 PRESETS: dict[options.Preset, dict[str, Any]] = {
@@ -77,7 +75,7 @@ class Lecture:
             pruning[method] = _pruned(settings, rates, method, case)
         at = list(range(0, (settings.steps or 0) + 1, EVERY))
         results = {"at": at, "training": training, "decays": decays, "pruning": pruning}
-        publish("lecture", self, settings, pages, results, console)
+        publish("lecture", self, settings, results, console)
 
 
 def _starts(key: jax.Array) -> Any:
@@ -139,8 +137,12 @@ def _pruned(settings: Any, rates: dict[str, float], method: str, starts: Any) ->
         adam, rule = (homework.optimizer(m, rates[m]) for m in ("Adam", method))
         params, history = homework.train(homework.squared, adam, *start, order=order, every=EVERY)
         rest = rule, params, start[1], order[: settings.retraining], jnp.array(REMOVED)
-        once = at_once(*rest)[:, jnp.array([0, 1, 2, -1])]  # steps of retraining
-        return {"whole": history["accuracy"][-1], "at_once": once, "by_and_by": by_and_by(*rest)}
+        once = homework.at_once(*rest)[:, jnp.array([0, 1, 2, -1])]  # steps of retraining
+        return {
+            "whole": history["accuracy"][-1],
+            "at_once": once,
+            "by_and_by": homework.by_and_by(*rest),
+        }
 
     orders = homework.orders(settings.seeds, homework.TRAINING, settings.steps)
     timing = timed(jax.vmap(run), starts, orders)

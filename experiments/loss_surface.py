@@ -13,7 +13,6 @@ from rich.console import Console
 import cqjax
 from experiments import options
 from experiments.page import publish
-from experiments.pages import loss_surface as pages
 from experiments.scans import descend, timed
 
 PRESETS: dict[options.Preset, dict[str, Any]] = {
@@ -86,7 +85,7 @@ class LossSurface:
             }
             for method, timing in timings.items()
         }
-        publish("loss_surface", self, settings, pages, results, Console())
+        publish("loss_surface", self, settings, results, Console())
 
 
 def _path(settings: LossSurface, method: str) -> Any:

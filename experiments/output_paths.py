@@ -13,7 +13,6 @@ from rich.console import Console
 import cqjax
 from experiments import options
 from experiments.page import publish
-from experiments.pages import output_paths as pages
 from experiments.scans import descend, timed
 
 PRESETS: dict[options.Preset, dict[str, Any]] = {
@@ -75,7 +74,7 @@ class OutputPaths:
                 for run in _runs(settings, method, size, keys, t)
             ],
         }
-        publish("output_paths", self, settings, pages, results, Console())
+        publish("output_paths", self, settings, results, Console())
 
 
 def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """The page of an experiment: what its source claims, what was measured, whether it holds."""
 
+import importlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,19 +127,20 @@ def write(
     path.write_text("\n\n".join(parts) + "\n")
 
 
-def publish(
-    name: str, given: Any, settings: Any, pages: Any, results: Any, console: Console
-) -> None:
+def publish(name: str, given: Any, settings: Any, results: Any, console: Console) -> None:
     """Write figures, README.md and results.json into the settings' folder, and say what holds.
 
+    The module `experiments.pages.NAME` draws the figures, by its `draw(settings, results)`, and
+    makes the page, by its `page(settings, results)`.
+
     Args:
-      name: The experiment's, on the command line.
+      name: The experiment's name on the command line.
       given: Its options as they were given.
       settings: Its options with the preset filled in.
-      pages: What draws the figures, `draw(settings, results)`, and makes the `page` of the same.
       results: Every number.
       console: Where to say it.
     """
+    pages = importlib.import_module(f"experiments.pages.{name}")
     settings.output.mkdir(parents=True, exist_ok=True)
     pages.draw(settings, results)
     page: Page = pages.page(settings, results)
@@ -151,7 +154,7 @@ def publish(
             "environment": environment,
             "claims": [claim._asdict() for claim in page.claims],
             "behind": list(page.behind),
-            "results": _short(results),
+            "results": json.loads(json.dumps(report.plain(results)), parse_float=_short),
         },
     )
     for title, rows in page.tables.items():
@@ -161,16 +164,9 @@ def publish(
     console.print(f"Written: {folder}/README.md", highlight=False, soft_wrap=True)
 
 
-def _short(value: Any) -> Any:
-    """The same with seven digits of each number."""
-    match value:
-        case dict():
-            return {key: _short(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_short(item) for item in value]
-        case float():
-            return float(f"{value:.7g}")
-    return value
+def _short(number: str) -> float:
+    """The number with seven digits."""
+    return float(f"{float(number):.7g}")
 
 
 def _list(lines: Sequence[str]) -> str:

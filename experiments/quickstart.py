@@ -1,6 +1,6 @@
-"""SGD, Adam and C-SGD train the paper's fully-connected network (seed 000, section 5.3)."""
+"""SGD, Adam and C-SGD train the network of Paeedeh and Ghiasi-Shirazi, section 5.3."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from rich.console import Console
 import cqjax
 from experiments import data, options, report
 from experiments.classification import accuracy, cross_entropy, initialise, mean_loss
-from experiments.comparison import Method, compare
+from experiments.comparison import Method, Runs
 from experiments.experiment import Experiment
 from experiments.models import MLP
 from experiments.pages import quickstart as pages
@@ -83,8 +83,7 @@ class Quickstart(Experiment):
         options.require(self, options.AT_LEAST_ONE, "steps", "batch_size", "width", "depth")
         rates = ("sgd_learning_rate", "adam_learning_rate", "csgd_learning_rate")
         options.require(self, options.POSITIVE, *rates, "damping")
-        if not self.optimizers or len(set(self.optimizers)) < len(self.optimizers):
-            raise ValueError("--optimizers must name at least one optimizer, and none twice")
+        options.require_distinct(self, "optimizers")
         if self.dataset == "digits" and (self.data_dir or self.download):
             raise ValueError("--data-dir and --download are for Fashion-MNIST, not for digits")
 
@@ -115,7 +114,16 @@ class Quickstart(Experiment):
         }
         title = f"{dataset.name}: {self.depth} hidden layers of {self.width}, {batches}"
         pages.draw(self.output / "losses.png", title, measured, lines)
-        settings.write(console, "losses.png", dataset, measured, results)
+        content = {
+            "experiment": "quickstart",
+            "dataset": dataset.summary() | {"images_for_training_loss": measured},
+            "settings": asdict(settings),
+            "environment": report.environment(),
+            "results": results,
+        }
+        report.write_json(self.output / "results.json", content)
+        written = f"Written: {self.output}/losses.png and {self.output}/results.json"
+        console.print(written, highlight=False, soft_wrap=True)
 
 
 def _train_all(settings: Quickstart, dataset: data.Dataset, console: Console) -> dict[str, History]:
@@ -132,15 +140,14 @@ def _train_all(settings: Quickstart, dataset: data.Dataset, console: Console) ->
         "adam": Method("Adam", adam, gradient_step(loss_fn, adam)),
         "csgd": Method("C-SGD", csgd, capturing_step(loss_fn, csgd)),
     }
-    with settings.session(dataset) as session:
-        histories = compare(
-            console,
-            session,
-            [methods[name] for name in settings.optimizers],
-            initialise(model, settings.seed, images),
-            (jnp.asarray(images), jnp.asarray(labels)),
-            shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps),
-            {"train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED])},
-            {"test_accuracy": accuracy(model, *dataset.test)},
-        )
-    return dict(zip(settings.optimizers, histories, strict=True))
+    start = initialise(model, settings.seed, images)
+    examples = jnp.asarray(images), jnp.asarray(labels)
+    batches = shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps)
+    watched = {"train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED])}
+    at_end = {"test_accuracy": accuracy(model, *dataset.test)}
+    names, cost = settings.optimizers, len(settings.optimizers) * settings.steps
+    with settings.session(dataset) as session, Runs(console, session, len(names), cost) as runs:
+        return {
+            name: runs.train(methods[name], start, examples, batches, watched, at_end)
+            for name in names
+        }

@@ -1,38 +1,35 @@
-"""VGG networks trained by SGD, LARS, LSALR and back-matching (seed 004, section 4)."""
+"""SGD, LARS, LSALR and back-matching train VGG networks.
 
-from dataclasses import dataclass
+Zhang, Chen and Liu, section 4.
+The page is `experiments.pages.vgg`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from rich.console import Console
+import optax
 
-from experiments import data, options, vgg_entrants
+import cqjax
+from experiments import options
+from experiments.augmentation import augmenter
+from experiments.classification import LossFn, cross_entropy, initialise
+from experiments.contest import Entrant, Parts, Task, held_out
+from experiments.data import Dataset, Split
 from experiments.experiment import Contest
-from experiments.page import publish
-from experiments.pages import vgg as pages
+from experiments.models import VGG
+from experiments.training import gradient_step
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {
-        **{"dataset": "digits", "train_images": 600, "measured": 200, "evaluated": 100},
-        **{"epochs": 2.5, "tuning_epochs": 1.25, "tries": 2, "seeds": 1},
-        **{"depths": (11,), "width": 2, "shrink": 1, "lars_rates": (2.0, 1.0)},
-    },
-    "cpu": {
-        **{"dataset": "cifar10", "train_images": 5700, "measured": 1000, "evaluated": 1000},
-        **{"epochs": 5.0, "tuning_epochs": 2.5, "tries": 3, "seeds": 3},
-        **{"depths": (11, 13, 16, 19), "width": 8, "shrink": 2, "lars_rates": (10.0, 5.0, 20.0)},
-    },
-    "paper": {
-        **{"dataset": "cifar10", "measured": 10_000, "evaluated": 10_000},
-        **{"epochs": 300.0, "tuning_epochs": 150.0, "tries": 4, "seeds": 5},
-        **{"depths": (11, 13, 16, 19), "width": 64, "shrink": 1},
-        **{"lars_rates": (2.0, 1.0, 5.0, 10.0)},
-    },
-}
-OURS = {  # the paper's rate first, and its weight decay
+OF_DATA = {  # the paper's rate first, and its weight decay
     "cifar100": {"back_matching_rates": (0.1, 0.05, 0.2, 0.02), "our_weight_decay": 5e-3},
     "cifar10": {"back_matching_rates": (2e-3, 1e-3, 5e-3, 1e-2), "our_weight_decay": 1e-4},
 }
+DROP, PHASES = 0.2, 5  # the rate falls to a fifth after each 60 of the paper's 300 epochs
+FIGURE3 = {"rate": 0.1, "decay": 5e-3}  # of SGD and of back-matching
+SGD, OURS = "SGD", "back-matching"
+OPTIMIZERS = {SGD: "sgd", "LARS": "lars", "LSALR": "lsalr", OURS: "back_matching"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,21 @@ class Vgg(Contest):
     go to metrics.jsonl. The preset cpu has narrow networks, small images and few of them.
     """
 
+    name = "vgg"
+    presets = options.presets(
+        dataset=("digits", "cifar10", "cifar10"),
+        train_images=(600, 5700, None),
+        measured=(200, 1000, 10_000),
+        evaluated=(100, 1000, 10_000),
+        epochs=(2.5, 5.0, 300.0),
+        tuning_epochs=(1.25, 2.5, 150.0),
+        tries=(2, 3, 4),
+        seeds=(1, 3, 5),
+        depths=((11,), (11, 13, 16, 19), (11, 13, 16, 19)),
+        width=(2, 8, 64),
+        shrink=(1, 2, 1),
+        lars_rates=((2.0, 1.0), (10.0, 5.0, 20.0), (2.0, 1.0, 5.0, 10.0)),
+    )
     batch_size: int = 128
     """Images of a batch."""
     depths: tuple[Literal[11, 13, 16, 19], ...] | None = None
@@ -96,25 +108,94 @@ class Vgg(Contest):
         options.require(self, options.NOT_NEGATIVE, "degrees", "weight_decay", "our_weight_decay")
         options.require(self, options.POSITIVE, "trust_coefficient")
         options.require(self, options.FRACTION, "momentum")
-        if self.depths is not None and not 0 < len(self.depths) == len(set(self.depths)):
-            raise ValueError(f"--depths must have at least one, and none twice, got {self.depths}")
-        names = ("sgd_rates", "lars_rates", "lsalr_rates", "back_matching_rates")
-        given = [name for name in names if getattr(self, name) is not None]
-        options.require_rates(self, self.tries or PRESETS[self.preset]["tries"], *given)
+        options.require_distinct(self, "depths")
+        self.require_rates(*OPTIMIZERS.values())
 
-    def run(self) -> None:
-        """Tune, train, draw, and judge the source's claims.
+    def filled(self) -> Self:
+        """The settings, with what was not given as the preset and the data set have it."""
+        settings = super().filled()
+        of_data = OF_DATA.get(settings.dataset or "", OF_DATA["cifar10"])
+        return options.filled(settings, {self.preset: of_data})
 
-        Raises:
-          DataError: If there is no such data set, or its files are bad.
-          ResumeError: If it cannot go on from what there is.
+    def rates(self, optimizer: str) -> tuple[float, ...]:
+        """The learning rates that are tried for an optimizer.
+
+        Back-matching multiplies the rate of each layer but the last by the number of features that
+        the last layer reads. The paper chose its rates for 512 of them.
         """
-        console, preset = Console(), PRESETS[self.preset]
-        ours = OURS.get(self.dataset or preset["dataset"], OURS["cifar10"])
-        settings = options.filled(self, {self.preset: preset | ours})
-        assert settings.dataset
-        dataset = data.load(settings.dataset, self.data_dir, self.download)
-        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
-        dataset = vgg_entrants.prepared(settings, dataset)
-        results = settings.hold(console, dataset, vgg_entrants.contests(settings, dataset))
-        publish("vgg", self, settings, pages, results, console)
+        wider = 64 / (self.width or 64) if optimizer == "back_matching" else 1
+        return tuple(wider * rate for rate in super().rates(optimizer))
+
+    def prepared(self, dataset: Dataset) -> Dataset:
+        """The first training images, with channels, with fewer pixels if so, standardised."""
+        assert self.shrink
+        first = Split(*(array[: self.train_images] for array in dataset.train))
+        return replace(dataset, train=first).pictures(1).shrunk(self.shrink).standardised()
+
+    def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
+        """By title, what is learnt and who takes part.
+
+        Args:
+          dataset: The data set, `prepared`.
+
+        Returns:
+          A contest of all four optimizers for each network; then, for the first network, the one
+          of Fig. 3.
+        """
+        assert self.width and self.depths
+        parts = held_out(dataset).evaluated(self.evaluated)
+        augment = augmenter(self.seed, flip=self.flip, degrees=self.degrees)
+
+        @cache
+        def network(depth: Any) -> tuple[Task, LossFn, Any]:
+            model = VGG(depth, dataset.classes, self.width or 64)
+            images = parts.train.images
+            task = Task(parts, model, lambda seed: initialise(model, seed, images), augment)
+            loss_fn = cross_entropy(model, train=True)
+            batch = (array[: self.batch_size] for array in parts.train)
+            plan = cqjax.plan(loss_fn, batch_size=self.batch_size)(*task.start(0), *batch)
+            return task, loss_fn, plan
+
+        def contest(
+            depth: int, rates: Mapping[str, Sequence[float]], *decays: float | None
+        ) -> tuple[Task, list[Entrant]]:
+            task, loss_fn, plan = network(depth)
+            by_name = self._optimizers(parts, plan, *decays)
+            return task, [_entrant(name, loss_fn, by_name[name], rates[name]) for name in rates]
+
+        grids = {name: self.rates(option) for name, option in OPTIMIZERS.items()}
+        first, alike = self.depths[0], {name: [FIGURE3["rate"]] for name in (SGD, OURS)}
+        decays, same_decays = (self.weight_decay, self.our_weight_decay), 2 * [FIGURE3["decay"]]
+        return {
+            **{f"VGG-{depth}": contest(depth, grids, *decays) for depth in self.depths},
+            f"VGG-{first} as in Fig. 3": contest(first, alike, *same_decays),
+        }
+
+    def _optimizers(
+        self, parts: Parts, plan: Any, decay: Any, our_decay: Any
+    ) -> Mapping[str, optax.GradientTransformation]:
+        """The optimizers by name, with these weight decays, at a learning rate of 1 that falls."""
+        assert self.epochs
+        phase = self.epochs * (len(parts.train.labels) // self.batch_size) / PHASES
+        drops = {round(phase * number): DROP for number in range(1, PHASES)}
+        rate, momentum = optax.piecewise_constant_schedule(1.0, drops), (self.momentum, True)
+        trust = {"trust_coefficient": self.trust_coefficient}
+        return {
+            SGD: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, *momentum)),
+            "LARS": optax.lars(rate, decay, momentum=self.momentum, nesterov=True, **trust),
+            "LSALR": cqjax.lsalr(rate, *momentum, decay),
+            OURS: cqjax.back_matching_sgd(rate, *momentum, our_decay, plan=plan),
+        }
+
+
+def _entrant(
+    name: str, loss_fn: LossFn, optimizer: optax.GradientTransformation, rates: Sequence[float]
+) -> Entrant:
+    """An entrant whose learning rate is a part of its state: one program serves all its runs."""
+
+    def at(rate: float) -> optax.GradientTransformation:
+        return optax.chain(optimizer, optax.inject_hyperparams(optax.scale)(step_size=rate))
+
+    step = gradient_step(loss_fn, at(1.0))
+    role = "ours" if name == OURS else "baseline"
+    return Entrant(name, lambda rate: (at(rate), step), rates, role)

@@ -64,8 +64,7 @@ class Bench:
         """
         options.require(self, options.AT_LEAST_ONE, "repeats", "compiles")
         options.require(self, options.POSITIVE, "budget")
-        if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise ValueError("--parts must name at least one part, and none twice")
+        options.require_distinct(self, "parts")
 
     def run(self) -> None:
         """Measure, print tables and write the results."""

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 
 from experiments import drawing
-from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES
+from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES, WEIGHTS
 from experiments.page import median
-from experiments.pages.regularisation import WEIGHTS
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:

@@ -311,7 +311,7 @@ BAD_OPTIONS = {
     "--compiles=0": "--compiles must be at least 1, got 0",
     "--budget=0": "--budget must be positive and finite, got 0",
     "--budget=inf": "--budget must be positive and finite, got inf",
-    "--parts": "at least one part",
+    "--parts": "--parts must have at least one",
     "--parts choice choice": "none twice",
     "--parts lunch": "lunch",
 }

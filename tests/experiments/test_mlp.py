@@ -11,10 +11,10 @@ import numpy_mlp
 import pytest
 from judged_experiment import check_figure, check_page, run
 
-from experiments import data, options
+from experiments import data
 from experiments.__main__ import main
 from experiments.benchmarks import timing
-from experiments.mlp import PRESETS, Mlp
+from experiments.mlp import Mlp
 from experiments.models import MLP
 from experiments.page import median
 from experiments.pages import mlp as pages
@@ -22,7 +22,7 @@ from experiments.training import shuffled_batches
 
 NAMES = ["SGD", "Nesterov", "Adam", "C-SGD"]
 near = partial(pytest.approx, rel=1e-6)  # of the digits that are stored
-SMOKE = options.filled(Mlp(preset="smoke"), PRESETS)
+SMOKE = Mlp(preset="smoke").filled()
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_bad_options(options, capsys, tmp_path):
 
 def test_presets_are_whole():
     for preset in ("cpu", "paper"):
-        settings = options.filled(Mlp(preset=preset), PRESETS)
+        settings = Mlp(preset=preset).filled()
         missing = [name for name, value in vars(settings).items() if value is None]
         assert missing == ["data_dir", "width"]
         assert len(settings.optimizers) >= 4 and settings.seeds >= 3 and settings.depth == 8

@@ -157,7 +157,7 @@ BAD_OPTIONS = {
     "--csgd-learning-rate=0": "--csgd-learning-rate must be positive and finite",
     "--sgd-learning-rate=nan": "--sgd-learning-rate must be positive and finite",
     "--damping=-1": "--damping must be positive and finite, got -1",
-    "--optimizers": "at least one optimizer",
+    "--optimizers": "--optimizers must have at least one",
     "--optimizers sgd adam sgd": "none twice",
     "--optimizers lbfgs": "lbfgs",
     "--data-dir=.": "are for Fashion-MNIST, not for digits",
