@@ -1,21 +1,26 @@
 """What an experiment keeps while it runs, so that it can go on after it was killed."""
 
+import importlib
+import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from experiments import metrics, report
-from experiments.training import History, State
+from experiments import report
+from experiments.training import Evaluation, History, State
 
 FOLDER = "checkpoints"
 SETTINGS = "settings.json"
+
+Write = Callable[[str, Evaluation], None]
+"""Takes a training run's label and what was measured of it."""
 
 
 class ResumeError(Exception):
@@ -55,9 +60,9 @@ class Session(ExitStack):
         self._folder, self._seconds = output / FOLDER, seconds
         if not resume or not _found(self._folder, settings):
             _empty(self._folder, settings)
-        self._write = [self.enter_context(metrics.json_lines(output / "metrics.jsonl"))]
+        self._write = [self.enter_context(_json_lines(output / "metrics.jsonl"))]
         if tensorboard:
-            self._write.append(self.enter_context(metrics.tensorboard(output / "tensorboard")))
+            self._write.append(self.enter_context(_tensorboard(output / "tensorboard")))
 
     def run(self, number: int, label: str) -> "Run":
         """What is kept of a training run, which its number and its label tell from the others."""
@@ -70,7 +75,7 @@ class Session(ExitStack):
 class Run:
     """A training run's last checkpoint."""
 
-    def __init__(self, folder: Path, seconds: float, label: str, write: Sequence[metrics.Write]):
+    def __init__(self, folder: Path, seconds: float, label: str, write: Sequence[Write]):
         """Open the folder, and remove what a save that was interrupted has left there.
 
         Args:
@@ -175,3 +180,48 @@ def _empty(folder: Path, settings: Mapping[str, Any]) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     report.write_json(folder / SETTINGS, settings)
+
+
+@contextmanager
+def _json_lines(path: Path) -> Iterator[Write]:
+    """A new file with a line for each evaluation, written as soon as it is made."""
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(run: str, evaluation: Evaluation) -> None:
+            step, seconds, values = evaluation
+            line = {"run": run, "step": step, "seconds": seconds, **values}
+            print(json.dumps(report.plain(line), allow_nan=False), file=file, flush=True)
+
+        yield write
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[Write]:
+    """A new folder for TensorBoard, with one in it for each training run."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    writers: dict[str, Any] = {}
+
+    def write(run: str, evaluation: Evaluation) -> None:
+        if run not in writers:
+            module = importlib.import_module("tensorboardX")
+            writers[run] = module.SummaryWriter(str(folder / run))
+        for metric, value in evaluation.values.items():
+            writers[run].add_scalar(metric, value, evaluation.step)
+        writers[run].flush()
+
+    try:
+        yield write
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def check_tensorboard() -> None:
+    """Refuse to write for TensorBoard where its writer is missing.
+
+    Raises:
+      ValueError: If it is.
+    """
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("--tensorboard needs tensorboardX, which is missing: install it with pip")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from experiments.classification import Metric, accuracy, mean_loss
-from experiments.comparison import Method, Runs
 from experiments.data import Dataset, Split
 from experiments.page import median
+from experiments.runs import Runs
 from experiments.training import Augment, History, Step, shuffled_batches
 
 
@@ -57,17 +57,9 @@ class Entrant(NamedTuple):
     """What it learns, if that is another network, or has other inputs, than the contest's task. It
     has as many images."""
 
-    def method(self, rate: float, label: str) -> Method:
-        """It at work at a rate."""
-        return Method(label, *self.at(rate))
-
     def remembering(self) -> "Entrant":
         """The same with one step for each rate, so that it is compiled once."""
         return self._replace(at=cache(self.at))
-
-    def cost(self, seconds: Mapping[str, float]) -> float:
-        """Seconds of its step, of those that were timed: a variant's are the slowest's."""
-        return max(seconds.values()) if self.role == "variant" else seconds[self.name]
 
 
 class Effort(NamedTuple):
@@ -85,22 +77,23 @@ class Effort(NamedTuple):
     measured: int
     """The training loss is that of the first so many training images."""
 
-    def runs(self, entrants: Sequence[Entrant]) -> int:
-        """How many runs a contest has."""
-        tuning = sum(len(entrant.rates) for entrant in entrants)
-        return tuning + self.seeds * len(_running(entrants))
+    def costs(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> list[float]:
+        """Seconds of each run of a contest, in order.
 
-    def cost(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> float:
-        """Seconds of all its steps, of seconds of a step of each entrant."""
-        tuning = sum(entrant.cost(seconds) * len(entrant.rates) for entrant in entrants)
-        running = sum(entrant.cost(seconds) for entrant in _running(entrants))
-        return tuning * self.tuning_steps + running * self.seeds * self.steps
+        Args:
+          entrants: Who takes part.
+          seconds: Of a step of each entrant. A variant was not timed: its steps count as the
+            slowest one's.
 
-
-def _running(entrants: Sequence[Entrant]) -> list[Entrant]:
-    """All but the variants, and one of these, which all cost the same."""
-    variants = [entrant for entrant in entrants if entrant.role == "variant"]
-    return [entrant for entrant in entrants if entrant not in variants] + variants[:1]
+        Returns:
+          The seconds of the tuning runs, then of the others. One of the variants has whole runs.
+        """
+        slowest = max(seconds.values())
+        tuning = [seconds.get(e.name, slowest) for e in entrants for _ in e.rates]
+        whole = [seconds[e.name] for e in entrants if e.role != "variant"] * self.seeds
+        if any(e.role == "variant" for e in entrants):
+            whole += [slowest] * self.seeds
+        return [self.tuning_steps * s for s in tuning] + [self.steps * s for s in whole]
 
 
 def held_out(dataset: Dataset, fraction: float = 0.1) -> Parts:
@@ -116,7 +109,6 @@ def hold(
     task: Task,
     entrants: Sequence[Entrant],
     effort: Effort,
-    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Tune all entrants with equal effort, then let them run from the same starts.
 
@@ -131,7 +123,6 @@ def hold(
       task: What is learnt.
       entrants: Who takes part, each with as many rates as the others.
       effort: How much is done for each.
-      seconds: Of a step of each entrant, about: for the time left.
 
     Returns:
       Every number, by entrant, and the target; of the variants the tuning runs, and the best
@@ -153,14 +144,14 @@ def hold(
         its = tasks[entrant.name]
         examples, validating, evaluating = evaluated[id(its)]
         return runs.train(
-            entrant.method(rate, label),
+            label,
+            *entrant.at(rate),
             its.start(seed),
             examples,
             shuffled_batches(seed, len(examples[1]), effort.batch_size, steps),
             {} if tuning else evaluating,
             validating if tuning else None,
             augment=its.augment,
-            cost=entrant.cost(seconds),
         )
 
     tuned = {

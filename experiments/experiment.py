@@ -5,16 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
 from rich.console import Console
 
-from experiments import contest, data, metrics, options, pipeline, report
-from experiments.checkpoints import Session
-from experiments.comparison import Runs
+from experiments import contest, data, options, pipeline, report
+from experiments.checkpoints import Session, check_tensorboard
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset
 from experiments.page import publish
-from experiments.training import shuffled_batches
+from experiments.runs import Runs
 
 PERIPHERAL = (  # options that no number depends on, since the data themselves are compared
     "dataset",
@@ -53,7 +51,7 @@ class Experiment:
         """
         options.require(self, options.NOT_NEGATIVE, "checkpoint_seconds")
         if self.tensorboard:
-            metrics.check_tensorboard()
+            check_tensorboard()
 
     def session(self, dataset: Dataset) -> Session:
         """Begin it, or go on with an earlier one.
@@ -193,37 +191,16 @@ class Contest(Experiment):
             self.batch_size,
             self.measured,
         )
-        prefixes = {title: f"{title}: " * (len(contests) > 1) for title in contests}
-        timings = {
-            title: self._timing(console, prefixes[title], *contests[title]) for title in contests
-        }
-        held, number, cost = {}, 0, 0.0
+        timings, held, costs = {}, {}, []
         for title, (task, entrants) in contests.items():
+            prefix = f"{title}: " * (len(contests) > 1)
+            timed = [entrant for entrant in entrants if entrant.role != "variant"]
+            measured = pipeline.measure(console, prefix, task, timed, self.batch_size, self.seed)
             racing = [entrant for entrant in entrants if entrant.role != "timed"]
-            seconds = timings[title]["seconds_per_step"]
-            held[title] = prefixes[title], task, racing, effort, seconds
-            number += effort.runs(racing)
-            cost += effort.cost(racing, seconds)
-        with self.session(dataset) as session, Runs(console, session, number, cost) as runs:
+            timings[title], held[title] = measured, (prefix, task, racing, effort)
+            costs += effort.costs(racing, measured["seconds_per_step"])
+        with Runs(console, self.session(dataset), costs) as runs:
             results = {
                 title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
         return {"dataset": dataset.summary(), "contests": results}
-
-    def _timing(
-        self, console: Console, title: str, task: Task, entrants: Sequence[Entrant]
-    ) -> dict[str, Any]:
-        """Time a step of each entrant but the variants."""
-        images, labels = task.parts.train
-        per_epoch = len(labels) // self.batch_size
-        timed = [entrant for entrant in entrants if entrant.role != "variant"]
-        return pipeline.measure(
-            console,
-            {entrant.name: entrant.method(entrant.rates[0], "") for entrant in timed},
-            task.start(self.seed),
-            (jnp.asarray(images), jnp.asarray(labels)),
-            shuffled_batches(self.seed, len(labels), self.batch_size, per_epoch),
-            task.augment,
-            title=title,
-            starts={e.name: e.task.start(self.seed) for e in timed if e.task},
-        )

@@ -1,4 +1,7 @@
-"""A lecture's homework: first weights, losses, L2, pruning (seed 002)."""
+"""A lecture's homework: first weights, losses, L2, pruning.
+
+Jawahar (2019), sections 19.123 and 19.124. The page is `experiments.pages.lecture`.
+"""
 
 from dataclasses import dataclass
 from itertools import product
@@ -15,11 +18,12 @@ from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES
 from experiments.page import publish
 from experiments.scans import stages, timed
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"seeds": 2, "steps": 80, "retraining": 5, "retrainers": ("Adam", "C-SGD")},
-    "cpu": {"seeds": 10, "steps": 2000, "retraining": 100, "retrainers": tuple(RATES)},
-    "paper": {"seeds": 10, "steps": 2000, "retraining": 100, "retrainers": tuple(RATES)},
-}
+PRESETS = options.presets(
+    seeds=(2, 10, 10),
+    steps=(80, 2000, 2000),
+    retraining=(5, 100, 100),
+    retrainers=(("Adam", "C-SGD"), tuple(RATES), tuple(RATES)),
+)
 EVERY, FEW = 40, 40  # steps between measurements; L2's training points
 DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 REMOVED = (4, 8, 12, 16, 20, 23, 27, 31, 35)  # of 39 weights

@@ -1,4 +1,7 @@
-"""Two weights on their way down the loss surface (seed 000, section 5.1 and Figure 3)."""
+"""Two weights on their way down the loss surface.
+
+Paeedeh and Ghiasi-Shirazi, section 5.1, Fig. 3. The page is `experiments.pages.loss_surface`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +18,7 @@ from experiments import options
 from experiments.page import publish
 from experiments.scans import descend, timed
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"steps": 60, "sweep": 5},
-    "cpu": {"steps": 2000, "sweep": 60},
-    "paper": {"steps": 2000, "sweep": 60},
-}
+PRESETS = options.presets(steps=(60, 2000, 2000), sweep=(5, 60, 60))
 METHODS = ("C-SGD", "SGD", "SGD with momentum")
 NEAR = 0.01  # of the distance at the start
 SHOWN = 120  # steps of the paths that are drawn

@@ -1,4 +1,7 @@
-"""The outputs' way to their targets, in a layer of 20 inputs and 2 outputs (seed 000, Figure 4)."""
+"""The outputs' way to their targets, in a layer of 20 inputs and 2 outputs.
+
+Paeedeh and Ghiasi-Shirazi, section 5.2, Fig. 4. The page is `experiments.pages.output_paths`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +18,9 @@ from experiments import options
 from experiments.page import publish
 from experiments.scans import descend, timed
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"steps": 40, "seeds": 3, "batch_sizes": (10,)},
-    "cpu": {"steps": 400, "seeds": 50, "batch_sizes": (10, 5)},
-    "paper": {"steps": 400, "seeds": 50, "batch_sizes": (10, 5)},
-}
+PRESETS = options.presets(
+    steps=(40, 400, 400), seeds=(3, 50, 50), batch_sizes=((10,), (10, 5), (10, 5))
+)
 FEATURES, OUTPUTS, SAMPLES = 20, 2, 10
 RUNS = {"C-SGD": (0.7, 0.1, 1.0), "SGD": (0.03, 0.01), "NLMS": (0.7, 0.1)}  # rates
 NEAR = 0.01  # of the loss, or a distance, at the start

@@ -1,20 +1,20 @@
 """SGD, Adam and C-SGD train the network of Paeedeh and Ghiasi-Shirazi, section 5.3."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 from rich.console import Console
 
 import cqjax
-from experiments import data, options, report
+from experiments import data, drawing, options, report
 from experiments.classification import accuracy, cross_entropy, initialise, mean_loss
-from experiments.comparison import Method, Runs
 from experiments.experiment import Experiment
 from experiments.models import MLP
-from experiments.pages import quickstart as pages
+from experiments.runs import Runs
 from experiments.training import History, capturing_step, gradient_step, shuffled_batches
 
 DEFAULTS = {  # one epoch; five. The rates are, for each optimizer, the best of those tried
@@ -32,6 +32,10 @@ DEFAULTS = {  # one epoch; five. The rates are, for each optimizer, the best of 
     },
 }
 MEASURED = 20_000  # the training loss is that of the first so many training images
+LABELS = {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD"}
+# Paul Tol's high-contrast colours: told apart by colour-blind readers and in grey.
+STYLES = (("#004488", "o"), ("#DDAA33", "s"), ("#BB5566", "^"))
+AGAINST = {"step": "steps", "seconds": "training time in seconds, without compilation"}
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,16 @@ class Quickstart(Experiment):
         defaults = DEFAULTS[dataset.name].items()
         settings = replace(self, **{k: v for k, v in defaults if getattr(self, k) is None})
         histories = _train_all(settings, dataset, console)
-        results = pages.summaries(histories)
+        results = _summaries(histories)
         batches = f"batches of {self.batch_size}"
-        report.print_table(console, f"{dataset.name}, {batches}", pages.rows(results))
+        report.print_table(console, f"{dataset.name}, {batches}", _rows(results))
         measured = min(MEASURED, len(dataset.train.labels))
         lines = {
-            f"{pages.LABELS[name]}, rate {getattr(settings, f'{name}_learning_rate'):g}": its
+            f"{LABELS[name]}, rate {getattr(settings, f'{name}_learning_rate'):g}": its
             for name, its in histories.items()
         }
         title = f"{dataset.name}: {self.depth} hidden layers of {self.width}, {batches}"
-        pages.draw(self.output / "losses.png", title, measured, lines)
+        _draw(self.output / "losses.png", title, measured, lines)
         content = {
             "experiment": "quickstart",
             "dataset": dataset.summary() | {"images_for_training_loss": measured},
@@ -136,18 +140,82 @@ def _train_all(settings: Quickstart, dataset: data.Dataset, console: Console) ->
     sgd, adam = optax.sgd(settings.sgd_learning_rate), optax.adam(settings.adam_learning_rate)
     csgd = cqjax.csgd(settings.csgd_learning_rate, damping=settings.damping)
     methods = {
-        "sgd": Method("SGD", sgd, gradient_step(loss_fn, sgd)),
-        "adam": Method("Adam", adam, gradient_step(loss_fn, adam)),
-        "csgd": Method("C-SGD", csgd, capturing_step(loss_fn, csgd)),
+        "sgd": (sgd, gradient_step(loss_fn, sgd)),
+        "adam": (adam, gradient_step(loss_fn, adam)),
+        "csgd": (csgd, capturing_step(loss_fn, csgd)),
     }
     start = initialise(model, settings.seed, images)
     examples = jnp.asarray(images), jnp.asarray(labels)
     batches = shuffled_batches(settings.seed, len(labels), settings.batch_size, settings.steps)
     watched = {"train_loss": mean_loss(model, images[:MEASURED], labels[:MEASURED])}
     at_end = {"test_accuracy": accuracy(model, *dataset.test)}
-    names, cost = settings.optimizers, len(settings.optimizers) * settings.steps
-    with settings.session(dataset) as session, Runs(console, session, len(names), cost) as runs:
+    names = settings.optimizers
+    with Runs(console, settings.session(dataset), [settings.steps] * len(names)) as runs:
         return {
-            name: runs.train(methods[name], start, examples, batches, watched, at_end)
+            name: runs.train(
+                LABELS[name], *methods[name], start, examples, batches, watched, at_end
+            )
             for name in names
         }
+
+
+def _summaries(histories: Mapping[str, History]) -> dict[str, dict[str, Any]]:
+    """The numbers of each optimizer, as they go into the JSON file."""
+    target = histories["sgd"].last("train_loss") if "sgd" in histories else None
+    results = {name: history.summary() for name, history in histories.items()}
+    if target is not None:
+        for name, history in histories.items():
+            reached = history.metrics["train_loss"].first_at_most(target)
+            reached = reached and {"step": reached[0], "seconds": reached[1]}
+            results[name]["reaches_sgd_loss"] = reached
+    return results
+
+
+def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row of the table for each optimizer."""
+    return [_row(LABELS[name], result) for name, result in results.items()]
+
+
+def _row(label: str, result: Mapping[str, Any]) -> dict[str, str]:
+    row = {
+        "optimizer": label,
+        "steps": f"{result['steps']:,}",
+        "seconds": f"{result['seconds']:.1f}",
+        "with\ncompiling": f"{result['seconds_with_compilation']:.1f}",
+        "training\nloss": f"{result['train_loss']:.4f}",
+        "test\naccuracy": f"{result['test_accuracy']:.2%}",
+    }
+    if "reaches_sgd_loss" in result:
+        reached = result["reaches_sgd_loss"]
+        row["SGD's final loss\nreached after"] = (
+            f"{reached['step']:,} steps, {reached['seconds']:.1f} s" if reached else "not reached"
+        )
+    return row
+
+
+def _draw(path: Path, title: str, images: int, lines: Mapping[str, History]) -> None:
+    """Draw the training loss, by steps and by seconds.
+
+    Args:
+      path: The picture.
+      title: Stands over it.
+      images: How many the training loss is that of.
+      lines: How the training went, by the label of its line.
+    """
+    figure, panels = drawing.panels(1, 2, (5.5, 4.8))
+    for axes, (against, words) in zip(panels, AGAINST.items(), strict=True):
+        for (label, history), (colour, marker) in zip(lines.items(), STYLES, strict=False):
+            faint, curve = history.batch_loss, history.metrics["train_loss"]
+            axes.plot(getattr(faint, against), faint.value, color=colour, alpha=0.3, linewidth=1)
+            line = {"color": colour, "marker": marker, "markersize": 4.5, "label": label}
+            axes.plot(getattr(curve, against), curve.value, **line)
+        axes.set(xlim=(0, None), xlabel=words)
+        drawing.logarithmic(axes)
+    first, second = panels
+    second.sharey(first)
+    second.tick_params(labelleft=False)
+    first.set_ylabel("training loss (cross-entropy, log scale)")
+    note = f"{images:,} training images;\nfaint: batches, averaged"
+    first.legend(title=note, title_fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)

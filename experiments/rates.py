@@ -1,4 +1,4 @@
-"""Back-matching's layer-wise rates (seed 004, Algorithm 1 and supplement)."""
+"""Back-matching's layer-wise rates: Zhang, Chen and Liu, Algorithm 1 and supplement."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from rich.console import Console
 import cqjax
 from experiments import options, report
 from experiments.classification import cross_entropy, initialise
-from experiments.comparison import bar, progress_bars
 from experiments.data import cifar
 from experiments.models import VGG, LeNet, ResNet
+from experiments.runs import bar, progress_bars
 from experiments.training import State, gradient_step, shuffled_batches, train
 
 NETWORKS = {

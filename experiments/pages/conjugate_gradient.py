@@ -1,11 +1,11 @@
-"""What seed 003 says of its methods, and what was measured."""
+"""What the NeuronLearning notes say of their methods, and what was measured."""
 
 from typing import Any
 
 import numpy as np
 
 from experiments import drawing
-from experiments.objectives import CONDITION, HIDDEN, SAMPLES, SIZE
+from experiments.conjugate_gradient import CONDITION, HIDDEN, SAMPLES, SIZE
 from experiments.page import Claim, Page, count, judge, median, spread
 
 LABELS = {

@@ -1,6 +1,5 @@
 """The networks: LeNet against plain NumPy, the others' sizes and shortcuts."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

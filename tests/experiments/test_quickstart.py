@@ -20,7 +20,7 @@ from experiments import data
 from experiments.__main__ import main
 from experiments.data import fashion_mnist
 from experiments.models import MLP
-from experiments.pages.quickstart import STYLES
+from experiments.quickstart import STYLES
 from experiments.training import shuffled_batches
 
 STEPS, WIDTH, DEPTH, BATCH, RATE = 80, 16, 2, 8, 0.2  # 75 chunks: some of two steps, some of one

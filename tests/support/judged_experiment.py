@@ -40,7 +40,7 @@ def check_figure(path, panels):
         assert (part.max(axis=-1) - part.min(axis=-1) > 0.2).sum() > 150  # coloured lines
 
 
-def untimed(console, methods, *args, **options):
+def untimed(console, title, task, entrants, *args):
     """Stands in for `pipeline.measure`: to compile the steps would be most of a short session."""
     pipeline = {"entrant": "SGD", "seconds_with": 1.0, "seconds_without": 1.0, "share": 0.0}
-    return {"seconds_per_step": dict.fromkeys(methods, 1.0), "pipeline": pipeline}
+    return {"seconds_per_step": {entrant.name: 1.0 for entrant in entrants}, "pipeline": pipeline}

@@ -1,8 +1,8 @@
-"""Several optimizers train the same network, from the same start over the same batches."""
+"""Training runs one after another, with live progress and checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,14 +16,6 @@ from experiments.classification import Metric
 from experiments.training import Augment, History, State, Step, train
 
 MANY = 12  # bars
-
-
-class Method(NamedTuple):
-    """An optimizer at work."""
-
-    label: str
-    optimizer: optax.GradientTransformation
-    step: Step
 
 
 def progress_bars(console: Console) -> Progress:
@@ -55,26 +47,27 @@ def bar(progress: Progress, label: str, steps: int) -> Callable[[History], None]
 class Runs(ExitStack):
     """Training runs one after another, with live progress of each and of all together."""
 
-    def __init__(self, console: Console, session: Session, number: int, cost: float):
+    def __init__(self, console: Console, session: Session, costs: Sequence[float]):
         """Begin to draw.
 
         Args:
-          console: Where to.
-          session: Keeps each run's checkpoints and metrics, and knows what was done before.
-          number: How many runs there will be; if they are many, the finished ones' bars go.
-          cost: What all their steps together will cost: steps, or an estimate of seconds.
+          console: Where to draw.
+          session: Keeps each run's checkpoints and metrics, and knows what was done before. It
+            ends with the runs.
+          costs: What each run will cost, in order: its steps, or an estimate of its seconds. If
+            the runs are many, the bars of the finished ones disappear.
         """
         super().__init__()
-        self._console, self._session, self._number = console, session, number
-        self._progress = self.enter_context(progress_bars(console))
-        self._whole = self._progress.add_task(
-            "all", total=cost, done=f"     0/{number} runs", status=""
-        )
-        self._finished, self._cost = 0, 0.0
+        self._console, self._session, self._costs = console, self.enter_context(session), costs
+        self._progress, self._finished = self.enter_context(progress_bars(console)), 0
+        done = f"     0/{len(costs)} runs"
+        self._whole = self._progress.add_task("all", total=sum(costs), done=done, status="")
 
     def train(
         self,
-        method: Method,
+        label: str,
+        optimizer: optax.GradientTransformation,
+        step: Step,
         start: tuple[Any, Any],
         examples: tuple[jax.Array, jax.Array],
         batches: np.ndarray,
@@ -82,27 +75,28 @@ class Runs(ExitStack):
         at_end: Mapping[str, Metric] | None = None,
         *,
         augment: Augment | None = None,
-        cost: float = 1.0,
     ) -> History:
-        """Train by one method, or go on with what an earlier session left of it.
+        """Train by one optimizer, or go on with what an earlier session left of it.
 
         Args:
-          method: How; its label differs from the other runs'.
+          label: The run's name, which no other run has.
+          optimizer: The optimizer.
+          step: Its training step.
           start: The first parameters and network state.
           examples: All training images and labels.
           batches: Indices of each step's examples, `(steps, batch_size)`.
           metrics: What is evaluated now and then; off the clock.
           at_end: What is evaluated in the end.
           augment: What is done to each batch's images.
-          cost: Of a step.
 
         Returns:
           How the training went.
         """
-        label, steps = method.label, len(batches)
-        run, show = self._session.run(self._finished, label), bar(self._progress, label, steps)
+        steps, number = len(batches), self._finished
+        done, cost = sum(self._costs[:number]), self._costs[number]
+        run, show = self._session.run(number, label), bar(self._progress, label, steps)
         its_bar = self._progress.task_ids[-1]
-        history, state = run.history(), State(*start, method.optimizer.init(start[0]))
+        history, state = run.history(), State(*start, optimizer.init(start[0]))
         if 0 < history.steps < steps:
             state = run.state(state)
             self._console.print(f"{label}: resumed after {history.steps:,} steps")
@@ -111,11 +105,11 @@ class Runs(ExitStack):
 
         def on_chunk(state: State, history: History) -> None:
             show(history)
-            self._progress.update(self._whole, completed=self._cost + cost * history.steps)
+            self._progress.update(self._whole, completed=done + cost * history.steps / steps)
             run.keep(state, history, finished=history.steps == steps)
 
         _, history = train(
-            method.step,
+            step,
             state,
             examples,
             batches,
@@ -125,8 +119,8 @@ class Runs(ExitStack):
             history=history,
             augment=augment,
         )
-        self._finished, self._cost = self._finished + 1, self._cost + cost * steps
-        self._progress.update(self._whole, done=f"{self._finished:>6}/{self._number} runs")
-        if self._number > MANY:
+        self._finished += 1
+        self._progress.update(self._whole, done=f"{self._finished:>6}/{len(self._costs)} runs")
+        if len(self._costs) > MANY:
             self._progress.update(its_bar, visible=False)
         return history
