@@ -14,16 +14,10 @@ from experiments.data import Dataset
 from experiments.page import publish
 from experiments.runs import Runs
 
-PERIPHERAL = (  # options that no number depends on, since the data themselves are compared
-    "dataset",
-    "data_dir",
-    "download",
-    "output",
-    "resume",
-    "checkpoint_seconds",
-    "tensorboard",
-)
-ENVIRONMENT = ("versions", "device", "cpu", "cpu_count")  # what has to stay the same in one result
+PERIPHERAL = {"data_dir", "download", "output", "resume", "checkpoint_seconds", "tensorboard"}
+"""Options that no number depends on."""
+ENVIRONMENT = {"versions", "device", "cpu", "cpu_count"}
+"""What of the environment must stay the same within one result."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,8 @@ class Experiment:
           ResumeError: If the earlier one had other settings, other data or another environment.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in asdict(self).items() if k not in PERIPHERAL}
+        # The data themselves are compared, by their checksum, not their name.
+        settings = {k: v for k, v in asdict(self).items() if k not in PERIPHERAL | {"dataset"}}
         environment = {k: v for k, v in report.environment().items() if k in ENVIRONMENT}
         return Session(
             self.output,

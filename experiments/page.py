@@ -102,8 +102,6 @@ def write(
         {"the source": f"{c.claim} ({c.source})", "measured": c.measured, "holds": f"**{c.holds}**"}
         for c in page.claims
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-    machine = f"{environment['device']} ({environment['cpu']}, {environment['cpu_count']} cores)"
     parts = [
         f"# {page.title}",
         "## Where our method loses",
@@ -121,8 +119,7 @@ def write(
         f"```sh\n{command}\n```",
         "Every number is in [results.json](results.json).",
         "Settings: " + ", ".join(f"{name} {_show(value)}" for name, value in settings.items()),
-        f"Measured on {machine}, {environment['date']}: Python {environment['python']}, "
-        f"{versions}, {environment['system']}.",
+        report.machine(environment),
     ]
     path.write_text("\n\n".join(parts) + "\n")
 

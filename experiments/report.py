@@ -53,6 +53,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine(environment: Mapping[str, Any]) -> str:
+    """A sentence about what `environment` returned."""
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    return (
+        f"Measured on {environment['device']} ({environment['cpu']}, {environment['cpu_count']} "
+        f"cores), {environment['date']}: Python {environment['python']}, {versions}, "
+        f"{environment['system']}."
+    )
+
+
 def _cpu() -> str:
     """The processor's model, where the system says it."""
     info = Path("/proc/cpuinfo")

@@ -96,13 +96,7 @@ class Bench:
         report.write_json(self.output / "bench.json", content)
         tables = [_bars(every), *(table for result in every for table in result.tables)]
         sections = (f"## {table.title}\n\n{report.markdown_table(table.rows)}" for table in tables)
-        versions = ", ".join(f"{key} {value}" for key, value in environment["versions"].items())
-        machine = (
-            f"{environment['date']}; {environment['device']}; {environment['cpu']}, "
-            f"{environment['cpu_count']} cores; Python {environment['python']}, {versions}; "
-            f"{environment['system']}."
-        )
-        text = "\n\n".join(("# Benchmarks", machine, METHOD, *sections))
+        text = "\n\n".join(("# Benchmarks", report.machine(environment), METHOD, *sections))
         (self.output / "bench.md").write_text(text + "\n")
 
 

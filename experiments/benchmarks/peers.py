@@ -12,22 +12,12 @@ from optax import contrib
 
 import cqjax
 from cqjax.linalg import conv_gram
-from experiments.benchmarks import kfac
+from experiments.benchmarks import kfac, workloads
 from experiments.benchmarks.timing import PERIOD, RATE, Program, Training
-from experiments.benchmarks.workloads import (
-    ADAM,
-    CSGD,
-    EVERY_10,
-    KFAC,
-    MUON,
-    PATCHES,
-    PINV,
-    SGD,
-    Task,
-)
+from experiments.benchmarks.workloads import Task
 from experiments.training import State, capturing_step, gradient_step
 
-COMMON = (SGD, ADAM, MUON, CSGD, KFAC)
+COMMON = (workloads.SGD, workloads.ADAM, workloads.MUON, workloads.CSGD, workloads.KFAC)
 """Those that every network is trained by; the first is the one to compare with."""
 
 
@@ -72,20 +62,22 @@ def _matrices(params: Any) -> Any:
     return jax.tree.map_with_path(axes, params)
 
 
+def _capturing(task: Task, tx: Any, compiles: int, solver: Any = "auto") -> Stepper:
+    """An optimizer that uses what cqjax captures."""
+    step = capturing_step(task.loss_fn, tx, solver)
+    return Training(step, tx.init, task.start, task.batch, compiles)
+
+
 def _csgd(task: Task, compiles: int) -> Stepper:
     """C-SGD, exact in every step."""
-    tx = cqjax.csgd(RATE, task.workload.damping)
-    step = capturing_step(task.loss_fn, tx)
-    return Training(step, tx.init, task.start, task.batch, compiles)
+    return _capturing(task, cqjax.csgd(RATE, task.workload.damping), compiles)
 
 
 def _every_10(task: Task, compiles: int) -> Stepper:
     """C-SGD that factorises in every tenth step."""
     plan = cqjax.plan(task.loss_fn, batch_size=len(task.batch[1]))(*task.start, *task.batch)
     first = cqjax.scale_by_consequentialism(task.workload.damping, plan=plan, update_every=PERIOD)
-    tx = optax.chain(first, optax.sgd(RATE))
-    step = capturing_step(task.loss_fn, tx)
-    return Training(step, tx.init, task.start, task.batch, compiles)
+    return _capturing(task, optax.chain(first, optax.sgd(RATE)), compiles)
 
 
 def _by_patches(task: Task, compiles: int) -> Stepper:
@@ -121,9 +113,7 @@ def _pinv(task: Task, compiles: int) -> Stepper:
         return new, state
 
     first = optax.GradientTransformationExtraArgs(optax.identity().init, update)
-    tx = optax.chain(first, optax.sgd(RATE))
-    step = capturing_step(task.loss_fn, tx, solver="dual")
-    return Training(step, tx.init, task.start, task.batch, compiles)
+    return _capturing(task, optax.chain(first, optax.sgd(RATE)), compiles, "dual")
 
 
 def _kfac(task: Task, compiles: int) -> Stepper:
@@ -132,13 +122,13 @@ def _kfac(task: Task, compiles: int) -> Stepper:
 
 
 PEERS: dict[str, Callable[[Task, int], Stepper]] = {
-    SGD: _gradient(lambda: optax.sgd(RATE)),
-    ADAM: _gradient(lambda: optax.adam(RATE)),
-    MUON: _gradient(_muon),
-    CSGD: _csgd,
-    EVERY_10: _every_10,
-    PATCHES: _by_patches,
-    PINV: _pinv,
-    KFAC: _kfac,
+    workloads.SGD: _gradient(lambda: optax.sgd(RATE)),
+    workloads.ADAM: _gradient(lambda: optax.adam(RATE)),
+    workloads.MUON: _gradient(_muon),
+    workloads.CSGD: _csgd,
+    workloads.EVERY_10: _every_10,
+    workloads.PATCHES: _by_patches,
+    workloads.PINV: _pinv,
+    workloads.KFAC: _kfac,
 }
 """Traces, compiles (so often) and starts an optimizer on a task."""

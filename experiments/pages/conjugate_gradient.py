@@ -7,6 +7,7 @@ import numpy as np
 from experiments import drawing
 from experiments.conjugate_gradient import CONDITION, HIDDEN, SAMPLES, SIZE
 from experiments.page import Claim, Page, count, judge, median, spread
+from experiments.pages import sources
 
 LABELS = {
     "fletcher_reeves": "Fletcher-Reeves",
@@ -94,7 +95,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     ]
     return Page(
         "Conjugate gradients, steepest descent, Adam",
-        "the notes of the NeuronLearning project, sections 3.1 to 3.3",
+        f"{sources.NOTES}, sections 3.1 to 3.3",
         f"Three functions: a quadratic of {SIZE} variables and condition {CONDITION:g}, turned at "
         f"random; Rosenbrock's function of two; and the squared error of a network 2-{HIDDEN}-1 "
         f"(tanh) on {SAMPLES} points of sin(3x₁)x₂. The four β and steepest descent have Optax's "

@@ -1,6 +1,7 @@
 """What the pages of all contests have: tables, where our method loses, the figure's panels."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from experiments.page import count, median, spread
 Contest = Mapping[str, Any]
 """What `experiments.contest.hold` returns."""
 
+CAPTION = "Medians over the seeds, and their ranges. The grey line is the target."
 MEASURES = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
 NEEDED = {
     "step": ("steps", ",.0f"),
     "seconds_with_compilation": ("seconds, compilation counted", ",.1f"),
 }
-FORMS = {"train_loss": ".4f", "validation_loss": ".4f", "test_accuracy": ".2%"}
+FORMS = {"train_loss": ".4f", "validation_loss": ".4f"} | dict.fromkeys(
+    ("train_accuracy", "test_accuracy"), ".2%"
+)
 
 
 def last(contest: Contest, name: str, metric: str) -> list[float]:
@@ -51,12 +55,13 @@ def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndar
     return curves[0]["step"], np.array(seconds), values
 
 
-def behind(title: str, contest: Contest) -> list[str]:
+def behind(contests: Mapping[str, Contest]) -> list[str]:
     """Where another entrant does better than one of ours, in the median; ∞ is never."""
-    entrants, lines = contest["entrants"], []
-    others = [name for name in entrants if entrants[name]["role"] != "ours"]
-    for ours in entrants.keys() - set(others):
-        for name in others:
+    lines = []
+    for title, contest in contests.items():
+        entrants = contest["entrants"]
+        others = [name for name in entrants if entrants[name]["role"] != "ours"]
+        for ours, name in product(entrants.keys() - set(others), others):
             for metric, words in MEASURES.items():
                 theirs, our = (last(contest, n, metric) for n in (name, ours))
                 sign = -1 if metric == "test_accuracy" else 1

@@ -6,9 +6,8 @@ import numpy as np
 
 from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES, WEIGHTS
 from experiments.page import Claim, Page, count, judge, median, spread
+from experiments.pages import sources
 from experiments.pages.lecture_figures import draw as draw
-
-SOURCE = "C. V. Jawahar, *More on Backpropagation*, CSE 475: Statistical Methods in AI, 2019"
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -46,7 +45,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     )
     return Page(
         "A lecture's homework: first weights, losses, L2, pruning",
-        f"{SOURCE}, sections 19.123 and 19.124 and homework 1 to 3",
+        f"{sources.LECTURE}, sections 19.123 and 19.124 and homework 1 to 3",
         "A network of 2-3-5-3-1 neurons, sigmoids in the hidden layers, divides two Gaussians in "
         "the plane: *apart*, where a straight line does nearly as well as any curve, and "
         "*around*, where one lies around the other and no line does. It has 200 points to train "

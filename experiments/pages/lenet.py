@@ -1,9 +1,9 @@
-"""What Figure 2 of seed 004 is said to show, and what it shows."""
+"""What Zhang, Chen and Liu say of Fig. 2, and what was measured."""
 
 from typing import Any
 
 from experiments.page import Claim, Page, count, judge, median, spread
-from experiments.pages import contests
+from experiments.pages import contests, sources
 from experiments.pages.contests import Contest, curves, last
 
 SGD, OURS = "SGD", "back-matching"
@@ -18,11 +18,10 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     held = results["contests"]
     return Page(
         f"LeNet with batch normalisation on {results['dataset']['name']}",
-        "H. Zhang, W. Chen and T.-Y. Liu, *Train Feedforward Neural Network with Layer-wise "
-        "Adaptive Rate via Approximating Back-matching Propagation*, section 3.3, Fig. 2",
+        f"{sources.BACK_MATCHING}, section 3.3, Fig. 2",
         "Momentum 0.9, without augmentation, rates constant: all as in the source, which trains "
         "for 200 epochs. " + contests.protocol(settings, results),
-        [line for title, contest in held.items() for line in contests.behind(title, contest)],
+        contests.behind(held),
         _claims(held, settings.epochs >= FEW),
         [
             f"Claims about long training are open in runs of less than {FEW} epochs.",
@@ -41,7 +40,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             *contests.measuring(results),
         ],
         contests.all_tables(held),
-        {"losses.png": "Medians over the seeds, and their ranges. The grey line is the target."},
+        {"losses.png": contests.CAPTION},
     )
 
 

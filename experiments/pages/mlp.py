@@ -1,4 +1,4 @@
-"""What Figure 5 of seed 000 is said to show, and what it shows."""
+"""What Paeedeh and Ghiasi-Shirazi say of Fig. 5, and what was measured."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.page import Claim, Page, count, judge, median, spread
-from experiments.pages import contests
+from experiments.pages import contests, sources
 from experiments.pages.contests import Contest, accuracies_then, curves, last, to_target
 
 OURS, SGD = "C-SGD", "SGD"
@@ -20,10 +20,9 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     seconds = first["seconds_per_step"]
     return Page(
         f"{settings.depth} hidden layers on {data}",
-        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
-        "Consequentialism Weight Updates over Mini-Batches*, section 5.3, Fig. 5",
+        f"{sources.CONSEQUENTIALISM}, section 5.3, Fig. 5",
         contests.protocol(settings, results),
-        [line for title, contest in held.items() for line in contests.behind(title, contest)],
+        contests.behind(held),
         [*(_bar(title, contest) for title, contest in held.items()), *_source(results)],
         [
             "The source tells no rates of SGD and C-SGD for this figure. Nesterov's momentum is "
@@ -37,7 +36,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             ),
         ],
         contests.all_tables(held),
-        {"losses.png": "Medians over the seeds, and their ranges. The grey line is the target."},
+        {"losses.png": contests.CAPTION},
     )
 
 

@@ -1,4 +1,4 @@
-"""What Figs. 6 and 7 of Paeedeh and Ghiasi-Shirazi are said to show, and what they show."""
+"""What Paeedeh and Ghiasi-Shirazi say of Figs. 6 and 7, and what was measured."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from experiments import drawing
 from experiments.contest import reached
 from experiments.page import Page, count, median, spread
-from experiments.pages import contests, resnet20_claims
+from experiments.pages import contests, resnet20_claims, sources
 from experiments.pages.contests import FORMS, MEASURES, NEEDED, Contest, last, to_target
 from experiments.training import History
 
@@ -27,8 +27,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     side = f"means of {settings.shrink} x {settings.shrink} pixels" * (settings.shrink > 1)
     return Page(
         f"{title} with and without batch normalisation on {results['dataset']['name']}",
-        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
-        "Consequentialism Weight Updates over Mini-Batches*, section 5.4, Figs. 6, 7",
+        f"{sources.CONSEQUENTIALISM}, section 5.4, Figs. 6, 7",
         f"{title} of width {settings.width} learns {side or 'the images'}, without augmentation. "
         "The C- forms have no batch normalisation (BN); the others are there with it and without. "
         f"Damping is {settings.damping:g}, momentum {settings.momentum:g} for SGD and Nesterov in "
@@ -91,7 +90,7 @@ def behind(contest: Contest) -> list[str]:
         for metric, words in WORDS.items():
             values = {name: last(contest, name, metric) for name in entrants}
             sign = 1 if metric == "train_loss" else -1
-            add(ours, values, f"{words} in the end is", FORMS.get(metric, ".2%"), sign)
+            add(ours, values, f"{words} in the end is", FORMS[metric], sign)
         for key, (words, form) in NEEDED.items():
             values = {name: to_target(contest, name, key) for name in entrants}
             add(ours, values, f"way to the target, in {words}, is", form, 1)
@@ -137,7 +136,7 @@ def whole(contest: Contest) -> list[dict[str, str]]:
             "optimizer": name,
             "rate": f"{everyone['entrants'][name]['rate']:g}",
             **{
-                words: spread(last(everyone, name, metric), FORMS.get(metric, ".2%"))
+                words: spread(last(everyone, name, metric), FORMS[metric])
                 for metric, words in WORDS.items()
             },
             "seconds, compilation counted": spread(last(everyone, name, TIME), ",.1f"),

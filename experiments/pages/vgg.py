@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import drawing
 from experiments.page import Claim, Page, judge, median, spread
-from experiments.pages import contests
+from experiments.pages import contests, sources
 from experiments.pages.contests import Contest, curves, last
 from experiments.vgg import DROP, FIGURE3, OURS, PHASES, SGD
 
@@ -42,9 +42,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         claims = [claim._replace(holds="open") for claim in claims]
     return Page(
         f"VGG networks on {data}",
-        "H. Zhang, W. Chen and T.-Y. Liu, *Train Feedforward Neural Network with Layer-wise "
-        "Adaptive Rate via Approximating Back-matching Propagation*, section 4, Fig. 3, Tables 1 "
-        "and 2",
+        f"{sources.BACK_MATCHING}, section 4, Fig. 3, Tables 1 and 2",
         f"Networks of {settings.width} to {features} channels (the source's: 64 to 512), trained "
         f"for {settings.epochs:g} epochs (300) of {images['train']:,} images (50,000)"
         + (f", of {settings.shrink} x {settings.shrink} pixels averaged" * (settings.shrink > 1))
@@ -54,7 +52,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         + " A tuning run is the beginning of a run, with its falling rates. "
         f'"{figure3}" has the same rate, {FIGURE3["rate"]:g}, and weight decay, '
         f"{FIGURE3['decay']:g}, for SGD and back-matching.",
-        [line for title, contest in held.items() for line in contests.behind(title, contest)],
+        contests.behind(held),
         claims,
         [
             f"The source's claims are about 300 epochs, and open in runs of less than {LONG}.",
@@ -80,7 +78,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             **contests.all_tables(held),
         },
         {
-            "losses.png": "Medians over the seeds, and their ranges. The grey line is the target.",
+            "losses.png": contests.CAPTION,
             "figure3.png": f"{figure3}: medians over the seeds, and their ranges. The rate falls "
             "at the grey lines.",
         },

@@ -7,7 +7,7 @@ import pytest
 from judged_experiment import check_figure, check_page, run
 
 from experiments.__main__ import main
-from experiments.objectives import network, rosenbrock, valley
+from experiments.conjugate_gradient import network, rosenbrock, valley
 
 BETAS = ("fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan")
 
