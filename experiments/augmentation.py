@@ -8,16 +8,16 @@ from experiments.training import Augment
 
 
 def augmenter(seed: int, *, flip: bool = True, degrees: float = 0.0) -> Augment:
-    """Each step's own changes of its images, which depend on the seed and the step alone.
+    """Random changes of the images of a step, which depend on the seed and the step alone.
 
     Args:
-      seed: Of the random numbers.
+      seed: The seed of the random numbers.
       flip: Mirror an image, left to right, with probability 1/2.
-      degrees: Rotate it about its centre by an angle uniform in `[-degrees, degrees]`, with
-        bilinear interpolation; what comes from outside repeats the border.
+      degrees: Rotate an image about its centre, by an angle uniform in `[-degrees, degrees]`, with
+        bilinear interpolation. Pixels from outside the image repeat its border.
 
     Returns:
-      The function of a step's number and its images `(n, height, width, channels)`.
+      A function of a step's number and its images `(n, height, width, channels)`.
     """
 
     def augment(number: jax.Array, images: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ def augmenter(seed: int, *, flip: bool = True, degrees: float = 0.0) -> Augment:
 
 
 def rotated(image: jax.Array, angle: jax.Array) -> jax.Array:
-    """An image `(height, width, channels)` turned about its centre, from rows to columns."""
+    """An image `(height, width, channels)`, turned about its centre from rows to columns."""
     height, width, _ = image.shape
     y = jnp.arange(height)[:, None] - (height - 1) / 2
     x = jnp.arange(width)[None, :] - (width - 1) / 2

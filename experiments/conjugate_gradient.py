@@ -57,7 +57,7 @@ def network(key: jax.Array) -> tuple[Objective, Any]:
 
 
 Problem = Literal["quadratic valley", "Rosenbrock", "network", "network, further"]
-PROBLEMS: dict[str, tuple[Any, float]] = {  # and what part of the first value is to be reached
+PROBLEMS: dict[str, tuple[Any, float]] = {  # with the part of the first value to reach
     "quadratic valley": (valley, 1e-8),
     "Rosenbrock": (rosenbrock, 1e-8),
     "network": (network, 1e-2),
@@ -81,20 +81,21 @@ PRESETS = options.presets(
 class ConjugateGradient:
     """Minimise a valley, Rosenbrock's function and a network's loss by conjugate gradients.
 
-    The four beta and steepest descent have a line search, the source's own rule and Adam a rate.
-    Tolerance or rate is the best of six on some starts, the results are from others. In float64.
+    The four beta and steepest descent use a line search, with a tolerance. The source's own rule
+    and Adam use a rate. The best of six tolerances or rates is found from some starts; the results
+    are from other starts. All is in float64.
     """
 
     preset: options.Preset = "cpu"
-    """smoke for tests, cpu, or paper, which is no other: the source has no settings."""
+    """smoke for tests, or cpu. The source has no settings: paper is the same as cpu."""
     starts: int | None = None
-    """How many starts to tune on, and how many others to measure; by the preset if not given."""
+    """How many starts to tune on, and how many others to measure. By default the preset's."""
     searches: int | None = None
-    """Line searches of a run; by the preset if not given."""
+    """Line searches of a run. By default the preset's."""
     budget: int | None = None
-    """Evaluations, and steps at a fixed rate, to reach the target in; by the preset, too."""
+    """The target must be reached within so many evaluations. By default the preset's."""
     problems: tuple[Problem, ...] | None = None
-    """What to minimise; by the preset if not given."""
+    """What to minimise. By default the preset's."""
     output: Path = Path("results/conjugate_gradient")
     """Folder for README.md, progress.png and results.json."""
 
@@ -124,7 +125,7 @@ class ConjugateGradient:
 def minimise(
     settings: ConjugateGradient, problem: Any, method: str, setting: jax.Array, key: jax.Array
 ) -> tuple[Any, Any]:
-    """The values at each step, from the first, and the evaluations until then."""
+    """The value before each step, and the number of evaluations until then."""
     f, x = problem(key)
     if searching := method not in RATES:
         ours = cqjax.scale_by_conjugate_gradient(method) if method in BETAS else optax.identity()
@@ -136,7 +137,7 @@ def minimise(
         rule = cqjax.scale_by_conjugate_gradient("dai_yuan", on_ascent="reverse")
         optimizer = optax.chain(rule, optax.scale_by_learning_rate(setting))
     optimizer: Any = optax.with_extra_args_support(optimizer)
-    known = optax.value_and_grad_from_state(f)  # by the search that led there
+    known = optax.value_and_grad_from_state(f)  # the last line search has computed them
 
     def step(carry: Any, _: None) -> tuple[Any, Any]:
         x, state, evaluations = carry
@@ -151,7 +152,7 @@ def minimise(
 
 
 def _tuned(settings: ConjugateGradient, problem: Any, target: float, method: str) -> dict[str, Any]:
-    """The best of six settings on some starts, measured on others."""
+    """Find the best of six settings from some starts, and measure it from others."""
     assert settings.starts
     tuning, others = jax.random.split(jax.random.key(1), (2, settings.starts))
     choices = RATES.get(method, TOLERANCES)

@@ -1,4 +1,4 @@
-"""Optimizers are tuned alike and then compared: the protocol of the experiments that train."""
+"""The rules of a contest: optimizers are tuned with equal effort and then compared."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +17,14 @@ from experiments.training import Augment, History, Step, shuffled_batches
 
 
 class Parts(NamedTuple):
-    """A data set's images: to train on, to pick rates by, to test."""
+    """The images of a data set: to train on, to choose rates by, and to test."""
 
     train: Split
     validation: Split
     test: Split
 
     def evaluated(self, number: int | None) -> "Parts":
-        """The same, with the first so many images to pick rates by and to test."""
+        """The same, with only so many images to choose rates by and to test."""
         few = (Split(*(array[:number] for array in part)) for part in self[1:])
         return Parts(self.train, *few)
 
@@ -34,13 +34,13 @@ class Task(NamedTuple):
 
     parts: Parts
     model: Any
-    """The Flax network, called without further arguments where it is evaluated."""
+    """The Flax network. Evaluation calls it with the images alone."""
     start: Callable[[int], tuple[Any, Any]]
     """Takes a seed to the first parameters and network state."""
     augment: Augment | None = None
     """What is done to each batch's images."""
     watched: Mapping[str, Metric] = {}
-    """What else is evaluated now and then."""
+    """Further metrics that are evaluated during a run."""
 
 
 class Entrant(NamedTuple):
@@ -51,14 +51,14 @@ class Entrant(NamedTuple):
     """Takes a rate to the optimizer and its step."""
     rates: Sequence[float]
     role: Literal["ours", "baseline", "other", "variant", "timed"] = "baseline"
-    """The best of the baselines sets the target. Of the variants, all are tuned, and only the best
-    then runs. Who is "timed" takes no part: only a step is timed."""
+    """The best baseline sets the target. All variants are tuned, but only the best of them then
+    runs. An entrant that is "timed" takes no part: only its step is timed."""
     task: Task | None = None
-    """What it learns, if that is another network, or has other inputs, than the contest's task. It
-    has as many images."""
+    """What this entrant learns, if its network or its inputs are not those of the contest's task.
+    It has the same number of images."""
 
-    def remembering(self) -> "Entrant":
-        """The same with one step for each rate, so that it is compiled once."""
+    def with_cached_steps(self) -> "Entrant":
+        """The same, but it returns the same step each time for a rate: it is compiled once."""
         return self._replace(at=cache(self.at))
 
 
@@ -66,13 +66,13 @@ class Effort(NamedTuple):
     """How much is done for each entrant."""
 
     steps: int
-    """Of each run."""
+    """Steps of a run."""
     tuning_steps: int
-    """Of a tuning run."""
+    """Steps of a tuning run."""
     seeds: int
-    """Runs at the rate that won."""
+    """Number of runs at the best rate."""
     seed: int
-    """Of the tuning runs; the others have the seeds after it."""
+    """Seed of the tuning runs. The other runs have the seeds after it."""
     batch_size: int
     measured: int
     """The training loss is that of the first so many training images."""
@@ -82,11 +82,10 @@ class Effort(NamedTuple):
 
         Args:
           entrants: Who takes part.
-          seconds: Of a step of each entrant. A variant was not timed: its steps count as the
-            slowest one's.
+          seconds: Seconds of a step, by entrant. Variants were not timed, and count as the slowest.
 
         Returns:
-          The seconds of the tuning runs, then of the others. One of the variants has whole runs.
+          Seconds of the tuning runs, then of the runs at the best rate, last the best variant's.
         """
         slowest = max(seconds.values())
         tuning = [seconds.get(e.name, slowest) for e in entrants for _ in e.rates]
@@ -104,29 +103,25 @@ def held_out(dataset: Dataset, fraction: float = 0.1) -> Parts:
 
 
 def hold(
-    runs: Runs,
-    title: str,
-    task: Task,
-    entrants: Sequence[Entrant],
-    effort: Effort,
+    runs: Runs, title: str, task: Task, entrants: Sequence[Entrant], effort: Effort
 ) -> dict[str, Any]:
     """Tune all entrants with equal effort, then let them run from the same starts.
 
-    A tuning run takes `effort.tuning_steps` at one rate; the rate whose run ends with the lowest
-    validation loss wins, and a loss that is not a number loses. At each of the seeds all entrants
-    but the variants then start from the same weights and see the same batches. The best baseline's
-    training loss in the end, in the median, is the target.
+    A tuning run takes `effort.tuning_steps` steps at one rate. The rate whose run ends with the
+    lowest validation loss wins. A loss that is not a number loses. Then, at each seed, all entrants
+    start from the same weights and see the same batches. The target is the lowest final training
+    loss of the baselines, in the median over the seeds.
 
     Args:
-      runs: Takes the training runs, and shows how far all of them are.
-      title: Stands before the runs' names, to tell them from another contest's.
+      runs: Makes the training runs, and shows their progress.
+      title: Stands before the names of the runs, to tell them from those of another contest.
       task: What is learnt.
       entrants: Who takes part, each with as many rates as the others.
       effort: How much is done for each.
 
     Returns:
-      Every number, by entrant, and the target; of the variants the tuning runs, and the best
-      one's runs.
+      The target, and every number by entrant. Variants have their tuning runs, and the best of
+      them has its runs, too.
 
     Raises:
       ValueError: If some entrant has more rates than another.
@@ -192,18 +187,18 @@ def hold(
 
 
 def winner(tried: Sequence[tuple[float, History]]) -> float:
-    """The rate whose run ended with the lowest validation loss; the first, if all diverged."""
+    """The rate whose run ended with the lowest validation loss. If all diverged, the first."""
     return min(tried, key=_loss)[0]
 
 
 def _loss(tried: tuple[float, History]) -> float:
-    """The validation loss that a tuning run ended with, infinite if it is not a number."""
+    """The validation loss at the end of a tuning run. It is infinite if it is not a number."""
     value = tried[1].last("validation_loss")
     return math.inf if math.isnan(value) else value
 
 
 def reached(history: History, target: Mapping[str, Any]) -> dict[str, float] | None:
-    """The first evaluation whose training loss is at most the target's, if there is one."""
+    """The first evaluation with a training loss not above the target's, if there is one."""
     first = history.metrics["train_loss"].first_at_most(target["train_loss"])
     if first is None:
         return None
@@ -218,7 +213,7 @@ def reached(history: History, target: Mapping[str, Any]) -> dict[str, float] | N
 
 
 def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
-    """The best of some entrants, by the training loss in the end, and this loss."""
+    """The entrant with the lowest final training loss in the median, and this loss."""
     losses = {
         name: median([history.last("train_loss") for history in histories])
         for name, histories in ran.items()
@@ -228,7 +223,7 @@ def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
 
 
 def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
-    """What came of the tuning runs."""
+    """The tuning runs, and the rate that won."""
     return {
         "tuning": [
             {
@@ -244,7 +239,7 @@ def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
 
 
 class _Evaluated(NamedTuple):
-    """A task's training images and labels, and what is evaluated."""
+    """The training images and labels of a task, and its metrics."""
 
     examples: tuple[jax.Array, jax.Array]
     validating: dict[str, Metric]

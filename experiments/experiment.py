@@ -1,4 +1,4 @@
-"""What the experiments that train networks share: options, a session, and the contests' `run`."""
+"""What the experiments that train networks share: options, sessions, and how a contest runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,7 @@ from experiments.runs import Runs
 PERIPHERAL = {"data_dir", "download", "output", "resume", "checkpoint_seconds", "tensorboard"}
 """Options that no number depends on."""
 ENVIRONMENT = {"versions", "device", "cpu", "cpu_count"}
-"""What of the environment must stay the same within one result."""
+"""The parts of the environment that must stay the same when an experiment is resumed."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Experiment:
     output: Path = Path("results")
     """Folder for the results."""
     resume: bool = False
-    """Go on where an earlier call with the same settings and --output was stopped; training runs
+    """Go on where an earlier call with the same settings and --output was stopped. Training runs
     that it finished are not run again."""
     checkpoint_seconds: float = 30.0
-    """Save the training run's state every so many seconds: at the end of the next of the 75 chunks
-    of its steps."""
+    """Save the state of the training run every so many seconds. It is saved at the end of one of
+    the 75 parts of the run."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too, into the folder tensorboard; needs tensorboardX."""
+    """Write the metrics for TensorBoard, too, into the folder tensorboard. Needs tensorboardX."""
 
     def __post_init__(self):
         """Refuse values that cannot be meant.
@@ -48,13 +48,13 @@ class Experiment:
             check_tensorboard()
 
     def session(self, dataset: Dataset) -> Session:
-        """Begin it, or go on with an earlier one.
+        """Begin a session, or go on with an earlier one.
 
         Raises:
-          ResumeError: If the earlier one had other settings, other data or another environment.
+          ResumeError: If the earlier session had other settings, other data or another environment.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        # The data themselves are compared, by their checksum, not their name.
+        # The data are compared by their checksum, not by their name.
         settings = {k: v for k, v in asdict(self).items() if k not in PERIPHERAL | {"dataset"}}
         environment = {k: v for k, v in report.environment().items() if k in ENVIRONMENT}
         return Session(
@@ -68,31 +68,32 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Contest(Experiment):
-    """What the experiments share that tune optimizers alike and then compare them.
+    """An experiment that tunes optimizers with equal effort and then compares them.
 
-    Each of them declares its name, its presets, and the `contests` that it holds.
+    Each such experiment declares its name, its presets, and the `contests` that it holds.
     """
 
     name: ClassVar[str]
-    """On the command line; `experiments.pages` has a module of this name."""
+    """Its name on the command line. `experiments.pages` has a module of this name."""
     presets: ClassVar[options.Presets]
     preset: options.Preset = "cpu"
-    """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. It sets
-    what is not given below."""
+    """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. The preset
+    sets the options below that are not given."""
     dataset: data.AnyName | None = None
-    """The data; digits for smoke, CIFAR-10 for the others."""
+    """The data set: digits for smoke, CIFAR-10 for the other presets."""
     epochs: float | None = None
-    """Of each run."""
+    """Epochs of each run."""
     tuning_epochs: float | None = None
-    """Of each tuning run."""
+    """Epochs of each tuning run."""
     tries: int | None = None
-    """Tuning runs of each optimizer, at the first so many of its learning rates."""
+    """Number of tuning runs of each optimizer. They take the first of its learning rates."""
     seeds: int | None = None
-    """Runs of each optimizer at its best rate; they have the seeds after --seed, tuning's."""
+    """Number of runs of each optimizer at its best rate. Tuning runs have the seed --seed, these
+    runs the seeds after it."""
     batch_size: int = 32
     """Images of a batch."""
     measured: int | None = None
-    """The training loss is that of the first so many training images."""
+    """The training loss is measured on the first so many training images."""
     data_dir: Path | None = None
     """Folder of the data set's official files."""
     download: bool = False
@@ -120,7 +121,7 @@ class Contest(Experiment):
         options.require_rates(self, tries, *given)
 
     def filled(self) -> Self:
-        """The settings, with what was not given as the preset has it."""
+        """The settings. Options that were not given have the preset's values."""
         return options.filled(self, self.presets)
 
     def rates(self, optimizer: str) -> tuple[float, ...]:
@@ -128,11 +129,11 @@ class Contest(Experiment):
         return getattr(self, f"{optimizer}_rates")[: self.tries]
 
     def prepared(self, dataset: Dataset) -> Dataset:
-        """The data set as it is used."""
+        """The data set as the experiment uses it."""
         return dataset
 
     def contests(self, dataset: Dataset) -> Mapping[str, tuple[Task, Sequence[Entrant]]]:
-        """By title, what is learnt and who takes part.
+        """The contests by title: what is learnt, and who takes part.
 
         Args:
           dataset: The data set, `prepared`.
@@ -157,22 +158,22 @@ class Contest(Experiment):
         publish(self.name, self, settings, results, console)
 
     def hold(self, console: Console, dataset: Dataset) -> dict[str, Any]:
-        """Time a step of everyone, and hold all contests.
+        """Time a step of each entrant, and hold all contests.
 
         Args:
           console: Where to draw the progress.
           dataset: The data set, `prepared`.
 
         Returns:
-          The data set's name, and for each contest what `pipeline.measure` and `contest.hold`
-          return.
+          The summary of the data set. For each contest, what `pipeline.measure` and
+          `contest.hold` return.
 
         Raises:
-          DataError: If a batch is more than all training images.
+          DataError: If a batch has more images than there are.
         """
         assert self.epochs and self.tuning_epochs and self.seeds and self.measured
         contests = {
-            title: (task, [entrant.remembering() for entrant in entrants])
+            title: (task, [entrant.with_cached_steps() for entrant in entrants])
             for title, (task, entrants) in self.contests(dataset).items()
         }
         train = next(iter(contests.values()))[0].parts.train

@@ -18,7 +18,7 @@ SIZES = (2, 3, 5, 3, 1)
 WEIGHTS = 2 * 3 + 3 * 5 + 5 * 3 + 3 * 1
 TRAINING, VALIDATION, TEST = 200, 200, 1000
 BATCH = 20
-DECAY = 0.1  # part of itself that a small weight loses in a step, before it is removed
+DECAY = 0.1  # the part of itself that a small weight loses in each step before it is removed
 INITIALISATIONS = ("zeros", "ones", "random", "Xavier")
 GAUSSIANS = ("apart", "around")
 RATES = {
@@ -35,8 +35,8 @@ Examples = tuple[jax.Array, jax.Array]
 def gaussians(key: jax.Array, kind: str) -> Examples:
     """Points `(n, 2)` of two Gaussians, half of each, and classes -1 and 1, `(n,)`.
 
-    "apart", a straight line divides them nearly as well as any curve; "around", one is around the
-    other, and no line does.
+    If they are "apart", a straight line divides them nearly as well as any curve. If they are
+    "around", one lies around the other, and no line divides them.
     """
     n = TRAINING + VALIDATION + TEST
     t = jnp.where(jnp.arange(n) % 2 == 0, 1.0, -1.0)
@@ -81,7 +81,7 @@ LOSSES = {"squared": squared, "hinge": hinge}
 
 
 def accuracy(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
-    """The part of the points that are on their side of zero."""
+    """The part of the points whose outputs have the right sign."""
     return jnp.mean(outputs(params, x) * t > 0)
 
 
@@ -107,7 +107,7 @@ def orders(seeds: int, points: int, steps: int) -> np.ndarray:
 
 
 def split(examples: Examples) -> tuple[Examples, Examples, Examples]:
-    """The points to train with, to choose rates by, and to test."""
+    """The points to train on, to choose rates by, and to test."""
     ends = (0, TRAINING, TRAINING + VALIDATION, None)
     first, second, third = (
         tuple(array[a:b] for array in examples) for a, b in zip(ends, ends[1:], strict=False)
@@ -124,7 +124,7 @@ def train(
     every: int,
     decay: Any = 0.0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Train over the batches of an order `(steps, batch)`, and say how it goes every few steps."""
+    """Train on the batches of an order `(steps, batch)`, and measure every few steps."""
     training, validation, test = split(examples)
 
     def regularised(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -147,26 +147,26 @@ def train(
 
 
 def unequal(params: Params) -> jax.Array:
-    """How far the neurons of a hidden layer differ at most, in their incoming weights."""
+    """The greatest difference between the incoming weights of two neurons of a hidden layer."""
     return jnp.max(jnp.stack([jnp.max(jnp.ptp(w, axis=1)) for w, _ in params[:-1]]))
 
 
 def smallest(params: Params, count: jax.Array) -> Any:
-    """True for so many smallest weights; biases are none of them."""
+    """True for the `count` smallest weights. Biases do not count."""
     weights, rebuild = ravel_pytree([w for w, _ in params])
     small = rebuild((jnp.argsort(jnp.argsort(jnp.abs(weights))) < count).astype(weights.dtype))
     return [(w > 0, jnp.zeros(b.shape, bool)) for w, (_, b) in zip(small, params, strict=True)]
 
 
 def without(params: Params, small: Any) -> Params:
-    """The parameters, zero where they are small."""
+    """The parameters, with zeros in place of the small ones."""
     return jax.tree.map(lambda s, p: jnp.where(s, 0, p), small, params)
 
 
 def shrinking(
     rule: optax.GradientTransformation, small: Any, by: float
 ) -> optax.GradientTransformation:
-    """The rule, but small weights lose a part of themselves each step."""
+    """The rule, but in each step small weights lose a part of themselves instead."""
 
     def shrink(updates: Any, params: Any) -> Any:
         return jax.tree.map(lambda s, u, p: jnp.where(s, -by * p, u), small, updates, params)
@@ -181,14 +181,17 @@ def at_once(
     order: jax.Array,
     counts: jax.Array,
 ) -> jax.Array:
-    """Test accuracies `(counts, steps + 1)` when so many weights are removed and the rest trained.
+    """Remove the smallest weights at once, and train the rest.
 
     Args:
-      rule: What to train with.
-      params: Where to start, for each count.
+      rule: The optimizer.
+      params: The parameters to start from, for each count.
       examples: All points.
       order: Indices of each step's training points, `(steps, batch)`.
       counts: How many weights to remove.
+
+    Returns:
+      The test accuracies `(counts, steps + 1)`.
     """
 
     def pruned(count: jax.Array) -> jax.Array:
@@ -205,11 +208,11 @@ def by_and_by(
     order: jax.Array,
     counts: jax.Array,
 ) -> jax.Array:
-    """Test accuracies `(counts,)` when more and more weights decay, and the rest is retrained.
+    """Remove more and more weights, and retrain the rest. Returns test accuracies `(counts,)`.
 
-    For each count, from the network of the count before: as many steps in which the smallest
-    weights decay while the others are trained, then as many without them. Arguments are as for
-    `at_once`.
+    Each count starts from the network of the count before. First the smallest weights decay while
+    the others are trained. Then they are removed, and the others are trained for as many steps.
+    The arguments are those of `at_once`.
     """
 
     def further(params: Params, count: jax.Array) -> tuple[Params, jax.Array]:
@@ -225,7 +228,7 @@ def by_and_by(
 def _retrained(
     rule: optax.GradientTransformation, params: Params, examples: Examples, order: jax.Array
 ) -> tuple[Params, jax.Array]:
-    """The parameters after the steps, and the test accuracy from before the first."""
+    """The parameters after the steps, and the test accuracies, first before any step."""
     training, _, test = split(examples)
     batches = tuple(array[order] for array in training)
     params, accuracies = descend(

@@ -27,12 +27,12 @@ SIDE = 16  # smaller images have nothing left after the second pooling
 class LeNet(Contest):
     """Train LeNet by SGD and by SGD with back-matching rates, with and without weight decay.
 
-    Both have momentum 0.9. Each is tuned at the paper's five candidate rates, by validation loss;
-    then both start from the same weights and see the same batches, at each of several seeds,
-    without augmentation. Each channel of the images has the training set's mean and standard
-    deviation taken out. The losses are without the weight decay's term, and measured with batch
-    normalisation's running averages. Results are README.md, losses.png and results.json; while it
-    runs, the metrics go to metrics.jsonl. `--tries 1` is the paper's choice of rates alone.
+    Both have momentum 0.9. Each is tuned at the paper's five candidate rates, by validation loss.
+    Then, at each of several seeds, both start from the same weights and see the same batches. There
+    is no augmentation, and the images are standardised. The losses do not include the weight
+    decay's term, and are measured with batch normalisation's running averages. With `--tries 1`
+    only the paper's rates are used. The results are README.md, losses.png and results.json. During
+    the run, the metrics go to metrics.jsonl.
     """
 
     name = "lenet"
@@ -47,9 +47,9 @@ class LeNet(Contest):
     batch_size: int = 128
     """Images of a batch."""
     channels: tuple[int, int] = (6, 16)
-    """Output channels of the two convolutions; the paper does not tell them."""
+    """Output channels of the two convolutions. The paper does not give them."""
     hidden: tuple[int, int] = (120, 84)
-    """Neurons of the two hidden fully-connected layers; the paper does not tell them."""
+    """Neurons of the two hidden fully-connected layers. The paper does not give them."""
     sgd_rates: tuple[float, ...] = (0.1, 0.05, 0.2, 0.02, 0.5)
     """Learning rates to try for SGD; the paper chose the first."""
     back_matching_rates: tuple[float, ...] = (0.02, 0.01, 0.05, 0.005, 0.1)
@@ -72,13 +72,13 @@ class LeNet(Contest):
         return dataset.pictures(SIDE).standardised()
 
     def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
-        """By weight decay, what is learnt and who takes part.
+        """A contest for each weight decay: what is learnt, and who takes part.
 
         Args:
           dataset: The data set, `prepared`.
 
         Returns:
-          The same task twice, and SGD and back-matching without weight decay and with it.
+          The same task in both. SGD and back-matching take part, without weight decay and with it.
         """
         model = models.LeNet(self.channels, self.hidden, dataset.classes)
         task = Task(

@@ -30,11 +30,11 @@ MOMENTUM = 0.95  # Nesterov's, in section 5.4
 class Mlp(Contest):
     """Train the paper's network of eight hidden layers, and judge what the paper says of it.
 
-    Each optimizer is tuned at equally many rates, by validation loss; then all start from the same
-    weights and see the same batches, at each of several seeds. The last tenth of the training
-    images are for validation. Results are README.md, losses.png and results.json; while it runs,
-    the metrics go to metrics.jsonl. Muon's step takes far too long on a CPU: the preset cpu only
-    times it.
+    Each optimizer is tuned at the same number of rates, by validation loss. Then, at each of
+    several seeds, all start from the same weights and see the same batches. The last tenth of the
+    training images is for validation. Muon's step takes far too long on a CPU: the preset cpu only
+    times it. The results are README.md, losses.png and results.json. During the run, the metrics
+    go to metrics.jsonl.
     """
 
     name = "mlp"
@@ -51,12 +51,12 @@ class Mlp(Contest):
         optimizers=(WITHOUT_MUON, WITHOUT_MUON, EVERYONE),
     )
     inputs: tuple[Literal["raw", "normalised"], ...] | None = None
-    """raw is in [0, 1], with damping 1e-3; normalised has each feature's mean and standard
-    deviation taken out, with damping 1e-2."""
+    """raw: pixels in [0, 1], with damping 1e-3. normalised: each feature has mean 0 and standard
+    deviation 1, with damping 1e-2."""
     optimizers: tuple[Literal["sgd", "nesterov", "adam", "muon", "csgd"], ...] | None = None
     """Who takes part: SGD, C-SGD and others."""
     width: int | None = None
-    """Neurons of a hidden layer; by the preset, or 800, and 1600 for CIFAR-100."""
+    """Neurons of a hidden layer. By default the preset's, or 800, and 1600 for CIFAR-100."""
     depth: int | None = None
     """Number of hidden layers."""
     sgd_rates: tuple[float, ...] = (0.005, 0.01, 0.002, 0.02, 0.001)
@@ -85,14 +85,14 @@ class Mlp(Contest):
         self.require_rates(*(EVERYONE if self.optimizers is None else self.optimizers))
 
     def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
-        """By kind of inputs, what is learnt and who takes part.
+        """A contest for each kind of inputs: what is learnt, and who takes part.
 
         Args:
           dataset: The data set.
 
         Returns:
-          A task with each kind of inputs, and the optimizers. Where Muon takes no part, its step
-          is timed.
+          The same network with each kind of inputs, and the optimizers. If Muon takes no part, its
+          step is timed.
         """
         assert self.inputs and self.depth
         width = self.width or (1600 if self.dataset == "cifar100" else 800)

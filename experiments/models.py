@@ -39,8 +39,8 @@ class MLP(nn.Module):
 class LeNet(nn.Module):
     """LeNet with batch normalisation: Zhang, Chen and Liu, section 3.3.
 
-    The paper does not print the layers' sizes. The defaults are those of LeNet-5; on 32 x 32 images
-    they have the output positions that the paper gives, 25 and 196 after pooling.
+    The paper does not print the layers' sizes. The defaults are those of LeNet-5. On 32 x 32 images
+    they give the output positions that the paper prints, 25 and 196 after pooling.
     """
 
     channels: tuple[int, int] = (6, 16)
@@ -66,16 +66,16 @@ class LeNet(nn.Module):
 class VGG(nn.Module):
     """VGG with one fully-connected layer and batch normalisation: Zhang, Chen and Liu, section 4.
 
-    Five stages of 3 x 3 convolutions, each ended by 2 x 2 pooling, take 32 x 32 images to one
-    position of 512 channels. Smaller images are at one position earlier, which is not pooled.
+    Five stages of 3 x 3 convolutions take 32 x 32 images to one position of 512 channels. A stage
+    ends with 2 x 2 pooling. Smaller images arrive at one position earlier, and are pooled no more.
     """
 
     depth: Literal[11, 13, 16, 19]
-    """The network's name; it counts the two fully-connected layers that are left out here."""
+    """The number in the network's name. It counts two dense layers that are left out here."""
     classes: int = 10
     """Number of outputs."""
     width: int = 64
-    """Channels of the first stage; the last two have eight times as many."""
+    """Channels of the first stage. The last two stages have eight times as many."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -141,7 +141,7 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Take sequences `(n, length, width)` to such."""
+        """Take sequences `(n, length, width)` to sequences of the same shape."""
         width = x.shape[-1]
         x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
         return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))

@@ -6,14 +6,14 @@ from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 Preset = Literal["smoke", "cpu", "paper"]
-"""Seconds, for tests; minutes on two CPU cores; the source's own settings."""
+"""smoke is for tests, cpu for two CPU cores, and paper has the settings of the source."""
 
 Settings = TypeVar("Settings")
 Presets = Mapping[Preset, Mapping[str, Any]]
 
 
 def presets(**values: tuple[Any, Any, Any]) -> Presets:
-    """The presets, of each option's three values: for smoke, for cpu and for paper."""
+    """The presets, from the three values of each option: for smoke, for cpu and for paper."""
     return {
         preset: {option: three[number] for option, three in values.items()}
         for number, preset in enumerate(get_args(Preset))
@@ -28,9 +28,9 @@ def filled(settings: Settings, presets: Presets) -> Settings:
 
 
 def command(name: str, settings: Any) -> str:
-    """The command line that gives an experiment these settings: all that are not the default.
+    """The command line that gives an experiment these settings, without the defaults.
 
-    It begins anew, also if these settings resumed an earlier session.
+    It has no --resume, even if these settings have it.
     """
     words = ["python -m experiments", name]
     for field in fields(settings):

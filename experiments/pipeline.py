@@ -1,4 +1,4 @@
-"""What a training step costs, and how much of that is the way of the data to it."""
+"""What a training step costs, and how much of that is fetching its batch."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -25,19 +25,19 @@ def measure(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Time steps of each entrant that fetch their batches, and the first's on one given batch.
+    """Time steps that fetch their batches, and steps of the first entrant on one given batch.
 
     Args:
-      console: Where to say it.
-      title: Stands before what is said.
-      task: Has the images that all fetch.
-      entrants: The first should have the cheapest step.
+      console: Where to print.
+      title: Stands before what is printed.
+      task: Its training images are fetched.
+      entrants: Their steps are timed. The first should have the cheapest step.
       batch_size: Images of a batch.
       seed: Of the first weights and of the batches.
 
     Returns:
-      Seconds per step, each the median of interleaved samples, and the part of the first entrant's
-      step that fetching takes. It can be below zero: that is the samples' scatter.
+      Seconds per step, by entrant: medians of interleaved samples. And the part of the first
+      entrant's step that fetching takes. Scatter of the samples can make it negative.
     """
     examples = tuple(map(jnp.asarray, task.parts.train))
     count = len(examples[1])
@@ -50,7 +50,7 @@ def measure(
         return (*examples, batch, np.int32(number))
 
     def steps(entrant: Entrant, batch: Callable[[], tuple[Any, ...]]) -> Callable[[], State]:
-        """A compiled step that is called over and over; each call takes the next."""
+        """A compiled step. Each call takes the next step."""
         optimizer, step = entrant.at(entrant.rates[0])
         augment = task.augment if batch is fetched else None
         start = (entrant.task or task).start(seed)

@@ -17,7 +17,7 @@ from experiments.models import MLP
 from experiments.runs import Runs
 from experiments.training import History, capturing_step, gradient_step, shuffled_batches
 
-DEFAULTS = {  # one epoch; five. The rates are, for each optimizer, the best of those tried
+DEFAULTS = {  # one epoch; five epochs. The rates are the best of those tried for each optimizer
     "Fashion-MNIST": {
         "steps": 1875,
         "sgd_learning_rate": 0.03,
@@ -31,7 +31,7 @@ DEFAULTS = {  # one epoch; five. The rates are, for each optimizer, the best of 
         "csgd_learning_rate": 0.2,
     },
 }
-MEASURED = 20_000  # the training loss is that of the first so many training images
+MEASURED = 20_000  # the training loss is measured on the first so many training images
 LABELS = {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD"}
 # Paul Tol's high-contrast colours: told apart by colour-blind readers and in grey.
 STYLES = (("#004488", "o"), ("#DDAA33", "s"), ("#BB5566", "^"))
@@ -42,11 +42,12 @@ AGAINST = {"step": "steps", "seconds": "training time in seconds, without compil
 class Quickstart(Experiment):
     """Train the paper's fully-connected network by SGD, Adam and C-SGD, and compare them.
 
-    All start from the same weights and see the same batches. The data are Fashion-MNIST where its
-    files are found (in --data-dir; else in the folder that the variable CQJAX_DATA_DIR names,
-    where Debian's dataset-fashion-mnist puts them, in the download cache), otherwise the digits
-    that come with scikit-learn. The results are a table, a figure in losses.png, and every number
-    in results.json; while it runs, the metrics go to metrics.jsonl.
+    All start from the same weights and see the same batches. The data are Fashion-MNIST if its
+    files are found, and otherwise the digits that come with scikit-learn. The files are looked for
+    in --data-dir. Without it, the places are the folder that the variable CQJAX_DATA_DIR names, the
+    folder of Debian's dataset-fashion-mnist, and the download cache. The results are a table, a
+    figure in losses.png, and every number in results.json. During the run, the metrics go to
+    metrics.jsonl.
     """
 
     optimizers: tuple[Literal["sgd", "adam", "csgd"], ...] = ("sgd", "adam", "csgd")
@@ -64,12 +65,12 @@ class Quickstart(Experiment):
     adam_learning_rate: float | None = None
     """Adam's learning rate; 1e-4 on Fashion-MNIST and 2e-4 on digits if not given."""
     csgd_learning_rate: float | None = None
-    """C-SGD's, the fraction of the virtual error that a step removes; 0.05 on Fashion-MNIST
-    and 0.2 on digits if not given."""
+    """C-SGD's learning rate, the part of the virtual error that a step removes; 0.05 on
+    Fashion-MNIST and 0.2 on digits if not given."""
     damping: float = 1e-3
     """C-SGD's damping, lambda in the paper's Eq. 63."""
     dataset: data.DatasetName = "auto"
-    """The data; auto is Fashion-MNIST where its files are found, digits otherwise."""
+    """The data set. auto is Fashion-MNIST if its files are found, and digits otherwise."""
     data_dir: Path | None = None
     """Folder of Fashion-MNIST's four official files, gzipped or not."""
     download: bool = False
@@ -96,7 +97,7 @@ class Quickstart(Experiment):
 
         Raises:
           DataError: If there is no such data set, or its files are bad.
-          ResumeError: If it cannot go on from what there is.
+          ResumeError: If an earlier session cannot be resumed.
         """
         console = Console()
         dataset = data.load(self.dataset, self.data_dir, self.download)
@@ -160,7 +161,7 @@ def _train_all(settings: Quickstart, dataset: data.Dataset, console: Console) ->
 
 
 def _summaries(histories: Mapping[str, History]) -> dict[str, dict[str, Any]]:
-    """The numbers of each optimizer, as they go into the JSON file."""
+    """The numbers of each optimizer for the JSON file."""
     target = histories["sgd"].last("train_loss") if "sgd" in histories else None
     results = {name: history.summary() for name, history in histories.items()}
     if target is not None:
@@ -197,10 +198,10 @@ def _draw(path: Path, title: str, images: int, lines: Mapping[str, History]) -> 
     """Draw the training loss, by steps and by seconds.
 
     Args:
-      path: The picture.
-      title: Stands over it.
-      images: How many the training loss is that of.
-      lines: How the training went, by the label of its line.
+      path: The file.
+      title: The title of the figure.
+      images: How many images the training loss is measured on.
+      lines: The history of each training run, by the label of its line.
     """
     figure, panels = drawing.panels(1, 2, (5.5, 4.8))
     for axes, (against, words) in zip(panels, AGAINST.items(), strict=True):

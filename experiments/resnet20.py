@@ -31,7 +31,7 @@ Variant = Literal[
     "momentum-first",
     "small-branches",
 ]
-VARIANTS: dict[Variant, tuple[str, dict[str, Any]]] = {  # what is said of them, what is changed
+VARIANTS: dict[Variant, tuple[str, dict[str, Any]]] = {  # description, changed settings
     "damping-low": ("damping 0.003", {"damping": 0.003}),
     "damping-high": ("damping 0.3", {"damping": 0.3}),
     "last-layer": ("last layer's rate × 1", {"last_layer": 1.0}),
@@ -47,11 +47,11 @@ LAST = "fc"  # the last layer
 class Resnet20(Contest):
     """Does consequentialism do for ResNet-20 what batch normalisation does?
 
-    SGD with momentum, Nesterov's and Adam train it with batch normalisation and without; their C-
-    forms train it without. Each is tuned at equally many rates, by validation loss; then all start
-    from the same kernels and see the same batches, at each of several seeds. C-SGD is tuned with
-    single settings changed, too. Results are README.md, three figures and results.json; while it
-    runs, the metrics go to metrics.jsonl.
+    SGD with momentum, Nesterov's method and Adam train it with batch normalisation and without.
+    Their C- forms train it without. Each is tuned at the same number of rates, by validation loss.
+    Then, at each of several seeds, all start from the same kernels and see the same batches. C-SGD
+    is also tuned with single settings changed. The results are README.md, three figures and
+    results.json. During the run, the metrics go to metrics.jsonl.
     """
 
     name = "resnet20"
@@ -72,7 +72,7 @@ class Resnet20(Contest):
     batch_size: int = 128
     """Images of a batch."""
     optimizers: tuple[Literal["sgd", "nesterov", "adam"], ...] | None = None
-    """Who takes part, each in its three forms."""
+    """The optimizers that take part, each in its three forms."""
     variants: tuple[Variant, ...] | None = None
     """Settings of C-SGD that are changed, one at a time."""
     depth: int | None = None
@@ -80,13 +80,13 @@ class Resnet20(Contest):
     width: int | None = None
     """Channels of the first stage; the paper's network has 16."""
     shrink: Literal[1, 2, 4] | None = None
-    """Average so many by so many pixels of each image; 1 leaves it alone."""
+    """Average blocks of so many by so many pixels. 1 leaves the images as they are."""
     evaluated: int | None = None
-    """Validate and test on the first so many of the images for that."""
+    """Validate and test on so many images."""
     damping: float = 0.03
     """The C- forms' damping."""
     momentum: float = 0.95
-    """SGD's and Nesterov's, in all forms."""
+    """The momentum of SGD and Nesterov, in all forms."""
     momentum_first: bool = False
     """C-SGD accumulates gradients, not updates."""
     inputs: float = 1.0
@@ -94,9 +94,9 @@ class Resnet20(Contest):
     our_inputs: float = 0.5
     """The pixels' largest magnitude, for the C- forms."""
     last_layer: float = 0.1
-    """The last layer's rate, for the C- forms, in units of the other layers'."""
+    """For the C- forms: the last layer's rate is that of the other layers times this."""
     branches: float = 1.0
-    """What the last kernel of each block is multiplied by at first, for all forms."""
+    """At first, the last kernel of each block is multiplied by this, for all forms."""
     sgd_rates: tuple[float, ...] = (0.0001, 0.001, 0.00001)
     """Learning rates to try for SGD without batch normalisation."""
     sgd_bn_rates: tuple[float, ...] = (0.03, 0.01, 0.1)
@@ -136,15 +136,15 @@ class Resnet20(Contest):
         self.require_rates(*(form for name in names for form in (name, f"{name}_bn", f"c{name}")))
 
     def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
-        """What SGD, Nesterov and Adam learn, and everyone who takes part.
+        """The one contest: what is learnt, and who takes part.
 
         Args:
           dataset: The data set, with pixels in [0, 1].
 
         Returns:
-          The task of the plain optimizers without batch normalisation; and of each optimizer its
-          plain form, its plain form with batch normalisation and its C- form, then C-SGD's
-          variants.
+          The task of the plain optimizers without batch normalisation. The entrants: each optimizer
+          in its plain form, in its plain form with batch normalisation, and in its C- form; then
+          C-SGD's variants.
         """
         assert self.shrink and self.depth and self.optimizers and self.variants is not None
         dataset = dataset.pictures(1).shrunk(self.shrink)
@@ -202,7 +202,7 @@ class Resnet20(Contest):
 
 
 def rule(name: str, rate: float, momentum: float) -> optax.GradientTransformation:
-    """An optimizer of the source, as it is without consequentialism."""
+    """An optimizer of the source, in its plain form."""
     if name == "adam":
         return optax.adam(rate)
     return optax.sgd(rate, momentum, nesterov=name == "nesterov")
@@ -211,7 +211,7 @@ def rule(name: str, rate: float, momentum: float) -> optax.GradientTransformatio
 def consequential(
     name: str, rate: float, settings: Resnet20
 ) -> optax.GradientTransformationExtraArgs:
-    """Its C- form: the last layer has a rate of its own."""
+    """An optimizer of the source, in its C- form. The last layer has its own rate."""
     update = cqjax.scale_by_consequentialism(settings.damping)
     members = [update, rule(name, rate, settings.momentum)]
     if settings.momentum_first:
@@ -224,7 +224,7 @@ def consequential(
 
 
 def _start(model: Any, seed: int, images: np.ndarray, branches: float) -> tuple[Any, Any]:
-    """The first parameters, with the last kernel of each block multiplied, and network state."""
+    """The first network state and parameters, with the last kernel of each block multiplied."""
     params, state = initialise(model, seed, images)
     return {
         layer: {"kernel": branches * kernel["kernel"]} if layer.endswith("conv2") else kernel

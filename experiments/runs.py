@@ -15,7 +15,7 @@ from experiments.checkpoints import Session
 from experiments.classification import Metric
 from experiments.training import Augment, History, State, Step, train
 
-MANY = 12  # bars
+MANY = 12  # runs: if there are more, the bars of finished ones disappear
 
 
 def progress_bars(console: Console) -> Progress:
@@ -32,7 +32,7 @@ def progress_bars(console: Console) -> Progress:
 
 
 def bar(progress: Progress, label: str, steps: int) -> Callable[[History], None]:
-    """A new bar, which shows how far a run is and how it goes."""
+    """Add the bar of a training run. The function that is returned updates it."""
     task = progress.add_task(label, total=steps, done="", status="")
 
     def show(history: History) -> None:
@@ -54,8 +54,7 @@ class Runs(ExitStack):
           console: Where to draw.
           session: Keeps each run's checkpoints and metrics, and knows what was done before. It
             ends with the runs.
-          costs: What each run will cost, in order: its steps, or an estimate of its seconds. If
-            the runs are many, the bars of the finished ones disappear.
+          costs: What each run will cost, in order: its steps, or an estimate of its seconds.
         """
         super().__init__()
         self._console, self._session, self._costs = console, self.enter_context(session), costs
@@ -76,7 +75,7 @@ class Runs(ExitStack):
         *,
         augment: Augment | None = None,
     ) -> History:
-        """Train by one optimizer, or go on with what an earlier session left of it.
+        """Train by one optimizer, or go on where an earlier session stopped.
 
         Args:
           label: The run's name, which no other run has.
@@ -85,8 +84,8 @@ class Runs(ExitStack):
           start: The first parameters and network state.
           examples: All training images and labels.
           batches: Indices of each step's examples, `(steps, batch_size)`.
-          metrics: What is evaluated now and then; off the clock.
-          at_end: What is evaluated in the end.
+          metrics: They are evaluated during the run, and their time does not count.
+          at_end: Metrics that are evaluated after the last step only.
           augment: What is done to each batch's images.
 
         Returns:

@@ -36,12 +36,12 @@ OPTIMIZERS = {SGD: "sgd", "LARS": "lars", "LSALR": "lsalr", OURS: "back_matching
 class Vgg(Contest):
     """Train VGG networks by SGD, LARS, LSALR and back-matching, and judge what the paper says.
 
-    Nesterov's momentum is in all four, and their rates fall to a fifth after each fifth of a run.
-    Each is tuned at equally many rates, by validation loss; then all start from the same weights
-    and see the same batches, flipped and rotated alike, at each of several seeds. One more contest
-    has the settings of the paper's Figure 3: the same rate and weight decay for SGD and
-    back-matching. Results are README.md, two figures and results.json; while it runs, the metrics
-    go to metrics.jsonl. The preset cpu has narrow networks, small images and few of them.
+    All four have Nesterov's momentum, and their rates fall to a fifth after each fifth of a run.
+    Each is tuned at the same number of rates, by validation loss. Then, at each of several seeds,
+    all start from the same weights and see the same batches, with the same flips and rotations. One
+    more contest has the settings of the paper's Figure 3: SGD and back-matching have the same rate
+    and weight decay. The preset cpu has narrow networks, small images and few of them. The results
+    are README.md, two figures and results.json. During the run, the metrics go to metrics.jsonl.
     """
 
     name = "vgg"
@@ -66,32 +66,33 @@ class Vgg(Contest):
     width: int | None = None
     """Channels of the first stage; the paper's networks have 64."""
     shrink: Literal[1, 2, 4] | None = None
-    """Average so many by so many pixels of each image; 1 leaves it alone."""
+    """Average blocks of so many by so many pixels. 1 leaves the images as they are."""
     train_images: int | None = None
-    """Train and validate on the first so many training images; on all, if preset and this say
-    nothing."""
+    """Train and validate on the first so many training images. If neither this nor the preset
+    gives a number, on all."""
     evaluated: int | None = None
-    """Validate and test on the first so many of the images for that."""
+    """Validate and test on so many images."""
     flip: bool = True
     """Mirror half of the images of a batch."""
     degrees: float = 15.0
     """Rotate each image of a batch by up to so many degrees, to either side."""
     momentum: float = 0.9
-    """Everyone's, in Nesterov's form."""
+    """Nesterov's momentum, of all four."""
     weight_decay: float = 5e-4
-    """That of SGD, LARS and LSALR."""
+    """The weight decay of SGD, LARS and LSALR."""
     our_weight_decay: float | None = None
-    """Back-matching's; by the data set, the paper's: 5e-3 for CIFAR-100, 1e-4 for others."""
+    """The weight decay of back-matching. By default the paper's: 5e-3 for CIFAR-100, else 1e-4."""
     trust_coefficient: float = 1e-3
-    """LARS multiplies its rates by it; the paper's formula has none, that is 1."""
+    """LARS multiplies its rates by it. The paper's formula has none: there it is 1."""
     sgd_rates: tuple[float, ...] = (0.1, 0.05, 0.02, 0.2)
     """Learning rates to try for SGD."""
     lars_rates: tuple[float, ...] | None = None
-    """Learning rates to try for LARS; the paper tried 1, 2, 5 and 10."""
+    """Learning rates to try for LARS. The paper tried 1, 2, 5 and 10."""
     lsalr_rates: tuple[float, ...] = (0.1, 0.05, 0.006, 0.2, 1.0)
     """Learning rates to try for LSALR."""
     back_matching_rates: tuple[float, ...] | None = None
-    """Learning rates to try for back-matching, times 64 / --width; by the data set."""
+    """Learning rates to try for back-matching, times 64 / --width. The default depends on the data
+    set."""
     output: Path = Path("results/vgg")
     """Folder for the results."""
 
@@ -112,7 +113,7 @@ class Vgg(Contest):
         self.require_rates(*OPTIMIZERS.values())
 
     def filled(self) -> Self:
-        """The settings, with what was not given as the preset and the data set have it."""
+        """The settings. Options that were not given have the values of preset and data set."""
         settings = super().filled()
         of_data = OF_DATA.get(settings.dataset or "", OF_DATA["cifar10"])
         return options.filled(settings, {self.preset: of_data})
@@ -127,13 +128,13 @@ class Vgg(Contest):
         return tuple(wider * rate for rate in super().rates(optimizer))
 
     def prepared(self, dataset: Dataset) -> Dataset:
-        """The first training images, with channels, with fewer pixels if so, standardised."""
+        """The first training images, with channels, shrunk and standardised."""
         assert self.shrink
         first = Split(*(array[: self.train_images] for array in dataset.train))
         return replace(dataset, train=first).pictures(1).shrunk(self.shrink).standardised()
 
     def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
-        """By title, what is learnt and who takes part.
+        """The contests by title: what is learnt, and who takes part.
 
         Args:
           dataset: The data set, `prepared`.
@@ -174,7 +175,7 @@ class Vgg(Contest):
     def _optimizers(
         self, parts: Parts, plan: Any, decay: Any, our_decay: Any
     ) -> Mapping[str, optax.GradientTransformation]:
-        """The optimizers by name, with these weight decays, at a learning rate of 1 that falls."""
+        """The optimizers by name, with these weight decays. Their learning rate falls from 1."""
         assert self.epochs
         phase = self.epochs * (len(parts.train.labels) // self.batch_size) / PHASES
         drops = {round(phase * number): DROP for number in range(1, PHASES)}
@@ -191,7 +192,7 @@ class Vgg(Contest):
 def _entrant(
     name: str, loss_fn: LossFn, optimizer: optax.GradientTransformation, rates: Sequence[float]
 ) -> Entrant:
-    """An entrant whose learning rate is a part of its state: one program serves all its runs."""
+    """An entrant whose learning rate is in its state, so that one program serves all its runs."""
 
     def at(rate: float) -> optax.GradientTransformation:
         return optax.chain(optimizer, optax.inject_hyperparams(optax.scale)(step_size=rate))

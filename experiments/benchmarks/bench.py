@@ -48,9 +48,9 @@ class Bench:
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure."""
     repeats: int = 30
-    """Samples of each thing, at most."""
+    """The greatest number of samples of each thing."""
     budget: float = 30.0
-    """Seconds after which a thing that is slow gets no more samples, if it has three."""
+    """A thing that has taken so many seconds gets no more samples, if it has three."""
     compiles: int = 3
     """How often each network's step is compiled; the median counts."""
     output: Path = Path("results/bench")

@@ -15,8 +15,8 @@ from experiments.training import capturing_step
 
 ROWS = (8, 32, 128, 512, 1024, 4096)
 FEATURES = (64, 256, 784, 1024, 4096)
-SLOW = 20.0  # seconds of a step, above which a combination is left out
-LIMIT = 1.1  # the chosen solver's step may take so many of the better's
+SLOW = 20.0  # a combination whose step takes more seconds is left out
+LIMIT = 1.1  # times the better solver's step: what a step of the chosen one may take
 
 Solver = Literal["dual", "primal"]
 SOLVERS: tuple[Solver, ...] = ("dual", "primal")
@@ -44,7 +44,7 @@ def measure(name: str, effort: timing.Effort) -> Result:
 
 
 def _compare(n: int, d: int, effort: timing.Effort) -> dict[str, Any]:
-    """Both solvers' seconds, interleaved; the choice; and by how much it is the slower."""
+    """Time both solvers, interleaved, and see by how much the chosen one is the slower."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, y = (jax.random.normal(key, (n, d)) for key in keys[:2])
     params = {"w": jax.random.normal(keys[2], (d, d)) / d**0.5}

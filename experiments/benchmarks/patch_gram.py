@@ -1,4 +1,4 @@
-"""XᵀX of a convolution's im2col matrix X: cqjax's way against the patches'."""
+"""The Gram matrix of a convolution's patches: by cqjax, and with the patches written out."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from experiments.benchmarks.bars import Bar, Result, Table, number, spread
 
 BATCH = 128
 SHAPES = {(32, 32, 16): 6.0, (16, 16, 32): 4.0, (8, 8, 64): 2.0}
-"""How many times as fast as the patches' it must be, for inputs of a shape."""
+"""By the shape of the inputs: how many times as fast as with patches cqjax must be."""
 WINDOW = windows.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))  # 3 × 3, SAME
 
 

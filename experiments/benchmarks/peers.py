@@ -18,7 +18,7 @@ from experiments.benchmarks.workloads import Task
 from experiments.training import State, capturing_step, gradient_step
 
 COMMON = (workloads.SGD, workloads.ADAM, workloads.MUON, workloads.CSGD, workloads.KFAC)
-"""Those that every network is trained by; the first is the one to compare with."""
+"""Every network is trained by these. All are compared with the first."""
 
 
 class Stepper(Protocol):
@@ -49,7 +49,7 @@ def _muon() -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> Any:
-    """Which axes of each kernel are a matrix's rows and columns; the rest is left to Adam."""
+    """Which axes of each kernel are rows and columns of a matrix. Other arrays are for Adam."""
 
     def axes(path: Any, array: jax.Array) -> contrib.MuonDimensionNumbers | None:
         if array.ndim < 2:
@@ -81,16 +81,16 @@ def _every_10(task: Task, compiles: int) -> Stepper:
 
 
 def _by_patches(task: Task, compiles: int) -> Stepper:
-    """C-SGD, with every convolution's Gram by way of its patches.
+    """C-SGD, with every convolution's Gram matrix from its patches.
 
-    There is no argument for that: while the step is traced, the other way is made out to be dear.
+    No argument asks for this. So while the step is traced, the other way is declared too costly.
     """
     with mock.patch.object(conv_gram, "correlation_cost", lambda *args, **options: math.inf):
         return _csgd(task, compiles)
 
 
 def _pinv(task: Task, compiles: int) -> Stepper:
-    """The paper's formula as it is first written, without damping: one `pinv` per layer."""
+    """The paper's formula without damping: one `pinv` for each layer."""
 
     def update(
         updates: Any,
@@ -131,4 +131,4 @@ PEERS: dict[str, Callable[[Task, int], Stepper]] = {
     workloads.PINV: _pinv,
     workloads.KFAC: _kfac,
 }
-"""Traces, compiles (so often) and starts an optimizer on a task."""
+"""Takes a task, and how often to compile, to an optimizer that is ready to take steps."""

@@ -26,7 +26,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     }
     valley = results["quadratic valley"]["methods"]
     exact = {m: valley[m]["first_setting"] for m in (*LABELS, "steepest descent")}
-    steps = {m: median(found["steps"], 1) for m, found in exact.items()}  # the most
+    steps = {m: median(found["steps"], 1) for m, found in exact.items()}  # in the worst case
     curves = np.array([exact[m]["curve"][1][:SIZE] for m in LABELS])
     apart = np.max(np.abs(curves / curves[:1] - 1))
     crooked = {p: c for p, c in counts.items() if p != "quadratic valley"}
@@ -146,7 +146,7 @@ def _list(counts: dict[str, float], methods: Any) -> str:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """The values against the evaluations, a panel each problem, into progress.png."""
+    """Draw progress.png: values against evaluations, in a panel for each problem."""
     figure, axes = drawing.panels(-(-len(results) // 2), 2, (5.5, 4))
     for axis, (problem, result) in zip(axes, results.items(), strict=False):
         for number, (method, found) in enumerate(result["methods"].items()):

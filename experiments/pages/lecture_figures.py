@@ -10,7 +10,7 @@ from experiments.page import median
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """All figures, into the output folder."""
+    """Draw all figures into the output folder."""
     training, folder = results["training"], settings.output
     drawing.save(_training(training, results["at"]), folder / "training.png")
     drawing.save(_initialisation(training["squared"]), folder / "initialisation.png")

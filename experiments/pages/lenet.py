@@ -10,7 +10,7 @@ SGD, OURS = "SGD", "back-matching"
 PAPER = {SGD: 0.1, OURS: 0.02}  # the rates that it chose
 PLAIN, DECAY = "no decay", "decay 5e-4"
 ZERO = 0.05  # a training loss that counts as zero
-FACTOR, MARGIN, FEW = 1.1, 0.01, 15  # of losses and weights, of accuracies, epochs
+FACTOR, MARGIN, FEW = 1.1, 0.01, 15  # for losses and weights; for accuracies; epochs
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -70,7 +70,7 @@ def _claims(held: dict[str, Contest], long: bool) -> list[Claim]:
         )
 
     def course(claim: str, measured: str, *checks: bool) -> Claim:
-        """Of a claim about long training."""
+        """A claim about long training."""
         return Claim("section 3.3, Fig. 2", claim, measured, judge(*checks) if long else "open")
 
     return [
@@ -123,7 +123,7 @@ def _claims(held: dict[str, Contest], long: bool) -> list[Claim]:
 
 
 def _best(contest: Contest, name: str) -> tuple[list[float], list[float]]:
-    """After how many epochs the test accuracy was highest, and what it was, at each seed."""
+    """At each seed: the epochs until the test accuracy was highest, and this accuracy."""
     steps, _, accuracy = curves(contest, name, "test_accuracy")
     per_epoch = contest["images"]["train"] // contest["effort"]["batch_size"]
     return [steps[at] / per_epoch for at in accuracy.argmax(1)], accuracy.max(1).tolist()
@@ -144,5 +144,5 @@ def _rates(title: str, contest: Contest) -> str:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """A row of coordinate systems for each contest, into losses.png."""
+    """Draw losses.png, with a row of panels for each contest."""
     contests.draw_all(settings.output / "losses.png", results["contests"])

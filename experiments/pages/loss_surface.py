@@ -118,7 +118,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """The paths at both rates, and the lengths at all, into paths.png."""
+    """Draw paths.png: the paths at both rates, and the lengths at all rates."""
     x = np.array(settings.inputs)
     optimum = settings.targets / x
     figure, axes = drawing.panels(1, 3, (4.6, 4.4))

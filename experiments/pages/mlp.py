@@ -10,7 +10,7 @@ from experiments.pages import contests, sources
 from experiments.pages.contests import Contest, accuracies_then, curves, last, to_target
 
 OURS, SGD = "C-SGD", "SGD"
-STEPS_BAR, SECONDS_BAR = 0.35, 0.5  # what this project asks for
+STEPS_BAR, SECONDS_BAR = 0.35, 0.5  # the limits that this project sets itself
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -41,7 +41,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 
 def _bar(title: str, contest: Contest) -> Claim:
-    """What this project asks for."""
+    """Whether C-SGD keeps the limits that this project sets itself."""
     target, effort = contest["target"], contest["effort"]
     best = target["entrant"]
     steps = median(to_target(contest, OURS, "step")) / effort["steps"]
@@ -71,7 +71,7 @@ def _bar(title: str, contest: Contest) -> Claim:
 
 
 def _source(results: dict[str, Any]) -> list[Claim]:
-    """What the source says of this figure."""
+    """The claims of the source on this figure."""
     held, data = results["contests"], results["dataset"]["name"]
     seconds = next(iter(held.values()))["seconds_per_step"]
     below = {title: _below(contest) for title, contest in held.items()}
@@ -154,19 +154,19 @@ def _each(found: Mapping[str, Any], words: Any) -> str:
 
 
 def _below(contest: Contest) -> np.ndarray:
-    """At which evaluations C-SGD's loss is below SGD's, both in the median."""
+    """For each evaluation but the first: whether C-SGD's median loss is below SGD's."""
     ours, sgd = (np.median(curves(contest, name, "train_loss")[2], 0) for name in (OURS, SGD))
     return ours[1:] < sgd[1:]
 
 
 def _rises(contest: Contest, name: str) -> float:
-    """From how many evaluations to the next the training loss rises, in the median."""
+    """How often the training loss rises from one evaluation to the next, in the median."""
     losses = curves(contest, name, "train_loss")[2]
     return median((~(np.diff(losses) <= 0)).sum(axis=1).tolist())
 
 
 def _seconds_to_sgd(contest: Contest) -> tuple[float, float]:
-    """When C-SGD has SGD's last loss, and when SGD is there; medians, compilation counted."""
+    """Seconds until C-SGD has the final loss of SGD, and until SGD has it, with compilation."""
     goal = median(last(contest, SGD, "train_loss"))
     _, seconds, losses = curves(contest, OURS, "train_loss")
     reached = [
@@ -176,6 +176,6 @@ def _seconds_to_sgd(contest: Contest) -> tuple[float, float]:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """One row of coordinate systems for each kind of inputs, into losses.png."""
+    """Draw losses.png, with a row of panels for each kind of inputs."""
     held = {f"{title} inputs": contest for title, contest in results["contests"].items()}
     contests.draw_all(settings.output / "losses.png", held)

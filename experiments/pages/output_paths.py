@@ -106,7 +106,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 
 def _longest(results: dict[str, Any], batch_size: int) -> float:
-    """Of C-SGD's paths."""
+    """The length of C-SGD's longest path, in units of the straight line."""
     runs = (run for run in results["runs"] if run["batch_size"] == batch_size)
     return max(max(run["longest"]) for run in runs if run["method"] == "C-SGD")
 
@@ -125,12 +125,12 @@ def _row(run: dict[str, Any]) -> dict[str, str]:
 
 
 def _diverged(run: dict[str, Any]) -> int:
-    """For how many seeds the loss ended above where it began."""
+    """The number of seeds for which the loss ended above its first value."""
     return sum(not value <= 1 for value in run["final"])
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """Some paths, one panel each method, into paths.png."""
+    """Draw paths.png: some paths, in a panel for each method."""
     figure, axes = drawing.panels(1, len(DRAWN), (3.6, 4.2))
     runs = {(r["method"], r["rate"], r["batch_size"]): r for r in results["runs"]}
     for axis, (method, rate) in zip(axes, DRAWN, strict=True):

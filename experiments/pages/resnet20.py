@@ -15,7 +15,7 @@ from experiments.training import History
 TIME = "seconds_with_compilation"
 WORDS = MEASURES | {"train_accuracy": "training accuracy"}
 NUMBERS = {"C-SGD": 0, "C-Nesterov": 3, "C-Adam": 5, "SGD": 1, "Nesterov": 2, "Adam": 4}
-HIGHEST = 5  # of losses in the figure of variants
+HIGHEST = 5  # loss in the figure of variants
 BY = {"steps": "steps", "seconds": "seconds of training, compilation counted"}
 
 
@@ -76,7 +76,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 
 def behind(contest: Contest) -> list[str]:
-    """Who does better than each of ours, in the median; ∞ is never."""
+    """Which entrants do better than each of ours, in the median. ∞ means never."""
     entrants, lines = contest["entrants"], []
     others = [name for name, entrant in entrants.items() if entrant["role"] != "ours"]
 
@@ -98,7 +98,7 @@ def behind(contest: Contest) -> list[str]:
 
 
 def pairs(contest: Contest) -> list[dict[str, str]]:
-    """When each C- form has the last training loss of its plain forms, without BN and with it."""
+    """When each C- form has the final training loss of its plain forms, without BN and with it."""
     rows = []
     for ours in (n for n, entrant in contest["entrants"].items() if entrant["role"] == "ours"):
         for plain in (ours.removeprefix("C-"), f"{ours.removeprefix('C-')}-BN"):
@@ -120,14 +120,14 @@ def pairs(contest: Contest) -> list[dict[str, str]]:
 
 
 def variants(contest: Contest) -> list[dict[str, str]]:
-    """The tuning runs of C-SGD as in the source, of its variants, and of SGD with BN."""
+    """The tuning runs of C-SGD, of its variants, and of SGD with BN."""
     entrants = contest["entrants"]
     known = {"C-SGD": entrants["C-SGD"], **contest["variants"], "SGD-BN": entrants["SGD-BN"]}
     return contests.tuning(known)
 
 
 def whole(contest: Contest) -> list[dict[str, str]]:
-    """Whole runs of the variant that was tuned best, beside C-SGD's and SGD-BN's."""
+    """The runs of the best variant, beside those of C-SGD and of SGD with BN."""
     everyone = _with_best(contest)
     if everyone is contest:
         return []
@@ -146,7 +146,7 @@ def whole(contest: Contest) -> list[dict[str, str]]:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """steps.png, seconds.png and variants.png."""
+    """Draw steps.png, seconds.png and variants.png."""
     ((_, contest),) = results["contests"].items()
     _curves(settings.output / "steps.png", contest, "steps")
     _curves(settings.output / "seconds.png", contest, "seconds")
@@ -154,7 +154,7 @@ def draw(settings: Any, results: dict[str, Any]) -> None:
 
 
 def _curves(path: Path, contest: Contest, by: Literal["steps", "seconds"]) -> None:
-    """Loss and accuracy, beside the C- forms: left the plain ones without BN, right with it."""
+    """Draw loss and accuracy of all C- forms: left beside plain forms without BN, right with it."""
     figure, axes = drawing.panels(2, 2, (5.2, 3.4))
     for column, (title, suffix) in enumerate({"without BN": "", "with BN": "-BN"}.items()):
         loss, accuracy = axes[column], axes[2 + column]
@@ -186,13 +186,13 @@ def _line(
 
 
 def _with_best(contest: Contest) -> Contest:
-    """The contest, with the variant that has runs as the last of the entrants, if there is one."""
+    """The contest with the best variant, if there is one, as its last entrant."""
     best = {name: variant for name, variant in contest["variants"].items() if "runs" in variant}
     return {**contest, "entrants": contest["entrants"] | best} if best else contest
 
 
 def _draw_variants(path: Path, contest: Contest) -> None:
-    """The validation loss after the tuning steps, by learning rate; the best's whole runs."""
+    """Draw the tuning runs by learning rate, and the runs of the best variant."""
     entrants, everyone = contest["entrants"], _with_best(contest)
     figure, (axes, whole) = drawing.panels(1, 2, (6, 4))
     known = {"as in the source": entrants["C-SGD"], **contest["variants"]}

@@ -5,13 +5,13 @@ import numpy as np
 from experiments.page import Claim, count, judge, median
 from experiments.pages.contests import Contest, curves, last
 
-LONG = 8000  # iterations after which the source has C-SGD at a training accuracy of 100 %
-WITHIN = 1.1  # times SGD-BN's training loss: within its reach
-POINTS = 0.05  # of accuracy: alike
+LONG = 8000  # steps after which the source has C-SGD at a training accuracy of 100 %
+WITHIN = 1.1  # "within reach": at most so many times SGD-BN's training loss
+POINTS = 0.05  # "alike": accuracies that are at most so far apart
 
 
 def claims(contest: Contest) -> list[Claim]:
-    """Of the optimizers that took part."""
+    """The claims on the optimizers that took part."""
     names = contest["entrants"]
     return [
         _reach(contest),
@@ -28,7 +28,7 @@ def claims(contest: Contest) -> list[Claim]:
 
 
 def unchecked(contest: Contest) -> list[str]:
-    """What runs of this length cannot show."""
+    """The claims that runs of this length cannot check."""
     steps = contest["effort"]["steps"]
     if steps >= LONG:
         return []
@@ -39,7 +39,7 @@ def unchecked(contest: Contest) -> list[str]:
 
 
 def _reach(contest: Contest) -> Claim:
-    """The question that this project asks."""
+    """The main question: whether C-SGD without BN replaces BN."""
     ours, bn = (_end(contest, name) for name in ("C-SGD", "SGD-BN"))
     accuracies = {
         metric: [median(last(contest, name, metric)) for name in ("C-SGD", "SGD-BN")]
@@ -113,7 +113,7 @@ def _settings(contest: Contest) -> Claim:
 
 
 def _beginning(contest: Contest) -> Claim:
-    """Who is ahead first."""
+    """Which is ahead in the beginning."""
     (steps, ours), (_, bn) = (_medians(contest, n, "train_loss") for n in ("C-SGD", "SGD-BN"))
     below = ours[1:] < bn[1:]
     early = below[: max(1, len(below) // 3)]
@@ -130,7 +130,7 @@ def _beginning(contest: Contest) -> Claim:
 
 
 def _alike(contest: Contest) -> Claim:
-    """How far the accuracies are apart."""
+    """How far the training accuracies are apart."""
     (_, ours), (_, bn) = (_medians(contest, n, "train_accuracy") for n in ("C-SGD", "SGD-BN"))
     apart = np.abs(ours - bn)[1:]
     return Claim(
@@ -143,7 +143,7 @@ def _alike(contest: Contest) -> Claim:
 
 
 def _seconds_without(contest: Contest) -> Claim:
-    """Who is ahead at equal times, of those without batch normalisation."""
+    """Which is ahead after equal times, of the forms without BN."""
     names = contest["entrants"]
     duels = [(f"C-{name}", name) for name in ("SGD", "Nesterov") if name in names]
     duels += [(name, "Adam") for name in ("SGD", "Nesterov") if {name, "Adam"} <= set(names)]
@@ -157,7 +157,7 @@ def _seconds_without(contest: Contest) -> Claim:
 
 
 def _seconds_with(contest: Contest) -> Claim:
-    """Whether the C- forms are, of those with batch normalisation."""
+    """Whether the C- forms are ahead of the forms with BN, after equal times."""
     duels = [("C-SGD", "SGD-BN"), ("C-Nesterov", "Nesterov-BN")]
     return _in_time(
         contest,
@@ -169,7 +169,7 @@ def _seconds_with(contest: Contest) -> Claim:
 
 
 def _in_time(contest: Contest, claim: str, duels: list[tuple[str, str]], first: float) -> Claim:
-    """The first duel is won within a factor, the others without."""
+    """A claim on duels. The first may be lost by a factor, the others must be won."""
     found = [_at_same_time(contest, *duel) for duel in duels]
     return Claim(
         "section 5.4, Fig. 7",
@@ -189,7 +189,7 @@ def _in_time(contest: Contest, claim: str, duels: list[tuple[str, str]], first: 
 
 
 def _perfect(contest: Contest) -> Claim:
-    """Whether all training images are learnt, and when."""
+    """Whether the training accuracy reaches 100 %, and when."""
     names = [name for name in ("C-SGD", "C-Nesterov") if name in contest["entrants"]]
     first = {}
     for name in names:
@@ -206,7 +206,7 @@ def _perfect(contest: Contest) -> Claim:
 
 
 def _number(loss: float) -> str:
-    """A loss in words."""
+    """A loss as text."""
     return count(loss, ".4f")
 
 
@@ -217,7 +217,7 @@ def _medians(contest: Contest, name: str, metric: str) -> tuple[list[int], np.nd
 
 
 def _at_same_time(contest: Contest, *names: str) -> tuple[float, float, float]:
-    """When the shorter of two trainings ends, and both losses at the last evaluation before."""
+    """When the shorter of two trainings ends, and the last losses of both before this time."""
     runs = [curves(contest, name, "train_loss")[1:] for name in names]
     seconds = min(median(times[:, -1].tolist()) for times, _ in runs)
     first, second = (

@@ -10,7 +10,7 @@ from experiments.pages import contests, sources
 from experiments.pages.contests import Contest, curves, last
 from experiments.vgg import DROP, FIGURE3, OURS, PHASES, SGD
 
-LONG = 60  # epochs: the source's rate falls for the first time then
+LONG = 60  # epochs after which the source's rate falls for the first time
 PAPER = {  # test accuracies in percent, by data set, optimizer and depth
     "CIFAR-100": {
         "SGD": {11: 71.47, 13: 74.01, 16: 72.86, 19: 71.35},
@@ -27,7 +27,7 @@ PAPER = {  # test accuracies in percent, by data set, optimizer and depth
 }
 
 TABLES = {"CIFAR-100": "section 4.2, Table 1", "CIFAR-10": "section 4.2, Table 2"}
-ALMOST = 0.9  # of the times are "almost always"
+ALMOST = 0.9  # this part of the evaluations is "almost always"
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -86,13 +86,13 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 
 def _scaled(settings: Any) -> bool:
-    """Whether it is not the source's setting."""
+    """Whether the settings differ from the source's."""
     here = settings.width, settings.shrink, settings.epochs, settings.train_images
     return here != (64, 1, 300, None)
 
 
 def _table(tables: dict[str, Contest], data: str) -> Claim:
-    """What is said of the table of a data set."""
+    """The claim on the table of a data set."""
     ends = {
         title: {name: median(last(c, name, "test_accuracy")) for name in c["entrants"]}
         for title, c in tables.items()
@@ -113,7 +113,7 @@ def _table(tables: dict[str, Contest], data: str) -> Claim:
 
 
 def _figure3(alike: Contest) -> list[Claim]:
-    """What is said of Figure 3."""
+    """The claims on Fig. 3."""
     steps, _, _ = curves(alike, SGD, "train_loss")
     loss = {n: np.median(curves(alike, n, "train_loss")[2], 0) for n in (SGD, OURS)}
     errors = {n: 100 * (1 - curves(alike, n, "test_accuracy")[2]) for n in (SGD, OURS)}
@@ -156,15 +156,15 @@ def _figure3(alike: Contest) -> list[Claim]:
 
 
 def _jumps(steps: np.ndarray, losses: np.ndarray) -> int:
-    """After how many of the rate's decays the loss falls by more than just before."""
+    """After how many decays of the rate the loss falls by more than just before."""
     decays = steps[-1] * np.arange(1, PHASES) / PHASES
-    away = steps[-1] / (3 * PHASES)  # the way from one evaluation to the next
+    away = steps[-1] / (3 * PHASES)  # the steps from one evaluation to the next
     before, at, after = (np.interp(decays + way, steps, losses) for way in (-away, 0, away))
     return int((at - after > before - at).sum())
 
 
 def _beside(settings: Any, tables: dict[str, Contest], table: str) -> list[dict[str, str]]:
-    """Each optimizer's accuracies, in the source's table and here."""
+    """The accuracies of each optimizer, in the source's table and here."""
     rows = []
     for name, paper in PAPER[table].items():
         row = {"optimizer": name}
@@ -176,7 +176,7 @@ def _beside(settings: Any, tables: dict[str, Contest], table: str) -> list[dict[
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """One row of coordinate systems for each network, and Figure 3."""
+    """Draw losses.png, with a row of panels for each network, and figure3.png."""
     *tables, (title, alike) = results["contests"].items()
     contests.draw_all(settings.output / "losses.png", dict(tables))
     figure, (loss, error) = drawing.panels(1, 2, (5.2, 3.8))
