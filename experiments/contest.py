@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -130,7 +129,7 @@ def hold(
         counts = {entrant.name: len(entrant.rates) for entrant in entrants}
         raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
     tasks = {entrant.name: entrant.task or task for entrant in entrants}
-    evaluated = {id(its): _Evaluated.of(its, effort.measured) for its in tasks.values()}
+    evaluated = {id(its): _evaluation(its, effort.measured) for its in tasks.values()}
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
         kind = "tuning" if tuning else f"seed {seed}"
@@ -238,23 +237,14 @@ def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
     }
 
 
-class _Evaluated(NamedTuple):
-    """The training images and labels of a task, and its metrics."""
-
-    examples: tuple[jax.Array, jax.Array]
-    validating: dict[str, Metric]
-    """After a tuning run."""
-    evaluating: dict[str, Metric]
-    """In the other runs, now and then."""
-
-    @classmethod
-    def of(cls, task: Task, measured: int) -> "_Evaluated":
-        (images, labels), validation, test = task.parts
-        validating = {"validation_loss": mean_loss(task.model, *validation)}
-        evaluating = {
-            "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
-            **validating,
-            "test_accuracy": accuracy(task.model, *test),
-            **task.watched,
-        }
-        return cls((jnp.asarray(images), jnp.asarray(labels)), validating, evaluating)
+def _evaluation(task: Task, measured: int) -> tuple[Any, dict[str, Metric], dict[str, Metric]]:
+    """The training images and labels; the metrics of tuning runs; the metrics of the others."""
+    (images, labels), validation, test = task.parts
+    validating = {"validation_loss": mean_loss(task.model, *validation)}
+    evaluating = {
+        "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
+        **validating,
+        "test_accuracy": accuracy(task.model, *test),
+        **task.watched,
+    }
+    return (jnp.asarray(images), jnp.asarray(labels)), validating, evaluating

@@ -133,14 +133,10 @@ def shuffled_batches(seed: int, examples: int, batch_size: int, steps: int) -> n
 def gradient_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Step:
     """The usual step: differentiate, update."""
 
-    def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.model_state, images, labels
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+    def differentiate(*args: Any) -> Any:
+        return *jax.value_and_grad(loss_fn, has_aux=True)(*args), {}
 
-    return step
+    return _step(differentiate, optimizer)
 
 
 def capturing_step(
@@ -150,17 +146,23 @@ def capturing_step(
 ) -> Step:
     """A step that also hands the optimizer what cqjax captures."""
 
+    def differentiate(*args: Any) -> Any:
+        size = len(args[-1])
+        its = cqjax.value_and_grad(loss_fn, has_aux=True, solver=solver, batch_size=size)
+        value, grads, captures = its(*args)
+        return value, grads, {"captures": captures}
+
+    return _step(differentiate, optimizer)
+
+
+def _step(differentiate: Callable[..., Any], optimizer: Any) -> Step:
+    """A step, from a function that returns value, gradients and what else the optimizer takes."""
+
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        differentiate = cqjax.value_and_grad(
-            loss_fn, has_aux=True, solver=solver, batch_size=len(labels)
-        )
-        (loss, model_state), grads, captures = differentiate(
-            state.params, state.model_state, images, labels
-        )
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, captures=captures
-        )
-        return State(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+        params, model_state, opt_state = state
+        (loss, model_state), grads, extra = differentiate(params, model_state, images, labels)
+        updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
+        return State(optax.apply_updates(params, updates), model_state, opt_state), loss
 
     return step
 

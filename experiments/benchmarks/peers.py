@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import jax
@@ -13,24 +13,16 @@ from optax import contrib
 import cqjax
 from cqjax.linalg import conv_gram
 from experiments.benchmarks import kfac, workloads
-from experiments.benchmarks.timing import PERIOD, RATE, Program, Training
+from experiments.benchmarks.timing import PERIOD, RATE, Training
 from experiments.benchmarks.workloads import Task
-from experiments.training import State, capturing_step, gradient_step
+from experiments.training import capturing_step, gradient_step
 
 COMMON = (workloads.SGD, workloads.ADAM, workloads.MUON, workloads.CSGD, workloads.KFAC)
 """Every network is trained by these. All are compared with the first."""
 
 
-class Stepper(Protocol):
-    """An optimizer at work; each call takes a step, and returns arrays to wait for."""
-
-    program: Program
-    loss: Any
-    state: State
-
-    def __call__(self) -> Any:
-        """Take a step."""
-        ...
+Stepper = Training | kfac.Training
+"""An optimizer at work; each call takes a step, and returns arrays to wait for."""
 
 
 def _gradient(
