@@ -1,9 +1,11 @@
 """What the tests of the experiments with a page have in common."""
 
 import json
+import re
 from typing import get_args
 
 import matplotlib.image
+import pytest
 
 from experiments.__main__ import main
 from experiments.page import Holds
@@ -13,6 +15,16 @@ def run(name, folder, *options):
     """Runs it in its smoke preset: the JSON file and the page."""
     main([name, "--preset=smoke", f"--output={folder}", *options])
     return json.loads((folder / "results.json").read_text()), (folder / "README.md").read_text()
+
+
+def refused(arguments, capsys):
+    """Runs an experiment that ends at once, with status 2 and a message: the message."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    message = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err)
+    assert "Traceback" not in message
+    return " ".join(message.split())
 
 
 def check_page(content, page, claims):
