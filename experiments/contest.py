@@ -94,10 +94,10 @@ class Effort(NamedTuple):
         return [self.tuning_steps * s for s in tuning] + [self.steps * s for s in whole]
 
 
-def held_out(dataset: Dataset, fraction: float = 0.1) -> Parts:
-    """The last of the training images are for validation."""
+def held_out(dataset: Dataset) -> Parts:
+    """The images, with the last tenth of the training images for validation."""
     images, labels = dataset.train
-    cut = len(labels) - max(1, round(fraction * len(labels)))
+    cut = len(labels) - max(1, round(0.1 * len(labels)))
     return Parts(Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), dataset.test)
 
 
