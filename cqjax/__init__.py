@@ -24,6 +24,8 @@ from cqjax.back_matching.propagation import (
 from cqjax.back_matching.rates import back_matching_rates as back_matching_rates
 from cqjax.back_matching.transform import ScaleByBackMatchingState as ScaleByBackMatchingState
 from cqjax.back_matching.transform import scale_by_back_matching as scale_by_back_matching
+from cqjax.back_matching.units import Unit as Unit
+from cqjax.back_matching.units import back_matching_units as back_matching_units
 from cqjax.capture.block import Block as Block
 from cqjax.capture.captures import Capture as Capture
 from cqjax.capture.captures import Captures as Captures

@@ -1,1 +1,13 @@
-"""The experiments of the source documents: ``python -m experiments NAME``."""
+"""The experiments of the source documents: ``python -m experiments NAME``.
+
+Each experiment is a module with a dataclass of its options, whose `run` does the work. Its page is
+written by the module of the same name in `experiments.pages`, from the results alone.
+
+- `mlp`, `lenet`, `vgg` and `resnet20` train networks by several optimizers and compare them.
+  `experiment` has what they share, `contest` the rules of the comparison, `runs` the training runs
+  with their progress, `training` the steps, and `checkpoints` what survives a kill.
+- `loss_surface`, `output_paths`, `lecture` and `conjugate_gradient` are small. They run each method
+  as one compiled program (`scans`).
+- `quickstart` trains one network, `rates` prints tables, `benchmarks` times steps, and `index`
+  writes the overview of all pages.
+"""

@@ -1,4 +1,4 @@
-"""Random flips, rotations and shifts of images, as a part of the compiled training step."""
+"""Random flips and rotations of images, as a part of the compiled training step."""
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +7,22 @@ from jax.scipy.ndimage import map_coordinates
 from experiments.training import Augment
 
 
-def augmenter(seed: int, *, flip: bool = True, degrees: float = 0.0, shift: int = 0) -> Augment:
-    """Each step's own changes of its images, which depend on the seed and the step alone.
+def augmenter(seed: int, *, flip: bool = True, degrees: float = 0.0) -> Augment:
+    """Random changes of the images of a step, which depend on the seed and the step alone.
 
     Args:
-      seed: Of the random numbers.
+      seed: The seed of the random numbers.
       flip: Mirror an image, left to right, with probability 1/2.
-      degrees: Rotate it about its centre by an angle uniform in `[-degrees, degrees]`, with
-        bilinear interpolation; what comes from outside repeats the border.
-      shift: Move it by a whole number of pixels, uniform in `[-shift, shift]` along each axis;
-        what comes from outside is zero.
+      degrees: Rotate an image about its centre, by an angle uniform in `[-degrees, degrees]`, with
+        bilinear interpolation. Pixels from outside the image repeat its border.
 
     Returns:
-      The function of a step's number and its images `(n, height, width, channels)`.
+      A function of a step's number and its images `(n, height, width, channels)`.
     """
 
     def augment(number: jax.Array, images: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), number)
-        flips, angles, shifts = jax.random.split(key, 3)
+        flips, angles, _ = jax.random.split(key, 3)
         n = len(images)
         if flip:
             flipped = jax.random.bernoulli(flips, shape=(n, 1, 1, 1))
@@ -32,16 +30,13 @@ def augmenter(seed: int, *, flip: bool = True, degrees: float = 0.0, shift: int 
         if degrees:
             angle = jnp.deg2rad(jax.random.uniform(angles, (n,), minval=-degrees, maxval=degrees))
             images = jax.vmap(rotated)(images, angle)
-        if shift:
-            by = jax.random.randint(shifts, (n, 2), -shift, shift + 1)
-            images = jax.vmap(lambda image, by: shifted(image, by, shift))(images, by)
         return images
 
     return augment
 
 
 def rotated(image: jax.Array, angle: jax.Array) -> jax.Array:
-    """An image `(height, width, channels)` turned about its centre, from rows to columns."""
+    """An image `(height, width, channels)`, turned about its centre from rows to columns."""
     height, width, _ = image.shape
     y = jnp.arange(height)[:, None] - (height - 1) / 2
     x = jnp.arange(width)[None, :] - (width - 1) / 2
@@ -50,9 +45,3 @@ def rotated(image: jax.Array, angle: jax.Array) -> jax.Array:
     return jax.vmap(lambda channel: map_coordinates(channel, at, order=1, mode="nearest"), -1, -1)(
         image
     )
-
-
-def shifted(image: jax.Array, by: jax.Array, most: int) -> jax.Array:
-    """An image `(height, width, channels)` moved down and right by `by`, at most `most`, pixels."""
-    padded = jnp.pad(image, ((most, most), (most, most), (0, 0)))
-    return jax.lax.dynamic_slice(padded, (most - by[0], most - by[1], 0), image.shape)

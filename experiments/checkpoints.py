@@ -1,33 +1,39 @@
-"""What an experiment keeps while it runs, so that it can go on after it was killed."""
+"""What an experiment writes while it runs: metrics, and checkpoints to go on from after a kill."""
 
+import importlib
+import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from experiments import metrics, report
-from experiments.training import History, State
+from experiments import report
+from experiments.training import Evaluation, History, State
 
 FOLDER = "checkpoints"
 SETTINGS = "settings.json"
 
+Write = Callable[[str, Evaluation], None]
+"""Takes a training run's label and an evaluation of it."""
+
 
 class ResumeError(Exception):
-    """There is something that cannot be gone on with; the message says why, and what to do."""
+    """An experiment cannot be resumed. The message says why, and what to do."""
 
 
 class Session(ExitStack):
-    """One go at an experiment: at all of it, or at what an earlier one left to be done.
+    """One attempt at an experiment: at all of it, or at what an earlier session did not finish.
 
-    In the folder of the results it keeps checkpoints and metrics. A training run's state and
-    history are saved now and then, whole or not at all; of a finished run only the history remains.
-    The metrics are written anew in each session, from the histories: there are none twice.
+    A session writes checkpoints and metrics into the folder of the results. A checkpoint has the
+    state and the history of a training run. It is saved as a whole or not at all. Of a finished
+    run only the history remains. Each session writes the metrics file again from the histories, so
+    that no line stands there twice.
     """
 
     def __init__(
@@ -39,28 +45,28 @@ class Session(ExitStack):
         seconds: float,
         tensorboard: bool,
     ):
-        """Open the folder; without `resume`, what an earlier session kept in it is removed.
+        """Open the folder. Without `resume`, remove what an earlier session kept in it.
 
         Args:
           output: The folder of the results.
-          settings: All that the results depend on.
+          settings: Everything that the results depend on.
           resume: Go on where the last session stopped, if there was one.
-          seconds: From one checkpoint of a run to the next, at least.
+          seconds: The least time between two checkpoints of a run.
           tensorboard: Write the metrics for TensorBoard, too.
 
         Raises:
-          ResumeError: If the last session was one of other settings.
+          ResumeError: If the last session had other settings.
         """
         super().__init__()
         self._folder, self._seconds = output / FOLDER, seconds
         if not resume or not _found(self._folder, settings):
             _empty(self._folder, settings)
-        self._write = [self.enter_context(metrics.json_lines(output / "metrics.jsonl"))]
+        self._write = [self.enter_context(_json_lines(output / "metrics.jsonl"))]
         if tensorboard:
-            self._write.append(self.enter_context(metrics.tensorboard(output / "tensorboard")))
+            self._write.append(self.enter_context(_tensorboard(output / "tensorboard")))
 
     def run(self, number: int, label: str) -> "Run":
-        """What is kept of a training run, which its number and its label tell from the others."""
+        """What is kept of the training run with this number and this label."""
         name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{number}-{label}")
         run = Run(self._folder / name, self._seconds, label, self._write)
         self.callback(run.close)
@@ -70,16 +76,16 @@ class Session(ExitStack):
 class Run:
     """A training run's last checkpoint."""
 
-    def __init__(self, folder: Path, seconds: float, label: str, write: Sequence[metrics.Write]):
-        """Open the folder, and remove what a save that was interrupted has left there.
+    def __init__(self, folder: Path, seconds: float, label: str, write: Sequence[Write]):
+        """Open the folder, and remove what an interrupted save has left there.
 
         Args:
           folder: Where the checkpoint is.
-          seconds: From one to the next, at least.
+          seconds: The least time between two checkpoints.
           label: The run's name.
-          write: Take its evaluations.
+          write: Each of these takes the run's evaluations.
         """
-        # Saved in the background, arrays would be read while the next step writes into them.
+        # A save in the background would read arrays that the next step overwrites.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
@@ -112,7 +118,7 @@ class Run:
         return self._restore("state", ocp.args.StandardRestore(start))
 
     def keep(self, state: State, history: History, *, finished: bool) -> None:
-        """Write the new evaluations; save, if it is time to or the run is finished."""
+        """Write the new evaluations. Save, if the time has come or the run is finished."""
         evaluations = history.evaluations()
         for evaluation in evaluations[self._written :]:
             for write in self._write:
@@ -127,7 +133,7 @@ class Run:
             self._saved = time.monotonic()
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the folder."""
         self._manager.close()
 
     def _restore(self, item: str, args: Any) -> Any:
@@ -147,10 +153,10 @@ class Run:
 
 
 def _found(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether there is a session to go on with.
+    """Whether there is a session to resume.
 
     Raises:
-      ResumeError: If there is one of other settings.
+      ResumeError: If it has other settings.
     """
     if not (folder / SETTINGS).exists():
         return False
@@ -169,9 +175,54 @@ def _found(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _empty(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Begin a session; at no time are there checkpoints beside the settings of others."""
+    """Begin a session. Checkpoints never stand beside the settings of another session."""
     (folder / SETTINGS).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     report.write_json(folder / SETTINGS, settings)
+
+
+@contextmanager
+def _json_lines(path: Path) -> Iterator[Write]:
+    """A new file with a line for each evaluation, written as soon as it is made."""
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(run: str, evaluation: Evaluation) -> None:
+            step, seconds, values = evaluation
+            line = {"run": run, "step": step, "seconds": seconds, **values}
+            print(json.dumps(report.plain(line), allow_nan=False), file=file, flush=True)
+
+        yield write
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[Write]:
+    """A new folder for TensorBoard, with one in it for each training run."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    writers: dict[str, Any] = {}
+
+    def write(run: str, evaluation: Evaluation) -> None:
+        if run not in writers:
+            module = importlib.import_module("tensorboardX")
+            writers[run] = module.SummaryWriter(str(folder / run))
+        for metric, value in evaluation.values.items():
+            writers[run].add_scalar(metric, value, evaluation.step)
+        writers[run].flush()
+
+    try:
+        yield write
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def check_tensorboard() -> None:
+    """Refuse to write for TensorBoard where its writer is missing.
+
+    Raises:
+      ValueError: If it is.
+    """
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError("--tensorboard needs tensorboardX, which is missing: install it with pip")

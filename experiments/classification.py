@@ -1,4 +1,4 @@
-"""A classifier's start, its loss, and how good it is on a given set of images."""
+"""A classifier's first weights, its loss, and how well it does on some images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ Metric = Callable[[Any, Any], float]
 
 
 def initialise(model: Any, seed: int, images: np.ndarray | jax.Array) -> tuple[Any, Any]:
-    """A Flax network's first parameters, and its state: running averages, if it has any."""
+    """The first parameters of a Flax network, and its state (running averages, if any)."""
     state, params = core.pop(model.init(jax.random.key(seed), images[:1]), "params")
     return params, state
 
@@ -58,7 +58,7 @@ def _mean(
     images: np.ndarray,
     labels: np.ndarray,
 ) -> Metric:
-    """The mean over all images of something that depends on logits and labels."""
+    """The metric that is the mean of a function of logits and labels over some images."""
     cuts = range(EVALUATION_BATCH, len(labels), EVALUATION_BATCH)
     batches = [
         (jnp.asarray(some_images), jnp.asarray(their_labels))

@@ -1,10 +1,14 @@
-"""Conjugate gradients, steepest descent and Adam on three functions (seed 003, section 3)."""
+"""Conjugate gradients, steepest descent and Adam on three functions.
+
+The NeuronLearning notes, section 3. The page is `experiments.pages.conjugate_gradient`.
+"""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +19,49 @@ from rich.console import Console
 
 import cqjax
 from experiments import options
-from experiments.objectives import PROBLEMS, Problem
 from experiments.page import publish
-from experiments.pages import conjugate_gradient as pages
 from experiments.scans import compiled, stages
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"starts": 2, "searches": 25, "budget": 300, "problems": tuple(PROBLEMS)[:2]},
-    "cpu": {"starts": 10, "searches": 2000, "budget": 20_000, "problems": tuple(PROBLEMS)},
-    "paper": {"starts": 10, "searches": 2000, "budget": 20_000, "problems": tuple(PROBLEMS)},
+SIZE, CONDITION = 10, 100.0  # of the valley
+SAMPLES, HIDDEN = 100, 8  # of the network
+
+Objective = Callable[[Any], jax.Array]
+
+
+def valley(key: jax.Array) -> tuple[Objective, Any]:
+    """A quadratic that is turned at random, and a random start."""
+    turn, start = jax.random.split(key)
+    q = jnp.linalg.qr(jax.random.normal(turn, (SIZE, SIZE)))[0]
+    matrix = q @ (jnp.geomspace(1.0, CONDITION, SIZE)[:, None] * q.T)
+    return lambda x: 0.5 * x @ matrix @ x, jax.random.normal(start, (SIZE,))
+
+
+def rosenbrock(key: jax.Array) -> tuple[Objective, Any]:
+    """Rosenbrock's function of two variables, and a random start."""
+    start = jax.random.uniform(key, (2,), minval=-2.0, maxval=2.0)
+    return lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2, start
+
+
+def network(key: jax.Array) -> tuple[Objective, Any]:
+    """The squared error of a network of one hidden layer, and random weights."""
+    x = jax.random.uniform(jax.random.key(0), (SAMPLES, 2), minval=-1.0)
+    y = jnp.sin(3 * x[:, 0]) * x[:, 1]
+    first, last = jax.random.split(key)
+    w1, w2 = jax.random.normal(first, (2, HIDDEN)), jax.random.normal(last, (HIDDEN,)) / HIDDEN
+
+    def loss_fn(params: Any) -> jax.Array:
+        w1, b1, w2, b2 = params
+        return 0.5 * jnp.mean((jnp.tanh(x @ w1 + b1) @ w2 + b2 - y) ** 2)
+
+    return loss_fn, (w1, jnp.zeros(HIDDEN), w2, jnp.zeros(()))
+
+
+Problem = Literal["quadratic valley", "Rosenbrock", "network", "network, further"]
+PROBLEMS: dict[str, tuple[Any, float]] = {  # with the part of the first value to reach
+    "quadratic valley": (valley, 1e-8),
+    "Rosenbrock": (rosenbrock, 1e-8),
+    "network": (network, 1e-2),
+    "network, further": (network, 1e-3),
 }
 BETAS = ("fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan")
 TOLERANCES = (1e-6, 1e-3, 0.1, 0.3, 0.6, 0.9)  # of the slope after a line search
@@ -31,26 +69,33 @@ RATES = {
     "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
     "Dai-Yuan, fixed rate": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1),
 }
+PRESETS = options.presets(
+    starts=(2, 10, 10),
+    searches=(25, 2000, 2000),
+    budget=(300, 20_000, 20_000),
+    problems=(tuple(PROBLEMS)[:2], tuple(PROBLEMS), tuple(PROBLEMS)),
+)
 
 
 @dataclass(frozen=True)
 class ConjugateGradient:
     """Minimise a valley, Rosenbrock's function and a network's loss by conjugate gradients.
 
-    The four beta and steepest descent have a line search, the source's own rule and Adam a rate.
-    Tolerance or rate is the best of six on some starts, the results are from others. In float64.
+    The four beta and steepest descent use a line search, with a tolerance. The source's own rule
+    and Adam use a rate. The best of six tolerances or rates is found from some starts; the results
+    are from other starts. All is in float64.
     """
 
     preset: options.Preset = "cpu"
-    """smoke for tests, cpu, or paper, which is no other: the source has no settings."""
+    """smoke for tests, or cpu. The source has no settings: paper is the same as cpu."""
     starts: int | None = None
-    """How many starts to tune on, and how many others to measure; by the preset if not given."""
+    """How many starts to tune on, and how many others to measure. By default the preset's."""
     searches: int | None = None
-    """Line searches of a run; by the preset if not given."""
+    """Line searches of a run. By default the preset's."""
     budget: int | None = None
-    """Evaluations, and steps at a fixed rate, to reach the target in; by the preset, too."""
+    """The target must be reached within so many evaluations. By default the preset's."""
     problems: tuple[Problem, ...] | None = None
-    """What to minimise; by the preset if not given."""
+    """What to minimise. By default the preset's."""
     output: Path = Path("results/conjugate_gradient")
     """Folder for README.md, progress.png and results.json."""
 
@@ -74,13 +119,13 @@ class ConjugateGradient:
             for problem, method in stages(console, list(product(results, methods))):
                 found = _tuned(settings, *PROBLEMS[problem], method)
                 results[problem]["methods"][method] = found
-        publish("conjugate_gradient", self, settings, pages, results, console)
+        publish("conjugate_gradient", self, settings, results, console)
 
 
 def minimise(
     settings: ConjugateGradient, problem: Any, method: str, setting: jax.Array, key: jax.Array
 ) -> tuple[Any, Any]:
-    """The values at each step, from the first, and the evaluations until then."""
+    """The value before each step, and the number of evaluations until then."""
     f, x = problem(key)
     if searching := method not in RATES:
         ours = cqjax.scale_by_conjugate_gradient(method) if method in BETAS else optax.identity()
@@ -92,7 +137,7 @@ def minimise(
         rule = cqjax.scale_by_conjugate_gradient("dai_yuan", on_ascent="reverse")
         optimizer = optax.chain(rule, optax.scale_by_learning_rate(setting))
     optimizer: Any = optax.with_extra_args_support(optimizer)
-    known = optax.value_and_grad_from_state(f)  # by the search that led there
+    known = optax.value_and_grad_from_state(f)  # the last line search has computed them
 
     def step(carry: Any, _: None) -> tuple[Any, Any]:
         x, state, evaluations = carry
@@ -107,7 +152,7 @@ def minimise(
 
 
 def _tuned(settings: ConjugateGradient, problem: Any, target: float, method: str) -> dict[str, Any]:
-    """The best of six settings on some starts, measured on others."""
+    """Find the best of six settings from some starts, and measure it from others."""
     assert settings.starts
     tuning, others = jax.random.split(jax.random.key(1), (2, settings.starts))
     choices = RATES.get(method, TOLERANCES)

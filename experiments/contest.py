@@ -1,27 +1,31 @@
-"""Optimizers are tuned alike and then compared: the protocol of the experiments that train."""
+"""The rules of a contest: optimizers are tuned with equal effort and then compared."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from experiments.classification import Metric, accuracy, mean_loss
-from experiments.comparison import Method, Runs
 from experiments.data import Dataset, Split
 from experiments.page import median
+from experiments.runs import Runs
 from experiments.training import Augment, History, Step, shuffled_batches
 
 
 class Parts(NamedTuple):
-    """A data set's images: to train on, to pick rates by, to test."""
+    """The images of a data set: to train on, to choose rates by, and to test."""
 
     train: Split
     validation: Split
     test: Split
+
+    def evaluated(self, number: int | None) -> "Parts":
+        """The same, with only so many images to choose rates by and to test."""
+        few = (Split(*(array[:number] for array in part)) for part in self[1:])
+        return Parts(self.train, *few)
 
 
 class Task(NamedTuple):
@@ -29,13 +33,13 @@ class Task(NamedTuple):
 
     parts: Parts
     model: Any
-    """The Flax network, called without further arguments where it is evaluated."""
+    """The Flax network. Evaluation calls it with the images alone."""
     start: Callable[[int], tuple[Any, Any]]
     """Takes a seed to the first parameters and network state."""
-    augment: Callable[[int], Augment] | None = None
-    """Takes a seed to what is done to each batch's images."""
-    watched: Mapping[str, Metric] | None = None
-    """What else is evaluated now and then."""
+    augment: Augment | None = None
+    """What is done to each batch's images."""
+    watched: Mapping[str, Metric] = {}
+    """Further metrics that are evaluated during a run."""
 
 
 class Entrant(NamedTuple):
@@ -45,92 +49,78 @@ class Entrant(NamedTuple):
     at: Callable[[float], tuple[optax.GradientTransformation, Step]]
     """Takes a rate to the optimizer and its step."""
     rates: Sequence[float]
-    role: Literal["ours", "baseline", "other", "variant"] = "baseline"
-    """The best of the baselines sets the target; of the variants, all are tuned, and only the best
-    then runs."""
+    role: Literal["ours", "baseline", "other", "variant", "timed"] = "baseline"
+    """The best baseline sets the target. All variants are tuned, but only the best of them then
+    runs. An entrant that is "timed" takes no part: only its step is timed."""
     task: Task | None = None
-    """What it learns, where that is another network or other inputs than the others'; of as many
-    images as theirs."""
+    """What this entrant learns, if its network or its inputs are not those of the contest's task.
+    It has the same number of images."""
 
-    def method(self, rate: float, label: str) -> Method:
-        """It at work at a rate."""
-        return Method(label, *self.at(rate))
-
-    def remembering(self) -> "Entrant":
-        """The same with one step for each rate, so that it is compiled once."""
+    def with_cached_steps(self) -> "Entrant":
+        """The same, but it returns the same step each time for a rate: it is compiled once."""
         return self._replace(at=cache(self.at))
-
-    def cost(self, seconds: Mapping[str, float]) -> float:
-        """Seconds of its step, of those that were timed: a variant's are the slowest's."""
-        return max(seconds.values()) if self.role == "variant" else seconds[self.name]
 
 
 class Effort(NamedTuple):
     """How much is done for each entrant."""
 
     steps: int
-    """Of each run."""
+    """Steps of a run."""
     tuning_steps: int
-    """Of a tuning run."""
+    """Steps of a tuning run."""
     seeds: int
-    """Runs at the rate that won."""
+    """Number of runs at the best rate."""
     seed: int
-    """Of the tuning runs; the others have the seeds after it."""
+    """Seed of the tuning runs. The other runs have the seeds after it."""
     batch_size: int
     measured: int
     """The training loss is that of the first so many training images."""
 
-    def runs(self, entrants: Sequence[Entrant]) -> int:
-        """How many runs a contest has."""
-        tuning = sum(len(entrant.rates) for entrant in entrants)
-        return tuning + self.seeds * len(_running(entrants))
+    def costs(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> list[float]:
+        """Seconds of each run of a contest, in order.
 
-    def cost(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> float:
-        """Seconds of all its steps, of seconds of a step of each entrant."""
-        tuning = sum(entrant.cost(seconds) * len(entrant.rates) for entrant in entrants)
-        running = sum(entrant.cost(seconds) for entrant in _running(entrants))
-        return tuning * self.tuning_steps + running * self.seeds * self.steps
+        Args:
+          entrants: Who takes part.
+          seconds: Seconds of a step, by entrant. Variants were not timed, and count as the slowest.
+
+        Returns:
+          Seconds of the tuning runs, then of the runs at the best rate, last the best variant's.
+        """
+        slowest = max(seconds.values())
+        tuning = [seconds.get(e.name, slowest) for e in entrants for _ in e.rates]
+        whole = [seconds[e.name] for e in entrants if e.role != "variant"] * self.seeds
+        if any(e.role == "variant" for e in entrants):
+            whole += [slowest] * self.seeds
+        return [self.tuning_steps * s for s in tuning] + [self.steps * s for s in whole]
 
 
-def _running(entrants: Sequence[Entrant]) -> list[Entrant]:
-    """All but the variants, and one of these, which all cost the same."""
-    variants = [entrant for entrant in entrants if entrant.role == "variant"]
-    return [entrant for entrant in entrants if entrant not in variants] + variants[:1]
-
-
-def held_out(dataset: Dataset, fraction: float = 0.1) -> Parts:
-    """The last of the training images are for validation."""
+def held_out(dataset: Dataset) -> Parts:
+    """The images, with the last tenth of the training images for validation."""
     images, labels = dataset.train
-    cut = len(labels) - max(1, round(fraction * len(labels)))
+    cut = len(labels) - max(1, round(0.1 * len(labels)))
     return Parts(Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), dataset.test)
 
 
 def hold(
-    runs: Runs,
-    title: str,
-    task: Task,
-    entrants: Sequence[Entrant],
-    effort: Effort,
-    seconds: Mapping[str, float],
+    runs: Runs, title: str, task: Task, entrants: Sequence[Entrant], effort: Effort
 ) -> dict[str, Any]:
     """Tune all entrants with equal effort, then let them run from the same starts.
 
-    A tuning run takes `effort.tuning_steps` at one rate; the rate whose run ends with the lowest
-    validation loss wins, and a loss that is not a number loses. At each of the seeds all entrants
-    but the variants then start from the same weights and see the same batches. The best baseline's
-    training loss in the end, in the median, is the target.
+    A tuning run takes `effort.tuning_steps` steps at one rate. The rate whose run ends with the
+    lowest validation loss wins. A loss that is not a number loses. Then, at each seed, all entrants
+    start from the same weights and see the same batches. The target is the lowest final training
+    loss of the baselines, in the median over the seeds.
 
     Args:
-      runs: Takes the training runs, and shows how far all of them are.
-      title: Stands before the runs' names, to tell them from another contest's.
+      runs: Makes the training runs, and shows their progress.
+      title: Stands before the names of the runs, to tell them from those of another contest.
       task: What is learnt.
       entrants: Who takes part, each with as many rates as the others.
       effort: How much is done for each.
-      seconds: Of a step of each entrant, about: for the time left.
 
     Returns:
-      Every number, by entrant, and the target; of the variants the tuning runs, and the best
-      one's runs.
+      The target, and every number by entrant. Variants have their tuning runs, and the best of
+      them has its runs, too.
 
     Raises:
       ValueError: If some entrant has more rates than another.
@@ -139,7 +129,7 @@ def hold(
         counts = {entrant.name: len(entrant.rates) for entrant in entrants}
         raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
     tasks = {entrant.name: entrant.task or task for entrant in entrants}
-    evaluated = {id(its): _Evaluated.of(its, effort.measured) for its in tasks.values()}
+    evaluated = {id(its): _evaluation(its, effort.measured) for its in tasks.values()}
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
         kind = "tuning" if tuning else f"seed {seed}"
@@ -148,14 +138,14 @@ def hold(
         its = tasks[entrant.name]
         examples, validating, evaluating = evaluated[id(its)]
         return runs.train(
-            entrant.method(rate, label),
+            label,
+            *entrant.at(rate),
             its.start(seed),
             examples,
             shuffled_batches(seed, len(examples[1]), effort.batch_size, steps),
             {} if tuning else evaluating,
             validating if tuning else None,
-            augment=its.augment and its.augment(seed),
-            cost=entrant.cost(seconds),
+            augment=its.augment,
         )
 
     tuned = {
@@ -196,18 +186,18 @@ def hold(
 
 
 def winner(tried: Sequence[tuple[float, History]]) -> float:
-    """The rate whose run ended with the lowest validation loss; the first, if all diverged."""
+    """The rate whose run ended with the lowest validation loss. If all diverged, the first."""
     return min(tried, key=_loss)[0]
 
 
 def _loss(tried: tuple[float, History]) -> float:
-    """The validation loss that a tuning run ended with, infinite if it is not a number."""
+    """The validation loss at the end of a tuning run. It is infinite if it is not a number."""
     value = tried[1].last("validation_loss")
     return math.inf if math.isnan(value) else value
 
 
 def reached(history: History, target: Mapping[str, Any]) -> dict[str, float] | None:
-    """The first evaluation whose training loss is at most the target's, if there is one."""
+    """The first evaluation with a training loss not above the target's, if there is one."""
     first = history.metrics["train_loss"].first_at_most(target["train_loss"])
     if first is None:
         return None
@@ -222,7 +212,7 @@ def reached(history: History, target: Mapping[str, Any]) -> dict[str, float] | N
 
 
 def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
-    """The best of some entrants, by the training loss in the end, and this loss."""
+    """The entrant with the lowest final training loss in the median, and this loss."""
     losses = {
         name: median([history.last("train_loss") for history in histories])
         for name, histories in ran.items()
@@ -232,7 +222,7 @@ def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
 
 
 def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
-    """What came of the tuning runs."""
+    """The tuning runs, and the rate that won."""
     return {
         "tuning": [
             {
@@ -247,23 +237,14 @@ def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
     }
 
 
-class _Evaluated(NamedTuple):
-    """A task's training images and labels, and what is evaluated."""
-
-    examples: tuple[jax.Array, jax.Array]
-    validating: dict[str, Metric]
-    """After a tuning run."""
-    evaluating: dict[str, Metric]
-    """In the other runs, now and then."""
-
-    @classmethod
-    def of(cls, task: Task, measured: int) -> "_Evaluated":
-        (images, labels), validation, test = task.parts
-        validating = {"validation_loss": mean_loss(task.model, *validation)}
-        evaluating = {
-            "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
-            **validating,
-            "test_accuracy": accuracy(task.model, *test),
-            **(task.watched or {}),
-        }
-        return cls((jnp.asarray(images), jnp.asarray(labels)), validating, evaluating)
+def _evaluation(task: Task, measured: int) -> tuple[Any, dict[str, Metric], dict[str, Metric]]:
+    """The training images and labels; the metrics of tuning runs; the metrics of the others."""
+    (images, labels), validation, test = task.parts
+    validating = {"validation_loss": mean_loss(task.model, *validation)}
+    evaluating = {
+        "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
+        **validating,
+        "test_accuracy": accuracy(task.model, *test),
+        **task.watched,
+    }
+    return (jnp.asarray(images), jnp.asarray(labels)), validating, evaluating

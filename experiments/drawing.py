@@ -1,4 +1,4 @@
-"""Small figures whose lines are told apart by colour, mark and dashes."""
+"""Figures whose lines differ in colour, mark and dashes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-# Paul Tol's muted colours, in an order that stays apart in grey.
+# Paul Tol's muted colours, in an order that can be told apart in grey.
 STYLES = (
     {"color": "#332288", "marker": "o", "linestyle": "-"},
     {"color": "#DDAA33", "marker": "s", "linestyle": (0, (5, 2))},
@@ -21,12 +21,12 @@ STYLES = (
 
 
 def style(number: int, **changes: Any) -> dict[str, Any]:
-    """The number's colour, mark and dashes for `Axes.plot`."""
+    """Colour, mark and dashes of the line with this number, for `Axes.plot`."""
     return {**STYLES[number], "markersize": 4.5, "linewidth": 1.4, **changes}
 
 
 def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    """A figure of so many coordinate systems, row by row, each of a size in inches."""
+    """A figure of rows and columns of panels, each of a size in inches. Returns panels in rows."""
     shape = (columns * size[0], rows * size[1])
     figure = Figure(figsize=shape, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -37,7 +37,7 @@ def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def logarithmic(axes: Axes, highest: float = np.inf) -> None:
-    """A logarithmic vertical axis, with plain numbers at its ticks; what is higher is outside."""
+    """Make the vertical axis logarithmic, with plain numbers, and cut it off at `highest`."""
     axes.set_yscale("log")
     if axes.get_ylim()[1] > highest:
         axes.set_ylim(0.9 * axes.dataLim.y0, highest)
@@ -49,7 +49,7 @@ def logarithmic(axes: Axes, highest: float = np.inf) -> None:
 
 
 def band(axes: Axes, x: Any, median: Any, low: Any, high: Any, label: str, number: int) -> None:
-    """A line of medians over the range that they come from."""
+    """Draw a line of medians, and shade the range from `low` to `high`."""
     axes.plot(x, median, label=label, markevery=max(1, len(x) // 8), **style(number))
     axes.fill_between(x, low, high, color=STYLES[number]["color"], alpha=0.15, linewidth=0)
 

@@ -1,30 +1,23 @@
-"""What all experiments that train have in common: options, a session, and the results' file."""
+"""What the experiments that train networks share: options, sessions, and how a contest runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
 from rich.console import Console
 
-from experiments import contest, data, metrics, options, pipeline, report
-from experiments.checkpoints import Session
-from experiments.comparison import Runs
+from experiments import contest, data, options, pipeline, report
+from experiments.checkpoints import Session, check_tensorboard
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset
-from experiments.training import shuffled_batches
+from experiments.page import publish
+from experiments.runs import Runs
 
-PERIPHERAL = (  # options that no number depends on, since the data themselves are compared
-    "dataset",
-    "data_dir",
-    "download",
-    "output",
-    "resume",
-    "checkpoint_seconds",
-    "tensorboard",
-)
-ENVIRONMENT = ("versions", "device", "cpu", "cpu_count")  # what has to stay the same in one result
+PERIPHERAL = {"data_dir", "download", "output", "resume", "checkpoint_seconds", "tensorboard"}
+"""Options that no number depends on."""
+ENVIRONMENT = {"versions", "device", "cpu", "cpu_count"}
+"""The parts of the environment that must stay the same when an experiment is resumed."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +29,13 @@ class Experiment:
     output: Path = Path("results")
     """Folder for the results."""
     resume: bool = False
-    """Go on where an earlier call with the same settings and --output was stopped; training runs
+    """Go on where an earlier call with the same settings and --output was stopped. Training runs
     that it finished are not run again."""
     checkpoint_seconds: float = 30.0
-    """Save the training run's state every so many seconds: at the end of the next of the 75 chunks
-    of its steps."""
+    """Save the state of the training run every so many seconds. It is saved at the end of one of
+    the 75 parts of the run."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too, into the folder tensorboard; needs tensorboardX."""
+    """Write the metrics for TensorBoard, too, into the folder tensorboard. Needs tensorboardX."""
 
     def __post_init__(self):
         """Refuse values that cannot be meant.
@@ -52,16 +45,17 @@ class Experiment:
         """
         options.require(self, options.NOT_NEGATIVE, "checkpoint_seconds")
         if self.tensorboard:
-            metrics.check_tensorboard()
+            check_tensorboard()
 
     def session(self, dataset: Dataset) -> Session:
-        """Begin it, or go on with an earlier one.
+        """Begin a session, or go on with an earlier one.
 
         Raises:
-          ResumeError: If the earlier one had other settings, other data or another environment.
+          ResumeError: If the earlier session had other settings, other data or another environment.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in asdict(self).items() if k not in PERIPHERAL}
+        # The data are compared by their checksum, not by their name.
+        settings = {k: v for k, v in asdict(self).items() if k not in PERIPHERAL | {"dataset"}}
         environment = {k: v for k, v in report.environment().items() if k in ENVIRONMENT}
         return Session(
             self.output,
@@ -71,53 +65,35 @@ class Experiment:
             tensorboard=self.tensorboard,
         )
 
-    def write(
-        self, console: Console, figure: str, dataset: Dataset, measured: int, results: Any
-    ) -> None:
-        """Write results.json, and say where everything is.
-
-        Args:
-          console: Where to say it.
-          figure: The figure's file.
-          dataset: The data set.
-          measured: How many training images the training loss is that of.
-          results: What the experiment found.
-        """
-        report.write_json(
-            self.output / "results.json",
-            {
-                "experiment": type(self).__name__.lower(),
-                "dataset": dataset.summary() | {"images_for_training_loss": measured},
-                "settings": asdict(self),
-                "environment": report.environment(),
-                "results": results,
-            },
-        )
-        written = f"Written: {self.output}/{figure} and {self.output}/results.json"
-        console.print(written, highlight=False, soft_wrap=True)
-
 
 @dataclass(frozen=True)
 class Contest(Experiment):
-    """Options of the experiments that tune optimizers alike and then compare them."""
+    """An experiment that tunes optimizers with equal effort and then compares them.
 
+    Each such experiment declares its name, its presets, and the `contests` that it holds.
+    """
+
+    name: ClassVar[str]
+    """Its name on the command line. `experiments.pages` has a module of this name."""
+    presets: ClassVar[options.Presets]
     preset: options.Preset = "cpu"
-    """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. It sets
-    what is not given below."""
+    """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. The preset
+    sets the options below that are not given."""
     dataset: data.AnyName | None = None
-    """The data; digits for smoke, CIFAR-10 for the others."""
+    """The data set: digits for smoke, CIFAR-10 for the other presets."""
     epochs: float | None = None
-    """Of each run."""
+    """Epochs of each run."""
     tuning_epochs: float | None = None
-    """Of each tuning run."""
+    """Epochs of each tuning run."""
     tries: int | None = None
-    """Tuning runs of each optimizer, at the first so many of its learning rates."""
+    """Number of tuning runs of each optimizer. They take the first of its learning rates."""
     seeds: int | None = None
-    """Runs of each optimizer at its best rate; they have the seeds after --seed, tuning's."""
+    """Number of runs of each optimizer at its best rate. Tuning runs have the seed --seed, these
+    runs the seeds after it."""
     batch_size: int = 32
     """Images of a batch."""
     measured: int | None = None
-    """The training loss is that of the first so many training images."""
+    """The training loss is measured on the first so many training images."""
     data_dir: Path | None = None
     """Folder of the data set's official files."""
     download: bool = False
@@ -133,31 +109,72 @@ class Contest(Experiment):
         options.require(self, options.AT_LEAST_ONE, "tries", "seeds", "batch_size", "measured")
         options.require(self, options.POSITIVE, "epochs", "tuning_epochs")
 
-    def hold(
-        self,
-        console: Console,
-        dataset: Dataset,
-        contests: Mapping[str, tuple[Task, Sequence[Entrant]]],
-        absent: Sequence[Entrant] = (),
-    ) -> dict[str, Any]:
-        """Time a step of everyone, and hold contests.
+    def require_rates(self, *optimizers: str) -> None:
+        """Refuse learning rates of these optimizers that are bad, or fewer than the tuning runs.
+
+        Raises:
+          ValueError: If there are any; the message names the option.
+        """
+        tries = self.tries or self.presets[self.preset]["tries"]
+        fields = (f"{name}_rates" for name in optimizers)
+        given = [field for field in fields if getattr(self, field) is not None]
+        options.require_rates(self, tries, *given)
+
+    def filled(self) -> Self:
+        """The settings. Options that were not given have the preset's values."""
+        return options.filled(self, self.presets)
+
+    def rates(self, optimizer: str) -> tuple[float, ...]:
+        """The learning rates that are tried for an optimizer."""
+        return getattr(self, f"{optimizer}_rates")[: self.tries]
+
+    def prepared(self, dataset: Dataset) -> Dataset:
+        """The data set as the experiment uses it."""
+        return dataset
+
+    def contests(self, dataset: Dataset) -> Mapping[str, tuple[Task, Sequence[Entrant]]]:
+        """The contests by title: what is learnt, and who takes part.
+
+        Args:
+          dataset: The data set, `prepared`.
+
+        Raises:
+          NotImplementedError: Each experiment has its own.
+        """
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Tune, train, draw, and judge the source's claims.
+
+        Raises:
+          DataError: If there is no such data set, or its files are bad.
+          ResumeError: If an earlier session cannot be resumed.
+        """
+        console, settings = Console(), self.filled()
+        assert settings.dataset
+        dataset = data.load(settings.dataset, self.data_dir, self.download)
+        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
+        results = settings.hold(console, settings.prepared(dataset))
+        publish(self.name, self, settings, results, console)
+
+    def hold(self, console: Console, dataset: Dataset) -> dict[str, Any]:
+        """Time a step of each entrant, and hold all contests.
 
         Args:
           console: Where to draw the progress.
-          dataset: The data set.
-          contests: By title.
-          absent: Entrants whose step is timed, and who take no part.
+          dataset: The data set, `prepared`.
 
         Returns:
-          What `pipeline.measure` and `contest.hold` return for each contest, and the data's name.
+          The summary of the data set. For each contest, what `pipeline.measure` and
+          `contest.hold` return.
 
         Raises:
-          DataError: If a batch is more than all training images.
+          DataError: If a batch has more images than there are.
         """
         assert self.epochs and self.tuning_epochs and self.seeds and self.measured
         contests = {
-            title: (task, [entrant.remembering() for entrant in entrants])
-            for title, (task, entrants) in contests.items()
+            title: (task, [entrant.with_cached_steps() for entrant in entrants])
+            for title, (task, entrants) in self.contests(dataset).items()
         }
         train = next(iter(contests.values()))[0].parts.train
         replace(dataset, train=train).check_batch_size(self.batch_size)
@@ -170,46 +187,16 @@ class Contest(Experiment):
             self.batch_size,
             self.measured,
         )
-        timings = {
-            title: self._timing(
-                console, f"{title}: " * (len(contests) > 1), task, [*entrants, *absent]
-            )
-            for title, (task, entrants) in contests.items()
-        }
-        number = sum(effort.runs(entrants) for _, entrants in contests.values())
-        cost = sum(
-            effort.cost(entrants, timings[title]["seconds_per_step"])
-            for title, (_, entrants) in contests.items()
-        )
-        with self.session(dataset) as session, Runs(console, session, number, cost) as runs:
-            held = {
-                title: timings[title]
-                | contest.hold(
-                    runs,
-                    f"{title}: " * (len(contests) > 1),
-                    task,
-                    entrants,
-                    effort,
-                    timings[title]["seconds_per_step"],
-                )
-                for title, (task, entrants) in contests.items()
+        timings, held, costs = {}, {}, []
+        for title, (task, entrants) in contests.items():
+            prefix = f"{title}: " * (len(contests) > 1)
+            timed = [entrant for entrant in entrants if entrant.role != "variant"]
+            measured = pipeline.measure(console, prefix, task, timed, self.batch_size, self.seed)
+            racing = [entrant for entrant in entrants if entrant.role != "timed"]
+            timings[title], held[title] = measured, (prefix, task, racing, effort)
+            costs += effort.costs(racing, measured["seconds_per_step"])
+        with Runs(console, self.session(dataset), costs) as runs:
+            results = {
+                title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
-        return {"dataset": dataset.summary(), "contests": held}
-
-    def _timing(
-        self, console: Console, title: str, task: Task, entrants: Sequence[Entrant]
-    ) -> dict[str, Any]:
-        """Time a step of each entrant but the variants."""
-        images, labels = task.parts.train
-        per_epoch = len(labels) // self.batch_size
-        timed = [entrant for entrant in entrants if entrant.role != "variant"]
-        return pipeline.measure(
-            console,
-            {entrant.name: entrant.method(entrant.rates[0], "") for entrant in timed},
-            task.start(self.seed),
-            (jnp.asarray(images), jnp.asarray(labels)),
-            shuffled_batches(self.seed, len(labels), self.batch_size, per_epoch),
-            task.augment and task.augment(self.seed),
-            title=title,
-            starts={e.name: e.task.start(self.seed) for e in timed if e.task},
-        )
+        return {"dataset": dataset.summary(), "contests": results}

@@ -1,4 +1,4 @@
-"""The lecture's homework: two Gaussians, the 2-3-5-3-1 network, training, pruning (seed 002)."""
+"""The homework of Jawahar (2019): two Gaussians, the 2-3-5-3-1 network, training, pruning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
+from jax.flatten_util import ravel_pytree
 
 import cqjax
 from experiments.scans import descend
 from experiments.training import shuffled_batches
 
 SIZES = (2, 3, 5, 3, 1)
+WEIGHTS = 2 * 3 + 3 * 5 + 5 * 3 + 3 * 1
 TRAINING, VALIDATION, TEST = 200, 200, 1000
 BATCH = 20
+DECAY = 0.1  # the part of itself that a small weight loses in each step before it is removed
 INITIALISATIONS = ("zeros", "ones", "random", "Xavier")
 GAUSSIANS = ("apart", "around")
 RATES = {
@@ -31,8 +35,8 @@ Examples = tuple[jax.Array, jax.Array]
 def gaussians(key: jax.Array, kind: str) -> Examples:
     """Points `(n, 2)` of two Gaussians, half of each, and classes -1 and 1, `(n,)`.
 
-    "apart", a straight line divides them nearly as well as any curve; "around", one is around the
-    other, and no line does.
+    If they are "apart", a straight line divides them nearly as well as any curve. If they are
+    "around", one lies around the other, and no line divides them.
     """
     n = TRAINING + VALIDATION + TEST
     t = jnp.where(jnp.arange(n) % 2 == 0, 1.0, -1.0)
@@ -77,7 +81,7 @@ LOSSES = {"squared": squared, "hinge": hinge}
 
 
 def accuracy(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
-    """The part of the points that are on their side of zero."""
+    """The part of the points whose outputs have the right sign."""
     return jnp.mean(outputs(params, x) * t > 0)
 
 
@@ -103,7 +107,7 @@ def orders(seeds: int, points: int, steps: int) -> np.ndarray:
 
 
 def split(examples: Examples) -> tuple[Examples, Examples, Examples]:
-    """The points to train with, to choose rates by, and to test."""
+    """The points to train on, to choose rates by, and to test."""
     ends = (0, TRAINING, TRAINING + VALIDATION, None)
     first, second, third = (
         tuple(array[a:b] for array in examples) for a, b in zip(ends, ends[1:], strict=False)
@@ -120,7 +124,7 @@ def train(
     every: int,
     decay: Any = 0.0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Train over the batches of an order `(steps, batch)`, and say how it goes every few steps."""
+    """Train on the batches of an order `(steps, batch)`, and measure every few steps."""
     training, validation, test = split(examples)
 
     def regularised(params: Params, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -143,5 +147,91 @@ def train(
 
 
 def unequal(params: Params) -> jax.Array:
-    """How far the neurons of a hidden layer differ at most, in their incoming weights."""
+    """The greatest difference between the incoming weights of two neurons of a hidden layer."""
     return jnp.max(jnp.stack([jnp.max(jnp.ptp(w, axis=1)) for w, _ in params[:-1]]))
+
+
+def smallest(params: Params, count: jax.Array) -> Any:
+    """True for the `count` smallest weights. Biases do not count."""
+    weights, rebuild = ravel_pytree([w for w, _ in params])
+    small = rebuild((jnp.argsort(jnp.argsort(jnp.abs(weights))) < count).astype(weights.dtype))
+    return [(w > 0, jnp.zeros(b.shape, bool)) for w, (_, b) in zip(small, params, strict=True)]
+
+
+def without(params: Params, small: Any) -> Params:
+    """The parameters, with zeros in place of the small ones."""
+    return jax.tree.map(lambda s, p: jnp.where(s, 0, p), small, params)
+
+
+def shrinking(
+    rule: optax.GradientTransformation, small: Any, by: float
+) -> optax.GradientTransformation:
+    """The rule, but in each step small weights lose a part of themselves instead."""
+
+    def shrink(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda s, u, p: jnp.where(s, -by * p, u), small, updates, params)
+
+    return optax.chain(rule, optax.stateless(shrink))
+
+
+def at_once(
+    rule: optax.GradientTransformation,
+    params: Params,
+    examples: Examples,
+    order: jax.Array,
+    counts: jax.Array,
+) -> jax.Array:
+    """Remove the smallest weights at once, and train the rest.
+
+    Args:
+      rule: The optimizer.
+      params: The parameters to start from, for each count.
+      examples: All points.
+      order: Indices of each step's training points, `(steps, batch)`.
+      counts: How many weights to remove.
+
+    Returns:
+      The test accuracies `(counts, steps + 1)`.
+    """
+
+    def pruned(count: jax.Array) -> jax.Array:
+        small = smallest(params, count)
+        return _retrained(shrinking(rule, small, 1.0), without(params, small), examples, order)[1]
+
+    return jax.vmap(pruned)(counts)
+
+
+def by_and_by(
+    rule: optax.GradientTransformation,
+    params: Params,
+    examples: Examples,
+    order: jax.Array,
+    counts: jax.Array,
+) -> jax.Array:
+    """Remove more and more weights, and retrain the rest. Returns test accuracies `(counts,)`.
+
+    Each count starts from the network of the count before. First the smallest weights decay while
+    the others are trained. Then they are removed, and the others are trained for as many steps.
+    The arguments are those of `at_once`.
+    """
+
+    def further(params: Params, count: jax.Array) -> tuple[Params, jax.Array]:
+        small = smallest(params, count)
+        params, _ = _retrained(shrinking(rule, small, DECAY), params, examples, order)
+        removed = without(params, small)
+        params, accuracies = _retrained(shrinking(rule, small, 1.0), removed, examples, order)
+        return params, accuracies[-1]
+
+    return lax.scan(further, params, counts)[1]
+
+
+def _retrained(
+    rule: optax.GradientTransformation, params: Params, examples: Examples, order: jax.Array
+) -> tuple[Params, jax.Array]:
+    """The parameters after the steps, and the test accuracies, first before any step."""
+    training, _, test = split(examples)
+    batches = tuple(array[order] for array in training)
+    params, accuracies = descend(
+        cqjax.value_and_grad(squared), rule, params, batches, lambda p: accuracy(p, *test)
+    )
+    return params, jnp.append(accuracies, accuracy(params, *test))

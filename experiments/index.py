@@ -1,4 +1,4 @@
-"""One page about all experiments: what holds of what their sources claim."""
+"""One page about all experiments: which of their sources' claims hold."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ class Index:
     """Write the overview of all experiments' pages."""
 
     folder: Path = Path("docs/experiments")
-    """Has the experiments' folders, and gets README.md."""
+    """The folder of the experiments' folders. README.md goes there."""
 
     def run(self) -> None:
         """Write it."""
@@ -33,7 +33,7 @@ class Index:
 
 
 def overview(folder: Path) -> str:
-    """What stands in README.md, in Markdown.
+    """The text of README.md.
 
     Args:
       folder: Has a folder for each experiment, with its README.md and results.json.

@@ -1,4 +1,7 @@
-"""A lecture's homework: first weights, losses, L2, pruning (seed 002)."""
+"""A lecture's homework: first weights, losses, L2, pruning.
+
+Jawahar (2019), sections 19.123 and 19.124. The page is `experiments.pages.lecture`.
+"""
 
 from dataclasses import dataclass
 from itertools import product
@@ -13,16 +16,15 @@ from rich.console import Console
 from experiments import homework, options
 from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES
 from experiments.page import publish
-from experiments.pages import lecture as pages
-from experiments.pruning import at_once, by_and_by
 from experiments.scans import stages, timed
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"seeds": 2, "steps": 80, "retraining": 5, "retrainers": ("Adam", "C-SGD")},
-    "cpu": {"seeds": 10, "steps": 2000, "retraining": 100, "retrainers": tuple(RATES)},
-    "paper": {"seeds": 10, "steps": 2000, "retraining": 100, "retrainers": tuple(RATES)},
-}
-EVERY, FEW = 40, 40  # steps between measurements; L2's training points
+PRESETS = options.presets(
+    seeds=(2, 10, 10),
+    steps=(80, 2000, 2000),
+    retraining=(5, 100, 100),
+    retrainers=(("Adam", "C-SGD"), tuple(RATES), tuple(RATES)),
+)
+EVERY, FEW = 40, 40  # steps between measurements; training points for L2
 DECAYS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)
 REMOVED = (4, 8, 12, 16, 20, 23, 27, 31, 35)  # of 39 weights
 CASES = list(product(GAUSSIANS, INITIALISATIONS))
@@ -33,21 +35,21 @@ CASE = "around", "random"  # what L2 and pruning are tried on
 class Lecture:
     """Do a lecture's homework: first weights, squared and hinge loss, L2, pruning.
 
-    A network of 2-3-5-3-1 neurons with sigmoids divides two Gaussians. Each optimizer has the
-    rate, of six, that has the least validation loss in the median of the seeds; all share data,
-    first weights and batches.
+    A network of 2-3-5-3-1 neurons with sigmoids divides two Gaussians. Each optimizer is tuned at
+    six rates. The one with the least validation loss, in the median of the seeds, counts. All
+    optimizers share data, first weights and batches.
     """
 
     preset: options.Preset = "cpu"
-    """smoke for tests, cpu, or paper, which is no other: the source has no settings."""
+    """smoke for tests, or cpu. The source has no settings: paper is the same as cpu."""
     seeds: int | None = None
-    """How many draws of data, weights and batches; by the preset if not given."""
+    """How many draws of data, weights and batches. By default the preset's."""
     steps: int | None = None
-    """Training steps, a multiple of 40; by the preset if not given."""
+    """Training steps, a multiple of 40. By default the preset's."""
     retraining: int | None = None
-    """Steps of decay, and then of retraining, at each sparsity; by the preset if not given."""
+    """Steps of decay, and then of retraining, at each sparsity. By default the preset's."""
     retrainers: tuple[Literal["SGD", "momentum", "Adam", "C-SGD"], ...] | None = None
-    """What retrains pruned networks; by the preset if not given."""
+    """The optimizers that retrain pruned networks. By default the preset's."""
     output: Path = Path("results/lecture")
     """Folder for README.md, the figures and results.json."""
 
@@ -77,16 +79,16 @@ class Lecture:
             pruning[method] = _pruned(settings, rates, method, case)
         at = list(range(0, (settings.steps or 0) + 1, EVERY))
         results = {"at": at, "training": training, "decays": decays, "pruning": pruning}
-        publish("lecture", self, settings, pages, results, console)
+        publish("lecture", self, settings, results, console)
 
 
 def _starts(key: jax.Array) -> Any:
-    """A seed's first parameters and points, of all cases."""
+    """The first parameters and the points of a seed, for all cases."""
     return jax.tree.map(lambda *a: jnp.stack(a), *(homework.setting(key, *c) for c in CASES))
 
 
 def _trained(settings: Any, loss: str, method: str, starts: Any) -> dict[str, Any]:
-    """All first weights on both pairs of Gaussians, at the rate that is best for each."""
+    """Train from all first weights, on both pairs of Gaussians, at the best rate of each."""
 
     def run(rate: jax.Array, start: Any, order: jax.Array) -> Any:
         rule = homework.optimizer(method, rate)
@@ -111,7 +113,7 @@ def _trained(settings: Any, loss: str, method: str, starts: Any) -> dict[str, An
 
 
 def _decayed(settings: Any, rate: float, starts: Any) -> dict[str, Any]:
-    """Adam from few points, with the squared norm of the parameters in the loss."""
+    """Adam on few points, with the squared norm of the parameters in the loss."""
 
     def run(decay: jax.Array, start: Any, order: jax.Array) -> Any:
         rule = homework.optimizer("Adam", rate)
@@ -128,19 +130,23 @@ def _decayed(settings: Any, rate: float, starts: Any) -> dict[str, Any]:
 
 
 def _last(history: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """What it was in the end, for each seed; of what was measured on the way, `(seeds, points)`."""
+    """The last value of each seed, of every measurement `(seeds, points)`."""
     return {name: value[:, -1].tolist() for name, value in history.items() if value.ndim == 2}
 
 
 def _pruned(settings: Any, rates: dict[str, float], method: str, starts: Any) -> dict[str, Any]:
-    """Networks that Adam trained, without their smallest weights, retrained by a method."""
+    """Train networks by Adam, remove their smallest weights, and retrain them by a method."""
 
     def run(start: Any, order: jax.Array) -> Any:
         adam, rule = (homework.optimizer(m, rates[m]) for m in ("Adam", method))
         params, history = homework.train(homework.squared, adam, *start, order=order, every=EVERY)
         rest = rule, params, start[1], order[: settings.retraining], jnp.array(REMOVED)
-        once = at_once(*rest)[:, jnp.array([0, 1, 2, -1])]  # steps of retraining
-        return {"whole": history["accuracy"][-1], "at_once": once, "by_and_by": by_and_by(*rest)}
+        once = homework.at_once(*rest)[:, jnp.array([0, 1, 2, -1])]  # steps of retraining
+        return {
+            "whole": history["accuracy"][-1],
+            "at_once": once,
+            "by_and_by": homework.by_and_by(*rest),
+        }
 
     orders = homework.orders(settings.seeds, homework.TRAINING, settings.steps)
     timing = timed(jax.vmap(run), starts, orders)

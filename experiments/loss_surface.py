@@ -1,4 +1,7 @@
-"""Two weights on their way down the loss surface (seed 000, section 5.1 and Figure 3)."""
+"""Two weights on their way down the loss surface.
+
+Paeedeh and Ghiasi-Shirazi, section 5.1, Fig. 3. The page is `experiments.pages.loss_surface`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +16,9 @@ from rich.console import Console
 import cqjax
 from experiments import options
 from experiments.page import publish
-from experiments.pages import loss_surface as pages
 from experiments.scans import descend, timed
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"steps": 60, "sweep": 5},
-    "cpu": {"steps": 2000, "sweep": 60},
-    "paper": {"steps": 2000, "sweep": 60},
-}
+PRESETS = options.presets(steps=(60, 2000, 2000), sweep=(5, 60, 60))
 METHODS = ("C-SGD", "SGD", "SGD with momentum")
 NEAR = 0.01  # of the distance at the start
 SHOWN = 120  # steps of the paths that are drawn
@@ -30,29 +28,29 @@ SHOWN = 120  # steps of the paths that are drawn
 class LossSurface:
     """Follow two weights to their optimum by C-SGD, SGD and SGD with momentum.
 
-    The network has two inputs, weights and outputs, z = w x each, and half the squared error as
-    its loss, whose contours are ellipses. Each method goes from the same start at a high rate, a
-    low one, and at many between.
+    The network has two inputs, two weights and two outputs z = w x. Its loss is half the squared
+    error, and the contours of the loss are ellipses. Each method starts from the same weights, at a
+    high rate, at a low one, and at many others.
     """
 
     preset: options.Preset = "cpu"
-    """smoke for tests, cpu, or paper: the source's settings, which are no others here."""
+    """smoke for tests, or cpu. paper is the same as cpu."""
     rates: tuple[float, float] = (0.49, 0.05)
     """The high and the low learning rate, the same for all methods."""
     momentum: float = 0.9
-    """Of SGD with momentum."""
+    """The momentum of SGD with momentum."""
     damping: float = 1e-3
     """C-SGD's damping, lambda in the paper's Eq. 63."""
     inputs: tuple[float, float] = (0.5, 2.0)
-    """The two inputs; the loss is curved by their squares."""
+    """The two inputs. Their squares are the curvatures of the loss."""
     targets: tuple[float, float] = (1.0, 2.0)
-    """What the outputs should be."""
+    """The targets of the outputs."""
     start: tuple[float, float] = (-1.0, 2.5)
     """The first weights."""
     steps: int | None = None
-    """Steps of each path; by the preset if not given."""
+    """Steps of each path. By default the preset's."""
     sweep: int | None = None
-    """Rates between 0.01 and 1 to try besides; by the preset if not given."""
+    """How many more rates, between 0.01 and 1, to try. By default the preset's."""
     output: Path = Path("results/loss_surface")
     """Folder for README.md, paths.png and results.json."""
 
@@ -86,11 +84,11 @@ class LossSurface:
             }
             for method, timing in timings.items()
         }
-        publish("loss_surface", self, settings, pages, results, Console())
+        publish("loss_surface", self, settings, results, Console())
 
 
 def _path(settings: LossSurface, method: str) -> Any:
-    """Takes a rate to the weights before each step, `(steps, 2)`."""
+    """A function from a rate to the weights before each step, `(steps, 2)`."""
     x, t, steps = jnp.array([settings.inputs]), jnp.array([settings.targets]), settings.steps
     assert steps
 
@@ -116,7 +114,7 @@ def _path(settings: LossSurface, method: str) -> Any:
 
 
 def _summary(error: np.ndarray) -> dict[str, Any]:
-    """What a path, `(steps, 2)` from the optimum, is like."""
+    """Describe a path `(steps, 2)`, given as differences from the optimum."""
     with np.errstate(all="ignore"):
         distance, walked = np.linalg.norm(error, axis=1), np.abs(np.diff(error, axis=0))
         reached = _steps(distance)
@@ -131,6 +129,6 @@ def _summary(error: np.ndarray) -> dict[str, Any]:
 
 
 def _steps(distance: np.ndarray) -> int | None:
-    """After how many steps it is, and stays, near."""
+    """The number of steps after which the path stays near the optimum."""
     away = np.flatnonzero(~(distance <= NEAR * distance[0]))
     return int(away[-1]) + 1 if away[-1] + 1 < len(distance) else None

@@ -1,41 +1,27 @@
-"""The fully-connected network of seed 000, section 5.3, trained by five optimizers (Figure 5)."""
+"""Five optimizers train a fully-connected network.
 
-from collections.abc import Iterable
+Paeedeh and Ghiasi-Shirazi, section 5.3, Fig. 5.
+The page is `experiments.pages.mlp`.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import optax
-from rich.console import Console
 
 import cqjax
-from experiments import data, options
+from experiments import options
 from experiments.classification import cross_entropy, initialise
 from experiments.contest import Entrant, Task, held_out
+from experiments.data import Dataset
 from experiments.experiment import Contest
 from experiments.models import MLP
-from experiments.page import publish
-from experiments.pages import mlp as pages
 from experiments.training import capturing_step, gradient_step
 
 EVERYONE = ("sgd", "nesterov", "adam", "muon", "csgd")
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {
-        **{"dataset": "digits", "measured": 500, "width": 16, "depth": 2},
-        **{"epochs": 2.0, "tuning_epochs": 0.5, "tries": 2, "seeds": 2},
-        **{"inputs": ("raw",), "optimizers": ("sgd", "nesterov", "adam", "csgd")},
-    },
-    "cpu": {
-        **{"dataset": "cifar10", "measured": 5000, "depth": 8},
-        **{"epochs": 2.0, "tuning_epochs": 1.0, "tries": 5, "seeds": 5},
-        **{"inputs": ("raw",), "optimizers": ("sgd", "nesterov", "adam", "csgd")},
-    },
-    "paper": {
-        **{"dataset": "cifar10", "measured": 45_000, "depth": 8},
-        **{"epochs": 100.0, "tuning_epochs": 5.0, "tries": 5, "seeds": 3},
-        **{"inputs": ("raw", "normalised"), "optimizers": EVERYONE},
-    },
-}
+WITHOUT_MUON = ("sgd", "nesterov", "adam", "csgd")
 DAMPING = {"raw": 1e-3, "normalised": 1e-2}  # the paper's lambda
 MOMENTUM = 0.95  # Nesterov's, in section 5.4
 
@@ -44,20 +30,33 @@ MOMENTUM = 0.95  # Nesterov's, in section 5.4
 class Mlp(Contest):
     """Train the paper's network of eight hidden layers, and judge what the paper says of it.
 
-    Each optimizer is tuned at equally many rates, by validation loss; then all start from the same
-    weights and see the same batches, at each of several seeds. The last tenth of the training
-    images are for validation. Results are README.md, losses.png and results.json; while it runs,
-    the metrics go to metrics.jsonl. Muon's step takes far too long on a CPU: the preset cpu only
-    times it.
+    Each optimizer is tuned at the same number of rates, by validation loss. Then, at each of
+    several seeds, all start from the same weights and see the same batches. The last tenth of the
+    training images is for validation. Muon's step takes far too long on a CPU: the preset cpu only
+    times it. The results are README.md, losses.png and results.json. During the run, the metrics
+    go to metrics.jsonl.
     """
 
+    name = "mlp"
+    presets = options.presets(
+        dataset=("digits", "cifar10", "cifar10"),
+        measured=(500, 5000, 45_000),
+        width=(16, None, None),
+        depth=(2, 8, 8),
+        epochs=(2.0, 2.0, 100.0),
+        tuning_epochs=(0.5, 1.0, 5.0),
+        tries=(2, 5, 5),
+        seeds=(2, 5, 3),
+        inputs=(("raw",), ("raw",), ("raw", "normalised")),
+        optimizers=(WITHOUT_MUON, WITHOUT_MUON, EVERYONE),
+    )
     inputs: tuple[Literal["raw", "normalised"], ...] | None = None
-    """raw is in [0, 1], with damping 1e-3; normalised has each feature's mean and standard
-    deviation taken out, with damping 1e-2."""
+    """raw: pixels in [0, 1], with damping 1e-3. normalised: each feature has mean 0 and standard
+    deviation 1, with damping 1e-2."""
     optimizers: tuple[Literal["sgd", "nesterov", "adam", "muon", "csgd"], ...] | None = None
     """Who takes part: SGD, C-SGD and others."""
     width: int | None = None
-    """Neurons of a hidden layer; by the preset, or 800, and 1600 for CIFAR-100."""
+    """Neurons of a hidden layer. By default the preset's, or 800, and 1600 for CIFAR-100."""
     depth: int | None = None
     """Number of hidden layers."""
     sgd_rates: tuple[float, ...] = (0.005, 0.01, 0.002, 0.02, 0.001)
@@ -81,62 +80,53 @@ class Mlp(Contest):
         """
         super().__post_init__()
         options.require(self, options.AT_LEAST_ONE, "width", "depth")
-        names = EVERYONE if self.optimizers is None else self.optimizers
-        if not {"csgd", "sgd"} <= set(names) or len(set(names)) < len(names):
-            raise ValueError(f"--optimizers must have sgd and csgd, and none twice, got {names}")
-        if self.inputs is not None and not 0 < len(self.inputs) == len(set(self.inputs)):
-            raise ValueError(f"--inputs must have at least one, and none twice, got {self.inputs}")
-        tries = self.tries or PRESETS[self.preset]["tries"]
-        options.require_rates(self, tries, *(f"{name}_rates" for name in names))
+        options.require_distinct(self, "optimizers", "sgd", "csgd")
+        options.require_distinct(self, "inputs")
+        self.require_rates(*(EVERYONE if self.optimizers is None else self.optimizers))
 
-    def run(self) -> None:
-        """Tune, train, draw, and judge the source's claims.
+    def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
+        """A contest for each kind of inputs: what is learnt, and who takes part.
 
-        Raises:
-          DataError: If there is no such data set, or its files are bad.
-          ResumeError: If it cannot go on from what there is.
+        Args:
+          dataset: The data set.
+
+        Returns:
+          The same network with each kind of inputs, and the optimizers. If Muon takes no part, its
+          step is timed.
         """
-        console, settings = Console(), options.filled(self, PRESETS)
-        assert settings.dataset and settings.inputs and settings.optimizers and settings.depth
-        dataset = data.load(settings.dataset, self.data_dir, self.download)
-        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
-        width = settings.width or (1600 if settings.dataset == "cifar100" else 800)
-        model = MLP(width, settings.depth, dataset.classes)
-        contests = {}
-        for inputs in settings.inputs:
+        assert self.inputs and self.depth
+        width = self.width or (1600 if self.dataset == "cifar100" else 800)
+        model, contests = MLP(width, self.depth, dataset.classes), {}
+        for inputs in self.inputs:
             parts = held_out(dataset if inputs == "raw" else dataset.normalised())
             task = Task(parts, model, lambda seed: initialise(model, seed, dataset.train.images))
-            contests[inputs] = task, _entrants(settings, model, inputs, settings.optimizers)
-        absent = set(EVERYONE) - set(settings.optimizers)
-        timed = _entrants(settings, model, settings.inputs[0], absent & {"muon"})
-        results = settings.hold(console, dataset, contests, timed)
-        publish("mlp", self, settings, pages, results, console)
+            contests[inputs] = task, self._entrants(model, DAMPING[inputs])
+        return contests
 
+    def _entrants(self, model: MLP, damping: float) -> list[Entrant]:
+        loss_fn = cross_entropy(model)
 
-def _entrants(settings: Mlp, model: MLP, inputs: str, names: Iterable[str]) -> list[Entrant]:
-    loss_fn, tries = cross_entropy(model), settings.tries
+        def plain(optimizer: Callable[[float], Any]) -> Any:
+            def at(rate: float) -> Any:
+                rule = optimizer(rate)
+                return rule, gradient_step(loss_fn, rule)
 
-    def plain(optimizer: Any) -> Any:
-        return optimizer, gradient_step(loss_fn, optimizer)
+            return at
 
-    def ours(rate: float) -> Any:
-        optimizer = cqjax.csgd(rate, damping=DAMPING[inputs])
-        return optimizer, capturing_step(loss_fn, optimizer)
+        def ours(rate: float) -> Any:
+            optimizer = cqjax.csgd(rate, damping=damping)
+            return optimizer, capturing_step(loss_fn, optimizer)
 
-    everyone = {
-        "sgd": Entrant("SGD", lambda rate: plain(optax.sgd(rate)), settings.sgd_rates[:tries]),
-        "nesterov": Entrant(
-            "Nesterov",
-            lambda rate: plain(optax.sgd(rate, MOMENTUM, nesterov=True)),
-            settings.nesterov_rates[:tries],
-        ),
-        "adam": Entrant("Adam", lambda rate: plain(optax.adam(rate)), settings.adam_rates[:tries]),
-        "muon": Entrant(
-            "Muon",
-            lambda rate: plain(optax.contrib.muon(rate)),
-            settings.muon_rates[:tries],
-            "other",
-        ),
-        "csgd": Entrant("C-SGD", ours, settings.csgd_rates[:tries], "ours"),
-    }
-    return [everyone[name] for name in names]
+        def nesterov(rate: float) -> Any:
+            return optax.sgd(rate, MOMENTUM, nesterov=True)
+
+        everyone = {
+            "sgd": Entrant("SGD", plain(optax.sgd), self.rates("sgd")),
+            "nesterov": Entrant("Nesterov", plain(nesterov), self.rates("nesterov")),
+            "adam": Entrant("Adam", plain(optax.adam), self.rates("adam")),
+            "muon": Entrant("Muon", plain(optax.contrib.muon), self.rates("muon"), "other"),
+            "csgd": Entrant("C-SGD", ours, self.rates("csgd"), "ours"),
+        }
+        names = self.optimizers or ()
+        timed = [] if "muon" in names else [everyone["muon"]._replace(role="timed")]
+        return [everyone[name] for name in names] + timed

@@ -1,9 +1,9 @@
 """The networks of the experiments, in Flax Linen.
 
-Kernels start from Kaiming He's normal distribution (the transformer's as is Flax's default), biases
-from zero. Where a network has batch normalisation, it is as in seed 004: before each ReLU, without
-parameters, and there are no biases. `train=True` then normalises by the batch's statistics and
-updates the running averages, the collection `batch_stats`; otherwise these are used.
+Kernels start from Kaiming He's normal distribution, the transformer's from Flax's default. Biases
+start from zero. Batch normalisation is as in Zhang, Chen and Liu: it stands before each ReLU and
+has no parameters, and such a network has no biases. With `train=True` it normalises by the batch's
+statistics, and updates the running averages, the collection `batch_stats`. Without, it uses them.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ _Conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal()
 
 
 class MLP(nn.Module):
-    """The fully-connected network of seed 000, section 5.3: equal hidden layers of ReLUs."""
+    """The network of Paeedeh and Ghiasi-Shirazi, section 5.3: equal hidden layers of ReLUs."""
 
     width: int
     """Neurons of a hidden layer."""
@@ -37,10 +37,10 @@ class MLP(nn.Module):
 
 
 class LeNet(nn.Module):
-    """LeNet with batch normalisation: seed 004, section 3.3.
+    """LeNet with batch normalisation: Zhang, Chen and Liu, section 3.3.
 
-    The paper does not print the layers' sizes. The defaults are those of LeNet-5; on 32 x 32 images
-    they have the output positions that the paper gives, 25 and 196 after pooling.
+    The paper does not print the layers' sizes. The defaults are those of LeNet-5. On 32 x 32 images
+    they give the output positions that the paper prints, 25 and 196 after pooling.
     """
 
     channels: tuple[int, int] = (6, 16)
@@ -64,18 +64,18 @@ class LeNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG with one fully-connected layer and batch normalisation: seed 004, section 4.
+    """VGG with one fully-connected layer and batch normalisation: Zhang, Chen and Liu, section 4.
 
-    Five stages of 3 x 3 convolutions, each ended by 2 x 2 pooling, take 32 x 32 images to one
-    position of 512 channels. Smaller images are at one position earlier, which is not pooled.
+    Five stages of 3 x 3 convolutions take 32 x 32 images to one position of 512 channels. A stage
+    ends with 2 x 2 pooling. Smaller images arrive at one position earlier, and are pooled no more.
     """
 
     depth: Literal[11, 13, 16, 19]
-    """The network's name; it counts the two fully-connected layers that are left out here."""
+    """The number in the network's name. It counts two dense layers that are left out here."""
     classes: int = 10
     """Number of outputs."""
     width: int = 64
-    """Channels of the first stage; the last two have eight times as many."""
+    """Channels of the first stage. The last two stages have eight times as many."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -100,7 +100,8 @@ class ResNet(nn.Module):
     """The residual network for CIFAR-10 of He et al. (2016): three stages of 6n + 2 layers in all.
 
     A block is two 3 x 3 convolutions and a shortcut past them. The stages have `width`, twice and
-    four times as many channels, and the second and third halve the image.
+    four times as many channels, and the second and third halve the image. There, the first block's
+    shortcut takes every second position and appends zero channels (the paper's option A).
     """
 
     depth: int = 20
@@ -111,9 +112,6 @@ class ResNet(nn.Module):
     """Number of outputs."""
     batch_norm: bool = True
     """Whether there is batch normalisation."""
-    shortcut: Literal["pad", "project"] = "pad"
-    """Where a block changes the shape, the shortcut takes every second position and appends zero
-    channels (the paper's option A), or is a 1 x 1 convolution (option B)."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -129,56 +127,24 @@ class ResNet(nn.Module):
                 channels, stride = self.width << stage, 2 if stage and not block else 1
                 y = _Conv(channels, (3, 3), stride, name=f"{name}_conv1")(x)
                 y = _Conv(channels, (3, 3), name=f"{name}_conv2")(nn.relu(normalise(y)))
-                if stride == 1:
-                    past = x
-                elif self.shortcut == "pad":
-                    past = jnp.pad(x[:, ::2, ::2], ((0, 0),) * 3 + ((0, channels // 2),))
-                else:
-                    past = normalise(_Conv(channels, (1, 1), 2, name=f"{name}_shortcut")(x))
-                x = nn.relu(past + normalise(y))
+                if stride == 2:
+                    x = jnp.pad(x[:, ::2, ::2], ((0, 0),) * 3 + ((0, channels // 2),))
+                x = nn.relu(x + normalise(y))
         return _Dense(self.classes, name="fc")(x.mean(axis=(1, 2)))
 
 
-class Transformer(nn.Module):
-    """A small pre-normalised transformer that reads an image row by row."""
-
-    width: int = 64
-    """Features of a row's representation."""
-    depth: int = 2
-    """Number of blocks: self-attention, then two dense layers."""
-    heads: int = 4
-    """Heads of the attention."""
-    classes: int = 10
-    """Number of outputs."""
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Return the logits `(n, classes)` of images `(n, height, width, ...)`."""
-        rows = images.reshape(*images.shape[:2], -1)
-        x = nn.Dense(self.width)(rows)
-        x += self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
-        for _ in range(self.depth):
-            x = _block(x, self.heads)
-        return nn.Dense(self.classes)(nn.LayerNorm()(x).mean(axis=1))
-
-
 class TransformerBlock(nn.Module):
-    """One block of a pre-normalised transformer, without anything around it."""
+    """One block of a pre-normalised transformer: self-attention, then two dense layers."""
 
     heads: int = 8
     """Heads of the attention."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Take sequences `(n, length, width)` to such."""
-        return _block(x, self.heads)
-
-
-def _block(x: jax.Array, heads: int) -> jax.Array:
-    """Self-attention, then two dense layers."""
-    width = x.shape[-1]
-    x += nn.MultiHeadDotProductAttention(heads)(nn.LayerNorm()(x))
-    return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
+        """Take sequences `(n, length, width)` to sequences of the same shape."""
+        width = x.shape[-1]
+        x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+        return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
 
 
 def _normalise(x: jax.Array, train: bool) -> jax.Array:

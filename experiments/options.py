@@ -3,25 +3,34 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 Preset = Literal["smoke", "cpu", "paper"]
-"""Seconds, for tests; minutes on two CPU cores; the source's own settings."""
+"""smoke is for tests, cpu for two CPU cores, and paper has the settings of the source."""
 
 Settings = TypeVar("Settings")
+Presets = Mapping[Preset, Mapping[str, Any]]
 
 
-def filled(settings: Settings, presets: Mapping[Preset, Mapping[str, Any]]) -> Settings:
-    """The settings, with options that were not given (None) as their preset has them."""
+def presets(**values: tuple[Any, Any, Any]) -> Presets:
+    """The presets, from the three values of each option: for smoke, for cpu and for paper."""
+    return {
+        preset: {option: three[number] for option, three in values.items()}
+        for number, preset in enumerate(get_args(Preset))
+    }
+
+
+def filled(settings: Settings, presets: Presets) -> Settings:
+    """The settings. An option that was not given (None) has its preset's value."""
     preset = presets[settings.preset].items()  # pyright: ignore[reportAttributeAccessIssue]
     missing = {name: value for name, value in preset if getattr(settings, name) is None}
     return replace(settings, **missing)  # pyright: ignore[reportArgumentType]
 
 
 def command(name: str, settings: Any) -> str:
-    """The command line that gives an experiment these settings: all that are not the default.
+    """The command line that gives an experiment these settings, without the defaults.
 
-    It begins anew, also if these settings resumed an earlier session.
+    It has no --resume, even if these settings have it.
     """
     words = ["python -m experiments", name]
     for field in fields(settings):
@@ -50,7 +59,7 @@ FRACTION = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 
 
 def require(settings: Any, allowed: Range, *fields: str) -> None:
-    """Refuse numbers, also in tuples, that are not in a range; None is left alone.
+    """Refuse numbers that are not in a range, also in tuples. None is allowed.
 
     Raises:
       ValueError: If there is one; the message names the option as the command line does.
@@ -61,6 +70,19 @@ def require(settings: Any, allowed: Range, *fields: str) -> None:
             if value is not None and not allowed.has(value):
                 option = "--" + field.replace("_", "-")
                 raise ValueError(f"{option} must be {allowed.words}, got {value}")
+
+
+def require_distinct(settings: Any, field: str, *needed: str) -> None:
+    """Refuse a tuple that lacks a needed value, is empty, or has a value twice. None is allowed.
+
+    Raises:
+      ValueError: If it is one of these; the message names the option.
+    """
+    values = getattr(settings, field)
+    if values is None or (values and {*needed} <= {*values} and len({*values}) == len(values)):
+        return
+    wanted, option = " and ".join(needed) or "at least one", field.replace("_", "-")
+    raise ValueError(f"--{option} must have {wanted}, and none twice, got {values}")
 
 
 def require_rates(settings: Any, tries: int, *fields: str) -> None:

@@ -1,4 +1,7 @@
-"""The outputs' way to their targets, in a layer of 20 inputs and 2 outputs (seed 000, Figure 4)."""
+"""The outputs' way to their targets, in a layer of 20 inputs and 2 outputs.
+
+Paeedeh and Ghiasi-Shirazi, section 5.2, Fig. 4. The page is `experiments.pages.output_paths`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +16,11 @@ from rich.console import Console
 import cqjax
 from experiments import options
 from experiments.page import publish
-from experiments.pages import output_paths as pages
 from experiments.scans import descend, timed
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {"steps": 40, "seeds": 3, "batch_sizes": (10,)},
-    "cpu": {"steps": 400, "seeds": 50, "batch_sizes": (10, 5)},
-    "paper": {"steps": 400, "seeds": 50, "batch_sizes": (10, 5)},
-}
+PRESETS = options.presets(
+    steps=(40, 400, 400), seeds=(3, 50, 50), batch_sizes=((10,), (10, 5), (10, 5))
+)
 FEATURES, OUTPUTS, SAMPLES = 20, 2, 10
 RUNS = {"C-SGD": (0.7, 0.1, 1.0), "SGD": (0.03, 0.01), "NLMS": (0.7, 0.1)}  # rates
 NEAR = 0.01  # of the loss, or a distance, at the start
@@ -31,18 +31,18 @@ SHOWN = 60  # steps of the paths that are drawn
 class OutputPaths:
     """Follow a linear layer's outputs to their targets by C-SGD, SGD and NLMS for batches.
 
-    The layer has 20 inputs and 2 outputs; inputs and targets of the 10 samples are random
-    numbers. Each seed has its own samples and weights, which all methods share.
+    The layer has 20 inputs and 2 outputs. There are 10 samples, with random inputs and targets.
+    Each seed has its own samples and weights, which all methods share.
     """
 
     preset: options.Preset = "cpu"
-    """smoke for tests, cpu, or paper: the source's settings, which are no others here."""
+    """smoke for tests, or cpu. paper is the same as cpu."""
     steps: int | None = None
-    """Steps of each run; by the preset if not given."""
+    """Steps of each run. By default the preset's."""
     seeds: int | None = None
-    """How many draws of samples and weights; by the preset if not given. The first is drawn."""
+    """How many draws of samples and weights. By default the preset's. The figure has the first."""
     batch_sizes: tuple[int, ...] | None = None
-    """Samples of a mini-batch, of 10; claims are judged by the first. By the preset, too."""
+    """Samples of a mini-batch, of all 10. By default the preset's. The first size judges claims."""
     damping: float = 1e-3
     """C-SGD's damping, lambda in the paper's Eq. 63, and epsilon of NLMS (Eq. 49)."""
     output: Path = Path("results/output_paths")
@@ -67,7 +67,7 @@ class OutputPaths:
         _, x, t = jax.device_get(jax.vmap(draw)(keys))
         results = {
             "first_targets": t[0].tolist(),
-            "nlms_largest_eigenvalues": [_spread(draw) for draw in x],
+            "nlms_largest_eigenvalues": [_largest_eigenvalue(draw) for draw in x],
             "runs": [
                 run
                 for size in settings.batch_sizes
@@ -75,11 +75,11 @@ class OutputPaths:
                 for run in _runs(settings, method, size, keys, t)
             ],
         }
-        publish("output_paths", self, settings, pages, results, Console())
+        publish("output_paths", self, settings, results, Console())
 
 
 def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A seed's weights `(20, 2)`, by Glorot and Bengio, inputs and targets."""
+    """The weights `(20, 2)` of a seed, from Glorot's distribution, its inputs and its targets."""
     weights, inputs, targets = jax.random.split(key, 3)
     return (
         jax.nn.initializers.glorot_normal()(weights, (FEATURES, OUTPUTS)),
@@ -123,7 +123,7 @@ def _runs(settings: OutputPaths, method: str, size: int, keys: Any, t: Any) -> l
 
 
 def _summary(z: np.ndarray, t: np.ndarray) -> dict[str, Any]:
-    """What the ways of the outputs z, `(seeds, steps, samples, outputs)`, are like."""
+    """Describe the paths of the outputs z, `(seeds, steps, samples, outputs)`."""
     with np.errstate(all="ignore"):
         distance = np.linalg.norm(z - t[:, None], axis=-1)
         squares, moved = np.sum(distance**2, axis=-1), np.linalg.norm(np.diff(z, axis=1), axis=-1)
@@ -142,7 +142,7 @@ def _summary(z: np.ndarray, t: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _spread(x: np.ndarray) -> float:
-    """The largest eigenvalue of Eq. 54's matrix for all samples: NLMS is stable below 2 / rate."""
+def _largest_eigenvalue(x: np.ndarray) -> float:
+    """The largest eigenvalue of the matrix of Eq. 54. NLMS is stable if it is below 2 / rate."""
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     return float(np.linalg.eigvalsh(x @ x.T).max())

@@ -1,5 +1,7 @@
-"""The page of an experiment: what its source claims, what was measured, whether it holds."""
+"""The page of an experiment: what its source claims, what was measured, and what holds."""
 
+import importlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +13,15 @@ from rich.console import Console
 from experiments import options, report
 
 Holds = Literal["yes", "partly", "no", "open"]
-"""Open is what a run as short as this one cannot tell."""
+"""Whether a claim holds. It is open if the run was too short to tell."""
 Rows = Sequence[Mapping[str, str]]
 
 
 def judge(*checks: bool) -> Literal["yes", "partly", "no"]:
-    """Whether a claim holds of which these are the parts.
+    """Whether a claim with these parts holds.
 
     Raises:
-      ValueError: If there are none.
+      ValueError: If there are no parts.
     """
     if not checks:
         raise ValueError("a claim of which nothing was checked cannot be judged")
@@ -27,42 +29,42 @@ def judge(*checks: bool) -> Literal["yes", "partly", "no"]:
 
 
 def before(a: int | None, b: int | None) -> bool:
-    """Whether a target was reached in fewer steps, a, than b; None is never."""
+    """Whether a target was reached in fewer steps by a than by b. None means never."""
     return a is not None and (b is None or a < b)
 
 
 def median(values: Sequence[float | None], quantile: float = 0.5) -> float:
-    """The nearest one; what is None, or not a number, is infinite."""
+    """The value nearest to the quantile. None, and what is not a number, count as infinite."""
     numbers = np.nan_to_num(np.array(values, float), nan=np.inf)
     return float(np.quantile(numbers, quantile, method="nearest"))
 
 
 def count(value: float, form: str = ",.0f") -> str:
-    """A number in words."""
+    """A number as text."""
     return "∞" if value > 1e9 else format(value, form)
 
 
 def spread(values: Sequence[float | None], form: str = ",.0f") -> str:
-    """Their median and range, in words."""
+    """The median and the range of some values, as text."""
     middle, low, high = (count(median(values, at), form) for at in (0.5, 0, 1))
     return middle if middle == low == high else f"{middle} [{low}, {high}]"
 
 
 class Claim(NamedTuple):
-    """A statement of the source, beside what came of it here."""
+    """A statement of the source, and what was measured here."""
 
     source: str
-    """Where it says so: a section, a figure."""
+    """The section or the figure that states it."""
     claim: str
     measured: str
-    """In numbers."""
+    """The numbers that were found."""
     holds: Holds
-    """As `judge` has it, of those numbers, unless it is open."""
+    """The verdict."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on the page, in this order."""
+    """The contents of a page, in this order."""
 
     title: str
     source: str
@@ -70,14 +72,14 @@ class Page:
     summary: str
     """What was done."""
     behind: Sequence[str]
-    """Where our method loses, with numbers; empty if it loses nowhere."""
+    """Where our method loses, with numbers. Empty if it loses nowhere."""
     claims: Sequence[Claim]
     choices: Sequence[str]
-    """What the source leaves open, and what was taken."""
+    """What the source leaves open, and what was chosen here."""
     tables: Mapping[str, Rows]
     """By title."""
     figures: Mapping[str, str]
-    """Captions by file name; the files lie beside the page."""
+    """Captions by file name. The files lie beside the page."""
 
 
 def write(
@@ -91,7 +93,7 @@ def write(
 
     Args:
       path: The file.
-      page: What stands on it.
+      page: Its contents.
       settings: The options, by name.
       command: The command line that made it.
       environment: `report.environment()` where the numbers were measured.
@@ -100,8 +102,6 @@ def write(
         {"the source": f"{c.claim} ({c.source})", "measured": c.measured, "holds": f"**{c.holds}**"}
         for c in page.claims
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-    machine = f"{environment['device']} ({environment['cpu']}, {environment['cpu_count']} cores)"
     parts = [
         f"# {page.title}",
         "## Where our method loses",
@@ -119,25 +119,25 @@ def write(
         f"```sh\n{command}\n```",
         "Every number is in [results.json](results.json).",
         "Settings: " + ", ".join(f"{name} {_show(value)}" for name, value in settings.items()),
-        f"Measured on {machine}, {environment['date']}: Python {environment['python']}, "
-        f"{versions}, {environment['system']}.",
+        report.machine(environment),
     ]
     path.write_text("\n\n".join(parts) + "\n")
 
 
-def publish(
-    name: str, given: Any, settings: Any, pages: Any, results: Any, console: Console
-) -> None:
-    """Write figures, README.md and results.json into the settings' folder, and say what holds.
+def publish(name: str, given: Any, settings: Any, results: Any, console: Console) -> None:
+    """Write figures, README.md and results.json into the output folder, and print what holds.
+
+    The module `experiments.pages.NAME` draws the figures, by its `draw(settings, results)`, and
+    makes the page, by its `page(settings, results)`.
 
     Args:
-      name: The experiment's, on the command line.
+      name: The experiment's name on the command line.
       given: Its options as they were given.
       settings: Its options with the preset filled in.
-      pages: What draws the figures, `draw(settings, results)`, and makes the `page` of the same.
       results: Every number.
-      console: Where to say it.
+      console: Where to print.
     """
+    pages = importlib.import_module(f"experiments.pages.{name}")
     settings.output.mkdir(parents=True, exist_ok=True)
     pages.draw(settings, results)
     page: Page = pages.page(settings, results)
@@ -151,7 +151,7 @@ def publish(
             "environment": environment,
             "claims": [claim._asdict() for claim in page.claims],
             "behind": list(page.behind),
-            "results": _short(results),
+            "results": json.loads(json.dumps(report.plain(results)), parse_float=_short),
         },
     )
     for title, rows in page.tables.items():
@@ -161,16 +161,9 @@ def publish(
     console.print(f"Written: {folder}/README.md", highlight=False, soft_wrap=True)
 
 
-def _short(value: Any) -> Any:
-    """The same with seven digits of each number."""
-    match value:
-        case dict():
-            return {key: _short(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_short(item) for item in value]
-        case float():
-            return float(f"{value:.7g}")
-    return value
+def _short(number: str) -> float:
+    """The number with seven digits."""
+    return float(f"{float(number):.7g}")
 
 
 def _list(lines: Sequence[str]) -> str:

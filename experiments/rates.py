@@ -1,4 +1,4 @@
-"""Back-matching's layer-wise rates (seed 004, Algorithm 1 and supplement)."""
+"""Back-matching's layer-wise rates: Zhang, Chen and Liu, Algorithm 1 and supplement."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from rich.console import Console
 import cqjax
 from experiments import options, report
 from experiments.classification import cross_entropy, initialise
-from experiments.comparison import bar, progress_bars
 from experiments.data import cifar
 from experiments.models import VGG, LeNet, ResNet
+from experiments.runs import bar, progress_bars
 from experiments.training import State, gradient_step, shuffled_batches, train
 
 NETWORKS = {
@@ -22,31 +22,31 @@ NETWORKS = {
     "vgg16": ("VGG-16", VGG(16)),
     "resnet20": ("ResNet-20", ResNet(20)),
 }
-SGD = (0.05, 0.9)  # rate and momentum of the training before
+SGD = (0.05, 0.9)  # rate and momentum of the training with --steps
 
 
 @dataclass(frozen=True)
 class Rates:
     """Show the rate 1/(m s) that back-matching gives each layer of a network.
 
-    m is the layer's backward factor, which goes into all that is below, and s the number of
-    positions that share its weights. LeNet and VGG-16 are chains of layers, whose m follows from
-    their weights: beside it stands m as it is measured. ResNet-20 branches: its m is measured. The
-    networks are freshly initialised, and the batch measured on is noise with the mean and the
-    standard deviation of standardised images; with --steps they are first trained on CIFAR-10, by
-    SGD with momentum, and the batch is of its images. The tables are also written as Markdown.
+    m is the layer's backward factor, and also a factor of every layer below. s is the number of
+    positions that share the layer's weights. LeNet and VGG-16 are chains of layers: m follows from
+    their weights, and beside it stands m as measured. ResNet-20 has branches: m is measured. The
+    networks are freshly initialised, and m is measured on a batch of noise with mean 0 and standard
+    deviation 1. With --steps, they are first trained on CIFAR-10 by SGD with momentum, and the
+    batch is of its images. The tables are also written as Markdown.
     """
 
     networks: tuple[Literal["lenet", "vgg16", "resnet20"], ...] = ("lenet", "vgg16", "resnet20")
     """The networks."""
     steps: int = 0
-    """Training steps before."""
+    """Train for so many steps before."""
     batch_size: int = 128
-    """Images of the batch that m is measured on, and of the training's."""
+    """Images of a batch."""
     seed: int = 0
     """Seed of the weights and of the batches."""
     data_dir: Path | None = None
-    """The folder cifar-10-batches-py, or the one that it is in."""
+    """The folder cifar-10-batches-py, or its parent."""
     download: bool = False
     """Fetch CIFAR-10 (170 MB) if it is not found, into --data-dir or the cache."""
     output: Path = Path("results/rates")
@@ -65,7 +65,7 @@ class Rates:
         """Compute the rates, print them and write them.
 
         Raises:
-          DataError: If CIFAR-10 is wanted and not there, or its files are bad.
+          DataError: If CIFAR-10 is needed and not there, or its files are bad.
         """
         console, tables = Console(), []
         self.output.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _trained(
 def _rows(
     model: Any, chain: bool, start: tuple[Any, Any], images: jax.Array, labels: jax.Array
 ) -> list[dict[str, str]]:
-    """A table's rows: a layer each, from the bottom to the top."""
+    """The rows of a table, one for each layer, the lowest layer first."""
     params, state = start
     loss_fn = cross_entropy(model, train=True)
     plan = cqjax.plan(loss_fn, batch_size=len(labels))(params, state, images, labels)
@@ -132,7 +132,7 @@ def _rows(
 
     by_measure = measured(params)
     rates, rows = cqjax.back_matching_rates(plan, params) if chain else by_measure, []
-    for unit in plan.layers.units:
+    for unit in cqjax.back_matching_units(plan):
         layer = unit.paths[0].removesuffix("/kernel")
         rate, other = (float(tree[layer]["kernel"]) for tree in (rates, by_measure))
         shared, positions = unit.pooled / len(labels), unit.rows / len(labels)

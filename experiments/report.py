@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: tables, and every number as JSON."""
+"""How results are written: tables, JSON, and the environment that they depend on."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from rich.table import Table
 
 
 def print_table(console: Console, title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows that share their keys, which are the columns' headings."""
+    """Print a table. All rows have the same keys, which are the headings of the columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, heading in enumerate(rows[0]):
         table.add_column(heading, justify="right" if number else "left")
@@ -28,7 +28,7 @@ def print_table(console: Console, title: str, rows: Sequence[Mapping[str, str]])
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]], *, align: str = "---:") -> str:
-    """The same rows as a table in Markdown, the first column to the left, the rest by `align`."""
+    """Such a table in Markdown. `align` is of all columns but the first."""
     lines = [
         list(rows[0]),
         ["---", *[align] * (len(rows[0]) - 1)],
@@ -39,7 +39,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]], *, align: str = "---:") ->
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on besides the settings."""
+    """What the numbers depend on, besides the settings."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     device = jax.devices()[0]
     return {
@@ -53,6 +53,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine(environment: Mapping[str, Any]) -> str:
+    """A sentence about what `environment` returned."""
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    return (
+        f"Measured on {environment['device']} ({environment['cpu']}, {environment['cpu_count']} "
+        f"cores), {environment['date']}: Python {environment['python']}, {versions}, "
+        f"{environment['system']}."
+    )
+
+
 def _cpu() -> str:
     """The processor's model, where the system says it."""
     info = Path("/proc/cpuinfo")
@@ -62,14 +72,14 @@ def _cpu() -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file of standard JSON, `plain`; it is there once it is whole."""
+    """Write a file of standard JSON. It appears only when it is whole."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
     part.replace(path)
 
 
 def plain(value: Any) -> Any:
-    """What standard JSON has for it: numbers that are not finite become null, paths strings."""
+    """The value in standard JSON: numbers that are not finite become null, and paths strings."""
     match value:
         case dict():
             return {key: plain(item) for key, item in value.items()}

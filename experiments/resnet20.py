@@ -1,51 +1,78 @@
-"""ResNet-20 with and without batch normalisation (seed 000, section 5.4, Figures 6 and 7)."""
+"""ResNet-20 with and without batch normalisation.
 
-from dataclasses import dataclass
+Paeedeh and Ghiasi-Shirazi, section 5.4, Figs. 6 and 7.
+The page is `experiments.pages.resnet20`.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+import numpy as np
+import optax
 
-from experiments import data, options, resnet20_entrants
+import cqjax
+from experiments import options
+from experiments.classification import accuracy, cross_entropy, initialise
+from experiments.contest import Entrant, Parts, Task, held_out
+from experiments.data import Dataset, Split
 from experiments.experiment import Contest
-from experiments.page import publish
-from experiments.pages import resnet20 as pages
-from experiments.resnet20_entrants import NAMES, VARIANTS, Variant
+from experiments.models import ResNet
+from experiments.training import capturing_step, gradient_step
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {
-        **{"dataset": "digits", "measured": 200, "depth": 8, "width": 2, "shrink": 1},
-        **{"epochs": 2.0, "tuning_epochs": 0.5, "tries": 2, "seeds": 1, "evaluated": 100},
-        **{"optimizers": ("sgd",), "variants": ("inputs", "momentum-first")},
-    },
-    "cpu": {
-        **{"dataset": "cifar10", "measured": 1000, "depth": 20, "width": 8, "shrink": 2},
-        **{"epochs": 1.0, "tuning_epochs": 0.2, "tries": 3, "seeds": 3, "evaluated": 1000},
-        **{"optimizers": tuple(NAMES), "variants": tuple(VARIANTS)},
-    },
-    "paper": {
-        **{"dataset": "cifar10", "measured": 10_000, "depth": 20, "width": 16, "shrink": 1},
-        **{"epochs": 80.0, "tuning_epochs": 5.0, "tries": 3, "seeds": 3, "evaluated": 10_000},
-        **{"optimizers": tuple(NAMES), "variants": tuple(VARIANTS)},
-    },
+NAMES = {"sgd": "SGD", "nesterov": "Nesterov", "adam": "Adam"}
+Variant = Literal[
+    "damping-low",
+    "damping-high",
+    "last-layer",
+    "inputs",
+    "no-momentum",
+    "momentum-first",
+    "small-branches",
+]
+VARIANTS: dict[Variant, tuple[str, dict[str, Any]]] = {  # description, changed settings
+    "damping-low": ("damping 0.003", {"damping": 0.003}),
+    "damping-high": ("damping 0.3", {"damping": 0.3}),
+    "last-layer": ("last layer's rate × 1", {"last_layer": 1.0}),
+    "inputs": ("inputs in ±1", {"our_inputs": 1.0}),
+    "no-momentum": ("no momentum", {"momentum": 0.0}),
+    "momentum-first": ("momentum before the C-update", {"momentum_first": True}),
+    "small-branches": ("blocks' last kernels / 3 at first", {"branches": 1 / 3}),
 }
+LAST = "fc"  # the last layer
 
 
 @dataclass(frozen=True)
 class Resnet20(Contest):
     """Does consequentialism do for ResNet-20 what batch normalisation does?
 
-    SGD with momentum, Nesterov's and Adam train it with batch normalisation and without; their C-
-    forms train it without. Each is tuned at equally many rates, by validation loss; then all start
-    from the same kernels and see the same batches, at each of several seeds. C-SGD is tuned with
-    single settings changed, too. Results are README.md, three figures and results.json; while it
-    runs, the metrics go to metrics.jsonl.
+    SGD with momentum, Nesterov's method and Adam train it with batch normalisation and without.
+    Their C- forms train it without. Each is tuned at the same number of rates, by validation loss.
+    Then, at each of several seeds, all start from the same kernels and see the same batches. C-SGD
+    is also tuned with single settings changed. The results are README.md, three figures and
+    results.json. During the run, the metrics go to metrics.jsonl.
     """
 
+    name = "resnet20"
+    presets = options.presets(
+        dataset=("digits", "cifar10", "cifar10"),
+        measured=(200, 1000, 10_000),
+        evaluated=(100, 1000, 10_000),
+        depth=(8, 20, 20),
+        width=(2, 8, 16),
+        shrink=(1, 2, 1),
+        epochs=(2.0, 1.0, 80.0),
+        tuning_epochs=(0.5, 0.2, 5.0),
+        tries=(2, 3, 3),
+        seeds=(1, 3, 3),
+        optimizers=(("sgd",), tuple(NAMES), tuple(NAMES)),
+        variants=(("inputs", "momentum-first"), tuple(VARIANTS), tuple(VARIANTS)),
+    )
     batch_size: int = 128
     """Images of a batch."""
     optimizers: tuple[Literal["sgd", "nesterov", "adam"], ...] | None = None
-    """Who takes part, each in its three forms."""
+    """The optimizers that take part, each in its three forms."""
     variants: tuple[Variant, ...] | None = None
     """Settings of C-SGD that are changed, one at a time."""
     depth: int | None = None
@@ -53,13 +80,13 @@ class Resnet20(Contest):
     width: int | None = None
     """Channels of the first stage; the paper's network has 16."""
     shrink: Literal[1, 2, 4] | None = None
-    """Average so many by so many pixels of each image; 1 leaves it alone."""
+    """Average blocks of so many by so many pixels. 1 leaves the images as they are."""
     evaluated: int | None = None
-    """Validate and test on the first so many of the images for that."""
+    """Validate and test on so many images."""
     damping: float = 0.03
     """The C- forms' damping."""
     momentum: float = 0.95
-    """SGD's and Nesterov's, in all forms."""
+    """The momentum of SGD and Nesterov, in all forms."""
     momentum_first: bool = False
     """C-SGD accumulates gradients, not updates."""
     inputs: float = 1.0
@@ -67,9 +94,9 @@ class Resnet20(Contest):
     our_inputs: float = 0.5
     """The pixels' largest magnitude, for the C- forms."""
     last_layer: float = 0.1
-    """The last layer's rate, for the C- forms, in units of the other layers'."""
+    """For the C- forms: the last layer's rate is that of the other layers times this."""
     branches: float = 1.0
-    """What the last kernel of each block is multiplied by at first, for all forms."""
+    """At first, the last kernel of each block is multiplied by this, for all forms."""
     sgd_rates: tuple[float, ...] = (0.0001, 0.001, 0.00001)
     """Learning rates to try for SGD without batch normalisation."""
     sgd_bn_rates: tuple[float, ...] = (0.03, 0.01, 0.1)
@@ -104,23 +131,102 @@ class Resnet20(Contest):
         options.require(self, options.FRACTION, "momentum")
         if self.depth is not None and (self.depth < 8 or self.depth % 6 != 2):
             raise ValueError(f"--depth must be 6n + 2, 8 or more, got {self.depth}")
+        options.require_distinct(self, "optimizers", "sgd")
         names = tuple(NAMES) if self.optimizers is None else self.optimizers
-        if "sgd" not in names or len(set(names)) < len(names):
-            raise ValueError(f"--optimizers must have sgd, and none twice, got {names}")
-        rates = [f"{form}_rates" for name in names for form in (name, f"{name}_bn", f"c{name}")]
-        options.require_rates(self, self.tries or PRESETS[self.preset]["tries"], *rates)
+        self.require_rates(*(form for name in names for form in (name, f"{name}_bn", f"c{name}")))
 
-    def run(self) -> None:
-        """Tune, train, draw, and judge the source's claims.
+    def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
+        """The one contest: what is learnt, and who takes part.
 
-        Raises:
-          DataError: If there is no such data set, or its files are bad.
-          ResumeError: If it cannot go on from what there is.
+        Args:
+          dataset: The data set, with pixels in [0, 1].
+
+        Returns:
+          The task of the plain optimizers without batch normalisation. The entrants: each optimizer
+          in its plain form, in its plain form with batch normalisation, and in its C- form; then
+          C-SGD's variants.
         """
-        console, settings = Console(), options.filled(self, PRESETS)
-        assert settings.dataset and settings.depth
-        dataset = data.load(settings.dataset, self.data_dir, self.download)
-        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
-        contest = resnet20_entrants.contest(settings, dataset)
-        results = settings.hold(console, dataset, {f"ResNet-{settings.depth}": contest})
-        publish("resnet20", self, settings, pages, results, console)
+        assert self.shrink and self.depth and self.optimizers and self.variants is not None
+        dataset = dataset.pictures(1).shrunk(self.shrink)
+
+        @cache
+        def scaled(bound: float) -> Parts:
+            train, test = (
+                Split(np.float32(bound) * (2 * images - 1), labels)
+                for images, labels in (dataset.train, dataset.test)
+            )
+            return held_out(replace(dataset, train=train, test=test)).evaluated(self.evaluated)
+
+        @cache
+        def task(bound: float, batch_norm: bool, branches: float) -> Task:
+            parts = scaled(bound)
+            model = ResNet(self.depth or 20, self.width or 16, dataset.classes, batch_norm)
+            measured = (array[: self.measured] for array in parts.train)
+            return Task(
+                parts,
+                model,
+                lambda seed: _start(model, seed, parts.train.images, branches),
+                watched={"train_accuracy": accuracy(model, *measured)},
+            )
+
+        def plain(name: str, batch_norm: bool) -> Entrant:
+            its = task(self.inputs, batch_norm, self.branches)
+            loss_fn = cross_entropy(its.model, train=True)
+
+            def at(rate: float) -> Any:
+                optimizer = rule(name, rate, self.momentum)
+                return optimizer, gradient_step(loss_fn, optimizer)
+
+            label, option = NAMES[name] + "-BN" * batch_norm, name + "_bn" * batch_norm
+            return Entrant(label, at, self.rates(option), task=its)
+
+        def ours(name: str, changed: Resnet20, label: str, role: Any) -> Entrant:
+            its = task(changed.our_inputs, False, changed.branches)
+            loss_fn = cross_entropy(its.model, train=True)
+
+            def at(rate: float) -> Any:
+                optimizer = consequential(name, rate, changed)
+                return optimizer, capturing_step(loss_fn, optimizer)
+
+            slower = (1 - changed.momentum) / (1 - self.momentum)
+            return Entrant(label, at, [slower * r for r in self.rates(f"c{name}")], role, its)
+
+        entrants = []
+        for name in self.optimizers:
+            entrants += [plain(name, False), plain(name, True)]
+            entrants.append(ours(name, self, f"C-{NAMES[name]}", "ours"))
+        for variant in self.variants:
+            words, change = VARIANTS[variant]
+            entrants.append(ours("sgd", replace(self, **change), f"C-SGD, {words}", "variant"))
+        return {f"ResNet-{self.depth}": (task(self.inputs, False, self.branches), entrants)}
+
+
+def rule(name: str, rate: float, momentum: float) -> optax.GradientTransformation:
+    """An optimizer of the source, in its plain form."""
+    if name == "adam":
+        return optax.adam(rate)
+    return optax.sgd(rate, momentum, nesterov=name == "nesterov")
+
+
+def consequential(
+    name: str, rate: float, settings: Resnet20
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer of the source, in its C- form. The last layer has its own rate."""
+    update = cqjax.scale_by_consequentialism(settings.damping)
+    members = [update, rule(name, rate, settings.momentum)]
+    if settings.momentum_first:
+        members.reverse()
+
+    def last(params: Any) -> dict[str, bool]:
+        return {layer: layer == LAST for layer in params}
+
+    return optax.chain(*members, optax.masked(optax.scale(settings.last_layer), last))
+
+
+def _start(model: Any, seed: int, images: np.ndarray, branches: float) -> tuple[Any, Any]:
+    """The first network state and parameters, with the last kernel of each block multiplied."""
+    params, state = initialise(model, seed, images)
+    return {
+        layer: {"kernel": branches * kernel["kernel"]} if layer.endswith("conv2") else kernel
+        for layer, kernel in params.items()
+    }, state

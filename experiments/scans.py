@@ -1,4 +1,4 @@
-"""Runs of small networks as one program each: steps by `lax.scan`, mapped over seeds and rates."""
+"""Small runs as one compiled program each, with `lax.scan` over the steps."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +22,18 @@ def descend(
     *,
     every: int = 1,
 ) -> tuple[Any, Any]:
-    """Take steps of an optimizer, each with what was captured.
+    """Take steps of an optimizer.
 
     Args:
       differentiate: What `cqjax.value_and_grad` returns.
-      optimizer: With captures or without.
-      params: Where to start.
+      optimizer: The optimizer. It may use captures.
+      params: The first parameters.
       batches: Further arguments of the loss, stacked along a first axis of steps.
-      measure: Takes parameters to what is wanted of them.
-      every: Steps from one measurement to the next; the first is before the first step.
+      measure: Takes parameters to what is measured.
+      every: Steps between measurements. The first measurement is before the first step.
 
     Returns:
-      The last parameters, and all that was measured.
+      The last parameters, and all measurements.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -60,7 +60,7 @@ class Timed(NamedTuple):
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
-    """The function, compiled for such arguments, and the seconds that this took."""
+    """The function, compiled for such arguments, and the seconds that compiling took."""
     started = time.perf_counter()
     program = jax.jit(function).lower(*args).compile()
     return program, time.perf_counter() - started
@@ -75,7 +75,7 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 
 
 def stages(console: Console, names: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """The names one by one, with live progress and an estimate of the time left."""
+    """Yield the names one by one, with live progress and an estimate of the time left."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(names))

@@ -1,4 +1,4 @@
-"""Train by one optimizer over given batches, and time the training alone."""
+"""Train by one optimizer on given batches, and time only the training."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import optax
 import cqjax
 from experiments.classification import LossFn, Metric
 
-CHUNKS = 75  # parts of a run: the clock is read, and progress reported, after each
+CHUNKS = 75  # parts of a run. After each, the clock is read and progress is reported
 EVALUATE_EVERY = 5  # chunks
 
 
@@ -23,7 +23,7 @@ class State(NamedTuple):
 
     params: Any
     model_state: Any
-    """What else of the network changes: the running averages of batch normalisation."""
+    """What else changes in the network: the running averages of batch normalisation."""
     opt_state: optax.OptState
 
 
@@ -31,12 +31,12 @@ Step = Callable[[State, jax.Array, jax.Array], tuple[State, jax.Array]]
 """Takes a state and a batch to the next state and the batch's loss."""
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
-"""Takes a step's number and its images to those that are trained on."""
+"""Takes the number of a step and its images to the images that are trained on."""
 
 
 @dataclass
 class Curve:
-    """A metric over the steps done and the seconds that they took."""
+    """The values of a metric, with the steps done and the seconds that these took."""
 
     step: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Curve:
         self.value.append(value)
 
     def first_at_most(self, value: float) -> tuple[int, float] | None:
-        """The step and the seconds of the first point that is no higher, if there is one."""
+        """Step and seconds of the first point with a value not above this, if there is one."""
         points = zip(self.step, self.seconds, self.value, strict=True)
         return next(((step, seconds) for step, seconds, at in points if at <= value), None)
 
@@ -64,18 +64,18 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class History:
-    """How a training run went. Seconds are of training alone: no compilation, no evaluation."""
+    """How a training run went. Seconds count training only: no compilation, no evaluation."""
 
     compile_seconds: float = 0.0
     train_seconds: float = 0.0
     batch_loss: Curve = field(default_factory=Curve)
-    """Means over the batches since the point before."""
+    """Each value is the mean over the batches since the point before."""
     metrics: dict[str, Curve] = field(default_factory=dict)
-    """What is evaluated now and then, from step 0, or only in the end."""
+    """Metrics that are evaluated during the run, from step 0, or only at its end."""
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "History":
-        """The history that `dataclasses.asdict` made this of."""
+        """The history, from what `dataclasses.asdict` made of it."""
         metrics = {name: Curve(**curve) for name, curve in stored["metrics"].items()}
         curves = {"batch_loss": Curve(**stored["batch_loss"]), "metrics": metrics}
         return cls(**{**stored, **curves})
@@ -94,11 +94,11 @@ class History:
         return list(by_step.values())
 
     def last(self, metric: str) -> float:
-        """What a metric was in the end."""
+        """The last value of a metric."""
         return self.metrics[metric].value[-1]
 
     def summary(self) -> dict[str, Any]:
-        """How it ended, and all of it, to be stored."""
+        """The numbers at the end, and the whole history, to be stored."""
         return {
             "steps": self.steps,
             "seconds": self.train_seconds,
@@ -109,11 +109,13 @@ class History:
 
 
 def shuffled_batches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray:
-    """Indices of every step's batch: a new permutation each epoch, without its last odd batch.
+    """Indices of the examples of each batch. Each epoch is a new permutation of the examples.
+
+    What is left at the end of an epoch, less than a batch, is not used.
 
     Args:
-      seed: The permutations' seed.
-      examples: How many examples there are; at least `batch_size`.
+      seed: The seed of the permutations.
+      examples: Number of examples, at least `batch_size`.
       batch_size: Examples of a batch.
       steps: Number of batches.
 
@@ -131,14 +133,10 @@ def shuffled_batches(seed: int, examples: int, batch_size: int, steps: int) -> n
 def gradient_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> Step:
     """The usual step: differentiate, update."""
 
-    def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.model_state, images, labels
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+    def differentiate(*args: Any) -> Any:
+        return *jax.value_and_grad(loss_fn, has_aux=True)(*args), {}
 
-    return step
+    return _step(differentiate, optimizer)
 
 
 def capturing_step(
@@ -148,17 +146,23 @@ def capturing_step(
 ) -> Step:
     """A step that also hands the optimizer what cqjax captures."""
 
+    def differentiate(*args: Any) -> Any:
+        size = len(args[-1])
+        its = cqjax.value_and_grad(loss_fn, has_aux=True, solver=solver, batch_size=size)
+        value, grads, captures = its(*args)
+        return value, grads, {"captures": captures}
+
+    return _step(differentiate, optimizer)
+
+
+def _step(differentiate: Callable[..., Any], optimizer: Any) -> Step:
+    """A step, from a function that returns value, gradients and what else the optimizer takes."""
+
     def step(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-        differentiate = cqjax.value_and_grad(
-            loss_fn, has_aux=True, solver=solver, batch_size=len(labels)
-        )
-        (loss, model_state), grads, captures = differentiate(
-            state.params, state.model_state, images, labels
-        )
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, captures=captures
-        )
-        return State(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+        params, model_state, opt_state = state
+        (loss, model_state), grads, extra = differentiate(params, model_state, images, labels)
+        updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
+        return State(optax.apply_updates(params, updates), model_state, opt_state), loss
 
     return step
 
@@ -166,14 +170,14 @@ def capturing_step(
 def fetching(
     step: Step, augment: Augment | None = None
 ) -> Callable[[State, jax.Array, jax.Array, jax.Array, jax.Array], tuple[State, jax.Array]]:
-    """The step that fetches its batch, and augments it: all of the data's way, to be compiled.
+    """A step that also fetches and augments its batch, to be compiled as a whole.
 
     Args:
       step: Takes a state and a batch of examples to the next state and the batch's loss.
-      augment: What is done to the images; nothing if it is not given.
+      augment: What is done to the images, if anything.
 
     Returns:
-      The step from a state, all images, all labels, a batch's indices and the step's number.
+      A step that takes a state, all images, all labels, the indices of a batch and its number.
     """
 
     def run(
@@ -189,10 +193,10 @@ _programs: WeakKeyDictionary[Step, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def compiled(key: tuple[Step, Augment | None], function: Callable[..., Any], *args: Any) -> Any:
-    """A compiled function that donates its first argument, and the seconds that this took.
+    """The compiled function, which donates its first argument, and the seconds that this took.
 
-    Of the same step, the same changes of images and arguments of the same shapes, it is the program
-    that was compiled first, and its seconds.
+    If the key and the shapes of the arguments are the same as in an earlier call, the program and
+    the seconds are those of that call.
     """
     step, augment = key
     leaves, structure = jax.tree.flatten(args)
@@ -212,9 +216,9 @@ def _chunks(
     batches: np.ndarray,
     looped: bool,
 ) -> tuple[Callable[[State, int, int], tuple[State, Any]], float]:
-    """What takes the steps from one number to before another, with their losses or mean.
+    """A function that takes the steps from one number up to another, and its compile seconds.
 
-    And the seconds that it took to compile it.
+    The function returns the losses of the steps, or their mean.
     """
     run = fetching(*key)
     if not looped:
@@ -264,27 +268,28 @@ def train(
 ) -> tuple[State, History]:
     """Take one step for each batch.
 
-    All is compiled ahead, and waited for only at the end of a chunk. Runs of the same step, with
-    arguments of the same shapes, share one program; its seconds count for each.
+    The step is compiled before the clock starts. Runs of the same step, with arguments of the same
+    shapes, share one program, and the seconds of its compilation count for each run.
 
     Args:
       step: Takes a state and a batch of examples to the next state and the batch's loss.
-      state: Where to start; it can be used again.
+      state: The first state. It can be used again.
       examples: All training images and labels.
       batches: Indices of each step's examples, `(steps, batch_size)`.
-      metrics: What is evaluated before the first step and after some of the chunks; off the clock.
-      on_chunk: Called before the first step and after each chunk, with the state, which the next
-        step invalidates, and how it went so far.
-      at_end: What is evaluated after the last step only.
-      history: How it went until `state`, if that is where earlier training of the same kind
-        stopped, at the end of a chunk; it is gone on with, and the batches until then are skipped.
+      metrics: They are evaluated before the first step and after some chunks, while the clock
+        stands still.
+      on_chunk: Called before the first step and after each chunk, with the state and the history
+        so far. The next step invalidates the state.
+      at_end: Metrics that are evaluated after the last step only.
+      history: The history of earlier training that stopped at `state`, at the end of a chunk. It is
+        continued, and the batches until then are skipped.
       augment: What is done to each batch's images, as a part of the compiled step.
-      looped: A chunk is one program, without Python between its steps. If it is not given, it is
-        so but on CPUs, where XLA's loops are no faster for the network of the quick start, and
-        slower by far for convolutions.
+      looped: Whether a chunk is one program, without Python between its steps. The default is no
+        on CPUs and yes elsewhere: on CPUs XLA's loops are no faster for the network of the quick
+        start, and far slower for convolutions.
 
     Returns:
-      The last state, and how the training went.
+      The last state, and the history.
     """
     history = history or History()
     if history.steps == len(batches):

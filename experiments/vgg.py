@@ -1,52 +1,64 @@
-"""VGG networks trained by SGD, LARS, LSALR and back-matching (seed 004, section 4)."""
+"""SGD, LARS, LSALR and back-matching train VGG networks.
 
-from dataclasses import dataclass
+Zhang, Chen and Liu, section 4.
+The page is `experiments.pages.vgg`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from rich.console import Console
+import optax
 
-from experiments import data, options, vgg_entrants
+import cqjax
+from experiments import options
+from experiments.augmentation import augmenter
+from experiments.classification import LossFn, cross_entropy, initialise
+from experiments.contest import Entrant, Parts, Task, held_out
+from experiments.data import Dataset, Split
 from experiments.experiment import Contest
-from experiments.page import publish
-from experiments.pages import vgg as pages
+from experiments.models import VGG
+from experiments.training import gradient_step
 
-PRESETS: dict[options.Preset, dict[str, Any]] = {
-    "smoke": {
-        **{"dataset": "digits", "train_images": 600, "measured": 200, "evaluated": 100},
-        **{"epochs": 2.5, "tuning_epochs": 1.25, "tries": 2, "seeds": 1},
-        **{"depths": (11,), "width": 2, "shrink": 1, "lars_rates": (2.0, 1.0)},
-    },
-    "cpu": {
-        **{"dataset": "cifar10", "train_images": 5700, "measured": 1000, "evaluated": 1000},
-        **{"epochs": 5.0, "tuning_epochs": 2.5, "tries": 3, "seeds": 3},
-        **{"depths": (11, 13, 16, 19), "width": 8, "shrink": 2, "lars_rates": (10.0, 5.0, 20.0)},
-    },
-    "paper": {
-        **{"dataset": "cifar10", "measured": 10_000, "evaluated": 10_000},
-        **{"epochs": 300.0, "tuning_epochs": 150.0, "tries": 4, "seeds": 5},
-        **{"depths": (11, 13, 16, 19), "width": 64, "shrink": 1},
-        **{"lars_rates": (2.0, 1.0, 5.0, 10.0)},
-    },
-}
-OURS = {  # the paper's rate first, and its weight decay
+OF_DATA = {  # the paper's rate first, and its weight decay
     "cifar100": {"back_matching_rates": (0.1, 0.05, 0.2, 0.02), "our_weight_decay": 5e-3},
     "cifar10": {"back_matching_rates": (2e-3, 1e-3, 5e-3, 1e-2), "our_weight_decay": 1e-4},
 }
+DROP, PHASES = 0.2, 5  # the rate falls to a fifth after each 60 of the paper's 300 epochs
+FIGURE3 = {"rate": 0.1, "decay": 5e-3}  # of SGD and of back-matching
+SGD, OURS = "SGD", "back-matching"
+OPTIMIZERS = {SGD: "sgd", "LARS": "lars", "LSALR": "lsalr", OURS: "back_matching"}
 
 
 @dataclass(frozen=True)
 class Vgg(Contest):
     """Train VGG networks by SGD, LARS, LSALR and back-matching, and judge what the paper says.
 
-    Nesterov's momentum is in all four, and their rates fall to a fifth after each fifth of a run.
-    Each is tuned at equally many rates, by validation loss; then all start from the same weights
-    and see the same batches, flipped and rotated alike, at each of several seeds. One more contest
-    has the settings of the paper's Figure 3: the same rate and weight decay for SGD and
-    back-matching. Results are README.md, two figures and results.json; while it runs, the metrics
-    go to metrics.jsonl. The preset cpu has narrow networks, small images and few of them.
+    All four have Nesterov's momentum, and their rates fall to a fifth after each fifth of a run.
+    Each is tuned at the same number of rates, by validation loss. Then, at each of several seeds,
+    all start from the same weights and see the same batches, with the same flips and rotations. One
+    more contest has the settings of the paper's Figure 3: SGD and back-matching have the same rate
+    and weight decay. The preset cpu has narrow networks, small images and few of them. The results
+    are README.md, two figures and results.json. During the run, the metrics go to metrics.jsonl.
     """
 
+    name = "vgg"
+    presets = options.presets(
+        dataset=("digits", "cifar10", "cifar10"),
+        train_images=(600, 5700, None),
+        measured=(200, 1000, 10_000),
+        evaluated=(100, 1000, 10_000),
+        epochs=(2.5, 5.0, 300.0),
+        tuning_epochs=(1.25, 2.5, 150.0),
+        tries=(2, 3, 4),
+        seeds=(1, 3, 5),
+        depths=((11,), (11, 13, 16, 19), (11, 13, 16, 19)),
+        width=(2, 8, 64),
+        shrink=(1, 2, 1),
+        lars_rates=((2.0, 1.0), (10.0, 5.0, 20.0), (2.0, 1.0, 5.0, 10.0)),
+    )
     batch_size: int = 128
     """Images of a batch."""
     depths: tuple[Literal[11, 13, 16, 19], ...] | None = None
@@ -54,32 +66,33 @@ class Vgg(Contest):
     width: int | None = None
     """Channels of the first stage; the paper's networks have 64."""
     shrink: Literal[1, 2, 4] | None = None
-    """Average so many by so many pixels of each image; 1 leaves it alone."""
+    """Average blocks of so many by so many pixels. 1 leaves the images as they are."""
     train_images: int | None = None
-    """Train and validate on the first so many training images; on all, if preset and this say
-    nothing."""
+    """Train and validate on the first so many training images. If neither this nor the preset
+    gives a number, on all."""
     evaluated: int | None = None
-    """Validate and test on the first so many of the images for that."""
+    """Validate and test on so many images."""
     flip: bool = True
     """Mirror half of the images of a batch."""
     degrees: float = 15.0
     """Rotate each image of a batch by up to so many degrees, to either side."""
     momentum: float = 0.9
-    """Everyone's, in Nesterov's form."""
+    """Nesterov's momentum, of all four."""
     weight_decay: float = 5e-4
-    """That of SGD, LARS and LSALR."""
+    """The weight decay of SGD, LARS and LSALR."""
     our_weight_decay: float | None = None
-    """Back-matching's; by the data set, the paper's: 5e-3 for CIFAR-100, 1e-4 for others."""
+    """The weight decay of back-matching. By default the paper's: 5e-3 for CIFAR-100, else 1e-4."""
     trust_coefficient: float = 1e-3
-    """LARS multiplies its rates by it; the paper's formula has none, that is 1."""
+    """LARS multiplies its rates by it. The paper's formula has none: there it is 1."""
     sgd_rates: tuple[float, ...] = (0.1, 0.05, 0.02, 0.2)
     """Learning rates to try for SGD."""
     lars_rates: tuple[float, ...] | None = None
-    """Learning rates to try for LARS; the paper tried 1, 2, 5 and 10."""
+    """Learning rates to try for LARS. The paper tried 1, 2, 5 and 10."""
     lsalr_rates: tuple[float, ...] = (0.1, 0.05, 0.006, 0.2, 1.0)
     """Learning rates to try for LSALR."""
     back_matching_rates: tuple[float, ...] | None = None
-    """Learning rates to try for back-matching, times 64 / --width; by the data set."""
+    """Learning rates to try for back-matching, times 64 / --width. The default depends on the data
+    set."""
     output: Path = Path("results/vgg")
     """Folder for the results."""
 
@@ -96,25 +109,94 @@ class Vgg(Contest):
         options.require(self, options.NOT_NEGATIVE, "degrees", "weight_decay", "our_weight_decay")
         options.require(self, options.POSITIVE, "trust_coefficient")
         options.require(self, options.FRACTION, "momentum")
-        if self.depths is not None and not 0 < len(self.depths) == len(set(self.depths)):
-            raise ValueError(f"--depths must have at least one, and none twice, got {self.depths}")
-        names = ("sgd_rates", "lars_rates", "lsalr_rates", "back_matching_rates")
-        given = [name for name in names if getattr(self, name) is not None]
-        options.require_rates(self, self.tries or PRESETS[self.preset]["tries"], *given)
+        options.require_distinct(self, "depths")
+        self.require_rates(*OPTIMIZERS.values())
 
-    def run(self) -> None:
-        """Tune, train, draw, and judge the source's claims.
+    def filled(self) -> Self:
+        """The settings. Options that were not given have the values of preset and data set."""
+        settings = super().filled()
+        of_data = OF_DATA.get(settings.dataset or "", OF_DATA["cifar10"])
+        return options.filled(settings, {self.preset: of_data})
 
-        Raises:
-          DataError: If there is no such data set, or its files are bad.
-          ResumeError: If it cannot go on from what there is.
+    def rates(self, optimizer: str) -> tuple[float, ...]:
+        """The learning rates that are tried for an optimizer.
+
+        Back-matching multiplies the rate of each layer but the last by the number of features that
+        the last layer reads. The paper chose its rates for 512 of them.
         """
-        console, preset = Console(), PRESETS[self.preset]
-        ours = OURS.get(self.dataset or preset["dataset"], OURS["cifar10"])
-        settings = options.filled(self, {self.preset: preset | ours})
-        assert settings.dataset
-        dataset = data.load(settings.dataset, self.data_dir, self.download)
-        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
-        dataset = vgg_entrants.prepared(settings, dataset)
-        results = settings.hold(console, dataset, vgg_entrants.contests(settings, dataset))
-        publish("vgg", self, settings, pages, results, console)
+        wider = 64 / (self.width or 64) if optimizer == "back_matching" else 1
+        return tuple(wider * rate for rate in super().rates(optimizer))
+
+    def prepared(self, dataset: Dataset) -> Dataset:
+        """The first training images, with channels, shrunk and standardised."""
+        assert self.shrink
+        first = Split(*(array[: self.train_images] for array in dataset.train))
+        return replace(dataset, train=first).pictures(1).shrunk(self.shrink).standardised()
+
+    def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
+        """The contests by title: what is learnt, and who takes part.
+
+        Args:
+          dataset: The data set, `prepared`.
+
+        Returns:
+          A contest of all four optimizers for each network; then, for the first network, the one
+          of Fig. 3.
+        """
+        assert self.width and self.depths
+        parts = held_out(dataset).evaluated(self.evaluated)
+        augment = augmenter(self.seed, flip=self.flip, degrees=self.degrees)
+
+        @cache
+        def network(depth: Any) -> tuple[Task, LossFn, Any]:
+            model = VGG(depth, dataset.classes, self.width or 64)
+            images = parts.train.images
+            task = Task(parts, model, lambda seed: initialise(model, seed, images), augment)
+            loss_fn = cross_entropy(model, train=True)
+            batch = (array[: self.batch_size] for array in parts.train)
+            plan = cqjax.plan(loss_fn, batch_size=self.batch_size)(*task.start(0), *batch)
+            return task, loss_fn, plan
+
+        def contest(
+            depth: int, rates: Mapping[str, Sequence[float]], *decays: float | None
+        ) -> tuple[Task, list[Entrant]]:
+            task, loss_fn, plan = network(depth)
+            by_name = self._optimizers(parts, plan, *decays)
+            return task, [_entrant(name, loss_fn, by_name[name], rates[name]) for name in rates]
+
+        grids = {name: self.rates(option) for name, option in OPTIMIZERS.items()}
+        first, alike = self.depths[0], {name: [FIGURE3["rate"]] for name in (SGD, OURS)}
+        decays, same_decays = (self.weight_decay, self.our_weight_decay), 2 * [FIGURE3["decay"]]
+        return {
+            **{f"VGG-{depth}": contest(depth, grids, *decays) for depth in self.depths},
+            f"VGG-{first} as in Fig. 3": contest(first, alike, *same_decays),
+        }
+
+    def _optimizers(
+        self, parts: Parts, plan: Any, decay: Any, our_decay: Any
+    ) -> Mapping[str, optax.GradientTransformation]:
+        """The optimizers by name, with these weight decays. Their learning rate falls from 1."""
+        assert self.epochs
+        phase = self.epochs * (len(parts.train.labels) // self.batch_size) / PHASES
+        drops = {round(phase * number): DROP for number in range(1, PHASES)}
+        rate, momentum = optax.piecewise_constant_schedule(1.0, drops), (self.momentum, True)
+        trust = {"trust_coefficient": self.trust_coefficient}
+        return {
+            SGD: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, *momentum)),
+            "LARS": optax.lars(rate, decay, momentum=self.momentum, nesterov=True, **trust),
+            "LSALR": cqjax.lsalr(rate, *momentum, decay),
+            OURS: cqjax.back_matching_sgd(rate, *momentum, our_decay, plan=plan),
+        }
+
+
+def _entrant(
+    name: str, loss_fn: LossFn, optimizer: optax.GradientTransformation, rates: Sequence[float]
+) -> Entrant:
+    """An entrant whose learning rate is in its state, so that one program serves all its runs."""
+
+    def at(rate: float) -> optax.GradientTransformation:
+        return optax.chain(optimizer, optax.inject_hyperparams(optax.scale)(step_size=rate))
+
+    step = gradient_step(loss_fn, at(1.0))
+    role = "ours" if name == OURS else "baseline"
+    return Entrant(name, lambda rate: (at(rate), step), rates, role)

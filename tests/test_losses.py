@@ -1,4 +1,4 @@
-"""The losses against seed 003's formulas, in float64 NumPy, and at their corners."""
+"""The losses against the NeuronLearning notes' formulas, in float64 NumPy, and at their corners."""
 
 import functools
 

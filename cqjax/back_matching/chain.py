@@ -95,7 +95,7 @@ class Stage(NamedTuple):
         """
         if self.weight is not None:
             return _square_of(self.weight, arrays) * self.positions / self.entries
-        factor = _mean_square(self.scale, arrays)
+        factor = _mean_square(self.scale, arrays)  # the paper's networks have no learned scale
         if below is not None and below.weight is not None:
             return factor * below.outputs / _square_of(below.weight, arrays)
         return factor if below is None else factor / _mean_square(below.scale, arrays)

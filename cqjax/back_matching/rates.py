@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from cqjax.back_matching import chain
 from cqjax.back_matching.chain import ChainLayer
 from cqjax.back_matching.signals import Signals, signals
-from cqjax.back_matching.units import Unit, units
+from cqjax.back_matching.units import Unit, back_matching_units
 from cqjax.capture.captures import Captures
 from cqjax.capture.plan import Plan
 from cqjax.linalg.gram import accumulator
@@ -86,7 +86,7 @@ def back_matching_rates(
             "cqjax.plan(loss_fn)(params, ...), not a description of them"
         )
     of_layers = signals(value_fn, params, plan.flow)
-    inverse = [measured_factor(unit, of_layers) for unit in units(plan)]
+    inverse = [measured_factor(unit, of_layers) for unit in back_matching_units(plan)]
     return like(params, unit_rates(plan, inverse, measured=True))
 
 
@@ -113,7 +113,7 @@ def chain_rates(
     """
     arrays = by_path(params)
     if isinstance(source, Plan | Captures):
-        inverse = chain.unit_factors(source.flow, units(source), arrays)
+        inverse = chain.unit_factors(source.flow, back_matching_units(source), arrays)
         return unit_rates(source, inverse, measured=False)
     return chain.rates(source, arrays)
 
@@ -136,7 +136,7 @@ def unit_rates(
             "leading dimension. Pass batch_size= to cqjax.plan or cqjax.value_and_grad: the number "
             'of terms that the loss averages over (or loss_reduction="sum")'
         )
-    own_units = units(source)
+    own_units = back_matching_units(source)
     owners = [path for unit in own_units for path in unit.paths]
     rates: dict[str, Any] = {}
     covered: dict[str, jax.Array] = {}

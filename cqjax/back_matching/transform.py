@@ -18,7 +18,7 @@ from cqjax.back_matching.rates import (
     unit_rates,
 )
 from cqjax.back_matching.signals import signals
-from cqjax.back_matching.units import units
+from cqjax.back_matching.units import back_matching_units
 from cqjax.capture.captures import Captures
 from cqjax.capture.plan import Plan
 from cqjax.linalg.gram import accumulator
@@ -113,7 +113,7 @@ def scale_by_back_matching(
         dtype = accumulator(jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
 
         def zeros() -> tuple[jax.Array, ...]:
-            own_units = () if measured is None else units(measured)
+            own_units = () if measured is None else back_matching_units(measured)
             return tuple(jnp.zeros(unit.stacked, dtype) for unit in own_units)
 
         return ScaleByBackMatchingState(
@@ -184,7 +184,7 @@ def _refreshed(
     def measure() -> ScaleByBackMatchingState:
         average, weight, ignored = [], [], state.ignored
         of_layers = signals(value_fn, params, plan.flow)
-        for unit, a, w in zip(units(plan), state.average, state.weight, strict=True):
+        for unit, a, w in zip(back_matching_units(plan), state.average, state.weight, strict=True):
             new = measured_factor(unit, of_layers)
             good = jnp.isfinite(new) & (new > 0)
             average.append(jnp.where(good, decay * a + (1 - decay) * new, a).astype(a.dtype))

@@ -36,8 +36,28 @@ class Unit:
         return tuple(length for _, length in loops)
 
 
-def units(source: Plan | Captures) -> tuple[Unit, ...]:
-    """The units of each weight that is solved for, and of each normalisation."""
+def back_matching_units(source: Plan | Captures) -> tuple[Unit, ...]:
+    """The units to which back-matching gives rates: which parameters, in how many positions.
+
+    There is one for each weight that is solved for, and one for each normalisation with parameters.
+    A unit's rate is 1/(m s), with s = `pooled` / N by Algorithm 1, and s = `rows` / N where m is
+    measured: see `back_matching_rates`.
+
+    Args:
+      source: `cqjax.plan(loss_fn)(params, ...)`, or the captures of `cqjax.value_and_grad`.
+
+    Returns:
+      The units: weights first, each in the order of the program.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean((jax.nn.relu(x @ params["w1"]) @ params["w2"]) ** 2)
+      >>> params = {"w1": jnp.ones((3, 8)), "w2": jnp.ones((8, 2))}
+      >>> plan = cqjax.plan(loss_fn)(params, jnp.ones((5, 3)))
+      >>> [(unit.paths, unit.rows) for unit in cqjax.back_matching_units(plan)]
+      [(('w1',), 5), (('w2',), 5)]
+    """
     nodes = source.flow.nodes
     numbers = {node.position: i for i, node in enumerate(nodes)}
     found = []
@@ -46,6 +66,8 @@ def units(source: Plan | Captures) -> tuple[Unit, ...]:
         pooled = sum(n * nodes[i].pooled for i, n in rows.items())
         found.append(Unit(paths, tuple(rows), sum(rows.values()), pooled, block))
 
+    # A layer in both branches of a cond counts the rows of both. A weight that is looked up and
+    # multiplied by (a tied table) has no block, so its rate is 1.
     for captured in source.blocks:
         block = captured.block if isinstance(captured, Capture) else captured
         rows = {

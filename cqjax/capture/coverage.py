@@ -95,7 +95,7 @@ def _without_conflicts(
 
 def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
     """How often the views hold one entry of a parameter, at the most."""
-    if all(view.whole for view in views):
+    if all(view.whole for view in views):  # else slices or repeated parameters could share entries
         return len(views)
     with jax.ensure_compile_time_eval():
         total = jnp.zeros(shapes[path])

@@ -111,7 +111,7 @@ def parts_of(block: Block, size: int) -> int | None:
     """The least number of equal parts that leaves each at most `size` features, if any does.
 
     Equal parts need no padding, and compile to one program. A convolution's parts have all the
-    window's offsets of some of the channels.
+    window's offsets of some of the channels. A prime number of channels leaves parts of one.
     """
     form = block.sites[0].form
     assert not isinstance(form, Lookup)

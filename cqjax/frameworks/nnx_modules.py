@@ -93,6 +93,8 @@ def split(
         return _Place(len(others) - 1)
 
     args, kwargs = jax.tree.map(placed, (args, kwargs), is_leaf=_is_module)
+    # Flax documents these contexts for transformations like this one. Modules that are shared stay
+    # shared, and what the loss changes comes back into the originals.
     with nnx.split_context(CONTEXT) as context:
         graph, params, rest = context.split(model, wrt, ...)
         others_graph, others_state = context.split(others)
@@ -173,7 +175,11 @@ def _record_owners(model: Any, params: PyTree) -> None:
 
 
 def _mark_normalisations(modules: Any) -> None:
-    """Has normalisations mark their input and output."""
+    """Has normalisations mark their input and output, until `_unmark_normalisations`.
+
+    NNX has no interceptor as Linen has. So for the time of the loss, an instance gets a subclass
+    whose call marks.
+    """
     for path, node in list(nnx.iter_graph(modules)):
         layer = type(node)
         if isinstance(node, nnx.Module) and inspect.unwrap(layer.__call__) in _NORMALISATIONS:

@@ -32,6 +32,7 @@ def shared_size(arguments: PyTree, loss: Sequence[Any]) -> int | None:
     leaves = jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
     arrays = [leaf for leaf in leaves if _may_be_batch(leaf)]
     sizes = {leaf.shape[0] for leaf in arrays}
+    # Where the loss varies too, it is each device's own mean, and N is one device's.
     over = devices.varying(arrays).difference(*map(jaxprs.varying, loss))
     return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
 

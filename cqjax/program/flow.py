@@ -1,7 +1,8 @@
 """Which layer feeds which: the order in which back-matching goes through a program.
 
 The loop over the program follows every layer's output to the layers that read it, and counts how
-many of its positions pooling leaves.
+many of its positions pooling leaves. The order in which layers are called would not do: it would
+take a residual network for a chain.
 """
 
 import dataclasses

@@ -91,6 +91,7 @@ def _same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
 def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on `inputs`, whatever its primitive.
 
+    Not `jax.extend.core.jaxpr_as_fun`, which wants a class that JAX 0.12 no longer exports.
     Going through `eval_jaxpr` keeps the equation's name stack and context. It also leaves the
     unpacking of custom derivative rules to JAX, whose `get_bind_params` has changed its result
     between releases.

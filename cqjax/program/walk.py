@@ -242,6 +242,8 @@ class _Walk:
 def _check_placement(view: View, equation: Equation, weight: int) -> None:
     """Refuses arrays whose types carry a sharding.
 
+    With explicit axes the statistics of every kind of product would need a sharding of their own.
+
     Raises:
       ValueError: names the parameter, and says what to do.
     """

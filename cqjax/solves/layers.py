@@ -281,6 +281,7 @@ class Layers(Mapping[str, Layer]):
                 if path in layer.block.view.paths and not whole:
                     new += leaves[path].astype(new.dtype)
                 leaves[path] = new.astype(leaves[path].dtype)
+        # Without a layer too: one NaN in the scale of a normalisation would spoil the whole model.
         return jax.tree.unflatten(self._tree, [finite(leaves[path]) for path in self.paths])
 
     def counts(self, events: Mapping[str, jax.Array]) -> jax.Array:

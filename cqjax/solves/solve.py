@@ -104,6 +104,8 @@ def dual_of_changed(layer: Layer, damping: Damping) -> Solve:
 
     (XᵀX + λI)⁻¹ R = (R - Xᵀ (XXᵀ + λI)⁻¹ X R) / λ, which needs the highest precision.
     """
+    # R could pass through as it is, weight decay for example. But the primal preconditions it by
+    # definition, and the two solvers would be different methods.
     n, handed = layer.terms, layer.update
     scale, rest, present = decomposed(handed, layer.gradient)
     rows = layer.rows()

@@ -142,6 +142,7 @@ def multi_steps(
         def step() -> tuple[optax.Updates, MultiStepsState]:
             mean = optax.tree.cast_like(gradients, updates)
             sums = tuple(_sums(plan, moments, mean))
+            # Rows and examples are the whole batch's, as the plan is: relative damping needs them.
             whole = Captures(sums, batch_size, plan.examples, plan.parameters, plan.flow)
             new, inner_state = wrapped.update(
                 mean, state.inner_state, params, captures=whole, **extra_args

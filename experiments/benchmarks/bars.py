@@ -1,32 +1,32 @@
-"""What a part of the benchmarks leaves behind: tables, numbers, and bars held or missed."""
+"""The results of a part of the benchmarks: tables, numbers, and bars held or missed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
 class Bar(NamedTuple):
-    """What must show, and what did."""
+    """A ratio that was measured, and the limit that it must keep."""
 
     work: str
     """What was measured."""
     measured: float | None
-    """A ratio; None if there is none."""
+    """The ratio; None if there is none."""
     limit: float
-    """What it may be."""
+    """The greatest ratio allowed, or the least."""
     at_least: bool = False
-    """Whether more is better."""
+    """Whether the limit is the least ratio allowed."""
     reason: str = "not measured"
     """Why there is no number."""
 
     @property
     def held(self) -> bool:
-        """Whether the number is on the right side of the limit; without a number it is not."""
+        """Whether the ratio keeps the limit. Without a ratio it does not."""
         if self.measured is None:
             return False
         return self.measured >= self.limit if self.at_least else self.measured <= self.limit
 
     def verdict(self) -> str:
-        """Whether it is held, and otherwise by how much it was missed."""
+        """Whether the bar is held; if not, by how much it was missed."""
         if self.held:
             return "yes"
         if self.measured is None:
@@ -35,7 +35,7 @@ class Bar(NamedTuple):
         return f"no: {abs(self.measured / self.limit - 1):.1%} {direction}"
 
     def row(self) -> dict[str, str]:
-        """Its row of a table."""
+        """The bar's row of a table."""
         return {
             "work": self.work,
             "measured": number(self.measured),
@@ -44,7 +44,7 @@ class Bar(NamedTuple):
         }
 
     def numbers(self) -> dict[str, Any]:
-        """What goes into the JSON file."""
+        """The bar as it goes into the JSON file."""
         return self._asdict() | {"held": self.held}
 
 

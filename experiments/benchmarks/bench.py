@@ -11,28 +11,19 @@ import jax
 from rich.console import Console
 
 from experiments import options, report
-from experiments.benchmarks import choice, kfac, patch_gram, precision, steps
+from experiments.benchmarks import choice, kfac, patch_gram, steps
 from experiments.benchmarks.bars import Result, Table
 from experiments.benchmarks.timing import PERIOD, Effort
 from experiments.benchmarks.workloads import WORKLOADS
 
 Part = Literal[
-    "mlp-32",
-    "mlp-128",
-    "mlp-512",
-    "mlp-1600",
-    "resnet20",
-    "transformer",
-    "patch-gram",
-    "choice",
-    "precision",
+    "mlp-32", "mlp-128", "mlp-512", "mlp-1600", "resnet20", "transformer", "patch-gram", "choice"
 ]
 
 PARTS: dict[str, Callable[[Effort], Result]] = {
     **{name: partial(steps.measure, name, workload) for name, workload in WORKLOADS.items()},
     "patch-gram": partial(patch_gram.measure, "patch-gram"),
     "choice": partial(choice.measure, "choice"),
-    "precision": partial(precision.measure, "precision"),
 }
 
 METHOD = f"""\
@@ -48,20 +39,18 @@ small that the batch is never fitted."""
 class Bench:
     """Time cqjax beside other optimizers and other routes to the same, and judge it by its bars.
 
-    The parts are training steps of several networks; the Gram matrix of a convolution's patches;
-    the automatic choice between the primal and the dual; and, on Fashion-MNIST where it is found
-    and digits otherwise, what accelerators' precision does to the solves and to training: not a
-    matter of time. The results are tables, also in bench.md, and every number in bench.json; both
-    are written anew after each part. K-FAC-JAX is timed too where it is installed (pip install
-    'cqjax[bench]') and works.
+    The parts are training steps of several networks, the Gram matrix of a convolution's patches,
+    and the automatic choice between the primal and the dual. The results are tables, also in
+    bench.md, and every number in bench.json. Both files are written again after each part.
+    K-FAC-JAX is timed too where it is installed (pip install 'cqjax[bench]') and works.
     """
 
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure."""
     repeats: int = 30
-    """Samples of each thing, at most."""
+    """The greatest number of samples of each thing."""
     budget: float = 30.0
-    """Seconds after which a thing that is slow gets no more samples, if it has three."""
+    """A thing that has taken so many seconds gets no more samples, if it has three."""
     compiles: int = 3
     """How often each network's step is compiled; the median counts."""
     output: Path = Path("results/bench")
@@ -75,8 +64,7 @@ class Bench:
         """
         options.require(self, options.AT_LEAST_ONE, "repeats", "compiles")
         options.require(self, options.POSITIVE, "budget")
-        if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise ValueError("--parts must name at least one part, and none twice")
+        options.require_distinct(self, "parts")
 
     def run(self) -> None:
         """Measure, print tables and write the results."""
@@ -91,8 +79,8 @@ class Bench:
             for table in results[name].tables:
                 report.print_table(console, table.title, table.rows)
             self._write(results, environment)
-        for bars in _bars(list(results.values())):
-            report.print_table(console, bars.title, bars.rows)
+        bars = _bars(list(results.values()))
+        report.print_table(console, bars.title, bars.rows)
         written = f"Written: {self.output}/bench.md and {self.output}/bench.json"
         console.print(written, highlight=False, soft_wrap=True)
 
@@ -106,19 +94,12 @@ class Bench:
             "parts": {name: result.numbers for name, result in results.items()},
         }
         report.write_json(self.output / "bench.json", content)
-        tables = [*_bars(every), *(table for result in every for table in result.tables)]
+        tables = [_bars(every), *(table for result in every for table in result.tables)]
         sections = (f"## {table.title}\n\n{report.markdown_table(table.rows)}" for table in tables)
-        versions = ", ".join(f"{key} {value}" for key, value in environment["versions"].items())
-        machine = (
-            f"{environment['date']}; {environment['device']}; {environment['cpu']}, "
-            f"{environment['cpu_count']} cores; Python {environment['python']}, {versions}; "
-            f"{environment['system']}."
-        )
-        text = "\n\n".join(("# Benchmarks", machine, METHOD, *sections))
+        text = "\n\n".join(("# Benchmarks", report.machine(environment), METHOD, *sections))
         (self.output / "bench.md").write_text(text + "\n")
 
 
-def _bars(results: Sequence[Result]) -> list[Table]:
-    """All bars in a table, if there are any."""
-    rows = [bar.row() for result in results for bar in result.bars]
-    return [Table("bars", rows)] if rows else []
+def _bars(results: Sequence[Result]) -> Table:
+    """All bars in a table."""
+    return Table("bars", [bar.row() for result in results for bar in result.bars])

@@ -9,29 +9,20 @@ import numpy as np
 from rich.progress import track
 
 import cqjax
+from experiments.benchmarks import timing
 from experiments.benchmarks.bars import Bar, Result, Table
-from experiments.benchmarks.timing import (
-    RATE,
-    Effort,
-    Sample,
-    Training,
-    interleaved,
-    planned,
-    seconds_of,
-    summary,
-)
 from experiments.training import capturing_step
 
 ROWS = (8, 32, 128, 512, 1024, 4096)
 FEATURES = (64, 256, 784, 1024, 4096)
-SLOW = 20.0  # seconds of a step, above which a combination is left out
-LIMIT = 1.1  # the chosen solver's step may take so many of the better's
+SLOW = 20.0  # a combination whose step takes more seconds is left out
+LIMIT = 1.1  # times the better solver's step: what a step of the chosen one may take
 
 Solver = Literal["dual", "primal"]
 SOLVERS: tuple[Solver, ...] = ("dual", "primal")
 
 
-def measure(name: str, effort: Effort) -> Result:
+def measure(name: str, effort: timing.Effort) -> Result:
     """Time C-SGD's step for a layer of d outputs by each solver, over rows n and features d."""
     numbers = [
         {"rows": n, "features": d} | _compare(n, d, effort)
@@ -52,29 +43,29 @@ def measure(name: str, effort: Effort) -> Result:
     return Result({"combinations": numbers}, [Table(title, rows)], [bar])
 
 
-def _compare(n: int, d: int, effort: Effort) -> dict[str, Any]:
-    """Both solvers' seconds, interleaved; the choice; and by how much it is the slower."""
+def _compare(n: int, d: int, effort: timing.Effort) -> dict[str, Any]:
+    """Time both solvers, interleaved, and see by how much the chosen one is the slower."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, y = (jax.random.normal(key, (n, d)) for key in keys[:2])
     params = {"w": jax.random.normal(keys[2], (d, d)) / d**0.5}
     (block,) = cqjax.plan(_loss, batch_size=n)(params, None, x, y).blocks
-    tx, samples = cqjax.csgd(RATE), {}
+    tx, samples = cqjax.csgd(timing.RATE), {}
     for solver in SOLVERS:
         step = capturing_step(_loss, tx, solver)
-        training = Training(step, tx.init, (params, None), (x, y))
-        seconds = seconds_of(training)
+        training = timing.Training(step, tx.init, (params, None), (x, y))
+        seconds = timing.seconds_of(training)
         if seconds > SLOW:
             return {"choice": block.solver, "left_out": f"{solver} takes {seconds:.1f} s"}
-        samples[solver] = planned(training, effort)
+        samples[solver] = timing.planned(training, effort)
     number = min(sample.number for sample in samples.values())
-    samples = {solver: Sample(s.call, s.times, number) for solver, s in samples.items()}
-    seconds = interleaved(samples)
+    samples = {solver: timing.Sample(s.call, s.times, number) for solver, s in samples.items()}
+    seconds = timing.interleaved(samples)
     ratios = seconds[block.solver] / seconds["primal" if block.solver == "dual" else "dual"]
     return {
         "choice": block.solver,
         "loss": max(1.0, float(np.median(ratios))),
-        "chosen_to_other": summary(ratios),
-        "seconds": {solver: summary(values) for solver, values in seconds.items()},
+        "chosen_to_other": timing.summary(ratios),
+        "seconds": {solver: timing.summary(values) for solver, values in seconds.items()},
     }
 
 

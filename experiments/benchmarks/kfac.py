@@ -21,13 +21,13 @@ class NotInstalledError(Exception):
 
 
 class Training:
-    """Steps of K-FAC-JAX on one batch, as its defaults are: it inverts in every fifth.
+    """Steps of K-FAC-JAX on one batch, with its defaults: it inverts in every fifth step.
 
-    It compiles itself, in its first step: what that takes more than the next is what compiling
-    takes. What its programs need is not known.
+    K-FAC-JAX compiles its programs in its first step. The time of compiling is what the first step
+    takes more than the second. The memory of its programs is not known.
 
     Raises:
-      NotInstalledError: It is not there.
+      NotInstalledError: If it is not there.
     """
 
     def __init__(self, task: Task):

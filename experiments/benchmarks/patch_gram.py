@@ -1,4 +1,4 @@
-"""XᵀX of a convolution's im2col matrix X: cqjax's way against the patches'."""
+"""The Gram matrix of a convolution's patches: by cqjax, and with the patches written out."""
 
 from typing import Any
 
@@ -7,24 +7,16 @@ import numpy as np
 from rich.progress import track
 
 from cqjax.linalg import conv_gram, gram, windows
+from experiments.benchmarks import timing
 from experiments.benchmarks.bars import Bar, Result, Table, number, spread
-from experiments.benchmarks.timing import (
-    Effort,
-    Program,
-    Sample,
-    compiled,
-    interleaved,
-    seconds_of,
-    summary,
-)
 
 BATCH = 128
 SHAPES = {(32, 32, 16): 6.0, (16, 16, 32): 4.0, (8, 8, 64): 2.0}
-"""How many times as fast as the patches' it must be, for inputs of a shape."""
+"""By the shape of the inputs: how many times as fast as with patches cqjax must be."""
 WINDOW = windows.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))  # 3 × 3, SAME
 
 
-def measure(name: str, effort: Effort) -> Result:
+def measure(name: str, effort: timing.Effort) -> Result:
     """Time both ways, each alone in a loop and one after the other."""
     numbers, rows, bars = {}, [], []
     for shape, limit in track(SHAPES.items(), description=name):
@@ -40,7 +32,7 @@ def measure(name: str, effort: Effort) -> Result:
     )
 
 
-def _compare(shape: tuple[int, ...], effort: Effort) -> dict[str, Any]:
+def _compare(shape: tuple[int, ...], effort: timing.Effort) -> dict[str, Any]:
     x = jax.random.normal(jax.random.key(0), shape)
 
     def ours(x: jax.Array) -> jax.Array:
@@ -49,30 +41,30 @@ def _compare(shape: tuple[int, ...], effort: Effort) -> dict[str, Any]:
     def theirs(x: jax.Array) -> jax.Array:
         return gram.inner(windows.patches(x, WINDOW))
 
-    programs = {"cqjax": compiled(ours, x), "patches": compiled(theirs, x)}
+    programs = {"cqjax": timing.compiled(ours, x), "patches": timing.compiled(theirs, x)}
     alone = {way: _loop(program, x, effort) for way, program in programs.items()}
     turns = {
-        way: Sample(lambda program=program: program.call(x), 1, effort.repeats)
+        way: timing.Sample(lambda program=program: program.call(x), 1, effort.repeats)
         for way, program in programs.items()
     }
     memory = {way: program.temporary_bytes for way, program in programs.items()}
     return {
         "alone": _times(alone),
-        "interleaved": _times(interleaved(turns)),
+        "interleaved": _times(timing.interleaved(turns)),
         "temporary_bytes": memory,
     }
 
 
-def _loop(program: Program, x: jax.Array, effort: Effort) -> np.ndarray:
+def _loop(program: timing.Program, x: jax.Array, effort: timing.Effort) -> np.ndarray:
     """Seconds of calls of one program, after a warm-up."""
-    seconds_of(lambda: program.call(x), times=3)
-    return np.array([seconds_of(lambda: program.call(x)) for _ in range(effort.repeats)])
+    timing.seconds_of(lambda: program.call(x), times=3)
+    return np.array([timing.seconds_of(lambda: program.call(x)) for _ in range(effort.repeats)])
 
 
 def _times(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
     return {
-        "ratio": summary(seconds["patches"] / seconds["cqjax"]),
-        "seconds": {way: summary(values) for way, values in seconds.items()},
+        "ratio": timing.summary(seconds["patches"] / seconds["cqjax"]),
+        "seconds": {way: timing.summary(values) for way, values in seconds.items()},
     }
 
 

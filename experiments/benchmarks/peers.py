@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import jax
@@ -12,35 +12,17 @@ from optax import contrib
 
 import cqjax
 from cqjax.linalg import conv_gram
-from experiments.benchmarks import kfac
-from experiments.benchmarks.timing import PERIOD, RATE, Program, Training
-from experiments.benchmarks.workloads import (
-    ADAM,
-    CSGD,
-    EVERY_10,
-    KFAC,
-    MUON,
-    PATCHES,
-    PINV,
-    SGD,
-    Task,
-)
-from experiments.training import State, capturing_step, gradient_step
+from experiments.benchmarks import kfac, workloads
+from experiments.benchmarks.timing import PERIOD, RATE, Training
+from experiments.benchmarks.workloads import Task
+from experiments.training import capturing_step, gradient_step
 
-COMMON = (SGD, ADAM, MUON, CSGD, KFAC)
-"""Those that every network is trained by; the first is the one to compare with."""
+COMMON = (workloads.SGD, workloads.ADAM, workloads.MUON, workloads.CSGD, workloads.KFAC)
+"""Every network is trained by these. All are compared with the first."""
 
 
-class Stepper(Protocol):
-    """An optimizer at work; each call takes a step, and returns arrays to wait for."""
-
-    program: Program
-    loss: Any
-    state: State
-
-    def __call__(self) -> Any:
-        """Take a step."""
-        ...
+Stepper = Training | kfac.Training
+"""An optimizer at work; each call takes a step, and returns arrays to wait for."""
 
 
 def _gradient(
@@ -59,7 +41,7 @@ def _muon() -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> Any:
-    """Which axes of each kernel are a matrix's rows and columns; the rest is left to Adam."""
+    """Which axes of each kernel are rows and columns of a matrix. Other arrays are for Adam."""
 
     def axes(path: Any, array: jax.Array) -> contrib.MuonDimensionNumbers | None:
         if array.ndim < 2:
@@ -72,33 +54,35 @@ def _matrices(params: Any) -> Any:
     return jax.tree.map_with_path(axes, params)
 
 
+def _capturing(task: Task, tx: Any, compiles: int, solver: Any = "auto") -> Stepper:
+    """An optimizer that uses what cqjax captures."""
+    step = capturing_step(task.loss_fn, tx, solver)
+    return Training(step, tx.init, task.start, task.batch, compiles)
+
+
 def _csgd(task: Task, compiles: int) -> Stepper:
     """C-SGD, exact in every step."""
-    tx = cqjax.csgd(RATE, task.workload.damping)
-    step = capturing_step(task.loss_fn, tx)
-    return Training(step, tx.init, task.start, task.batch, compiles)
+    return _capturing(task, cqjax.csgd(RATE, task.workload.damping), compiles)
 
 
 def _every_10(task: Task, compiles: int) -> Stepper:
     """C-SGD that factorises in every tenth step."""
     plan = cqjax.plan(task.loss_fn, batch_size=len(task.batch[1]))(*task.start, *task.batch)
     first = cqjax.scale_by_consequentialism(task.workload.damping, plan=plan, update_every=PERIOD)
-    tx = optax.chain(first, optax.sgd(RATE))
-    step = capturing_step(task.loss_fn, tx)
-    return Training(step, tx.init, task.start, task.batch, compiles)
+    return _capturing(task, optax.chain(first, optax.sgd(RATE)), compiles)
 
 
 def _by_patches(task: Task, compiles: int) -> Stepper:
-    """C-SGD, with every convolution's Gram by way of its patches.
+    """C-SGD, with every convolution's Gram matrix from its patches.
 
-    There is no argument for that: while the step is traced, the other way is made out to be dear.
+    No argument asks for this. So while the step is traced, the other way is declared too costly.
     """
     with mock.patch.object(conv_gram, "correlation_cost", lambda *args, **options: math.inf):
         return _csgd(task, compiles)
 
 
 def _pinv(task: Task, compiles: int) -> Stepper:
-    """The paper's formula as it is first written, without damping: one `pinv` per layer."""
+    """The paper's formula without damping: one `pinv` for each layer."""
 
     def update(
         updates: Any,
@@ -109,21 +93,17 @@ def _pinv(task: Task, compiles: int) -> Stepper:
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del params, extra_args
-        assert captures is not None and captures.batch_size is not None
-        new = {}
-        for layer in updates:
-            (capture,) = captures[f"{layer}/kernel"]
-            rows = capture.rows()
+        layers, new = cqjax.Layers(updates, captures, "pinv"), {}
+        for label, layer in layers.items():
+            rows = layer.rows()
             assert rows.h is not None
-            x = jnp.concatenate([rows.x, rows.h[..., None]], -1)[0]
-            u = captures.batch_size * jnp.linalg.pinv(x) @ rows.dz[0]
-            new[layer] = {"kernel": u[:-1], "bias": u[-1]}
-        return new, state
+            x = jnp.concatenate([rows.x, rows.h[..., None]], -1)
+            u = layer.terms * jnp.linalg.pinv(x) @ rows.dz
+            new[label] = cqjax.Matrices.parted(u, layer.has_bias)
+        return layers.replaced(new), state
 
     first = optax.GradientTransformationExtraArgs(optax.identity().init, update)
-    tx = optax.chain(first, optax.sgd(RATE))
-    step = capturing_step(task.loss_fn, tx, solver="dual")
-    return Training(step, tx.init, task.start, task.batch, compiles)
+    return _capturing(task, optax.chain(first, optax.sgd(RATE)), compiles, "dual")
 
 
 def _kfac(task: Task, compiles: int) -> Stepper:
@@ -132,13 +112,13 @@ def _kfac(task: Task, compiles: int) -> Stepper:
 
 
 PEERS: dict[str, Callable[[Task, int], Stepper]] = {
-    SGD: _gradient(lambda: optax.sgd(RATE)),
-    ADAM: _gradient(lambda: optax.adam(RATE)),
-    MUON: _gradient(_muon),
-    CSGD: _csgd,
-    EVERY_10: _every_10,
-    PATCHES: _by_patches,
-    PINV: _pinv,
-    KFAC: _kfac,
+    workloads.SGD: _gradient(lambda: optax.sgd(RATE)),
+    workloads.ADAM: _gradient(lambda: optax.adam(RATE)),
+    workloads.MUON: _gradient(_muon),
+    workloads.CSGD: _csgd,
+    workloads.EVERY_10: _every_10,
+    workloads.PATCHES: _by_patches,
+    workloads.PINV: _pinv,
+    workloads.KFAC: _kfac,
 }
-"""Traces, compiles (so often) and starts an optimizer on a task."""
+"""Takes a task, and how often to compile, to an optimizer that is ready to take steps."""

@@ -16,7 +16,7 @@ from experiments.benchmarks.timing import Effort, interleaved, planned, reason, 
 from experiments.benchmarks.workloads import CSGD, EVERY_10, KFAC, SGD, Workload, task
 
 COMPILE_BAR = 2.0
-PERIODIC = (EVERY_10, KFAC)  # what they do differs from step to step
+PERIODIC = (EVERY_10, KFAC)  # their steps differ from one to the next
 
 
 def measure(name: str, workload: Workload, effort: Effort) -> Result:
@@ -57,7 +57,7 @@ def measure(name: str, workload: Workload, effort: Effort) -> Result:
 def _numbers(
     stepper: Stepper, seconds: np.ndarray, reference: Stepper, reference_seconds: np.ndarray
 ) -> dict[str, Any]:
-    """Everything about an optimizer; ratios are to the reference."""
+    """Everything about an optimizer. Ratios are to the reference optimizer."""
     program, other, loss = stepper.program, reference.program, float(stepper.loss)
     if not math.isfinite(loss):
         return {"failed": "its loss is no longer finite"}
@@ -77,7 +77,7 @@ def _numbers(
 
 
 def _row(label: str, numbers: Mapping[str, Any]) -> dict[str, str]:
-    """A table's row; in place of its ratio a failure's reason."""
+    """A row of the table. If the optimizer failed, the reason stands in place of its ratio."""
     dash = number(None)
     row = {"optimizer": label, "step / SGD's": numbers.get("failed", "")} | dict.fromkeys(
         ("ms per step", "compile / SGD's", "memory / SGD's"), dash

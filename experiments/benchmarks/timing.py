@@ -1,4 +1,4 @@
-"""Programs compiled afresh, and samples of how long they take, interleaved."""
+"""Compile programs with empty caches, and sample in turns how long they take."""
 
 import random
 import re
@@ -14,8 +14,8 @@ from rich.progress import track
 from experiments.training import State, Step
 
 PERIOD = 10  # steps of a sample: the period of update_every=10
-FEWEST = 3  # samples, whatever they take
-RATE = 1e-6  # so small that the batch is never fitted: denormal numbers are slow on CPUs
+FEWEST = 3  # samples, however long they take
+RATE = 1e-6  # so small that the batch is never fitted, since denormal numbers are slow on CPUs
 
 NOT_LAUNCHED = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
@@ -24,19 +24,19 @@ class Effort(NamedTuple):
     """How much is measured."""
 
     repeats: int
-    """Samples of each thing."""
+    """Number of samples of each thing."""
     budget: float
-    """Seconds after which a thing gets no more samples, if it has a few."""
+    """A thing that has taken so many seconds gets no more samples, if it has a few."""
     compiles: int
     """How often each step is compiled."""
 
 
 class Program(NamedTuple):
-    """A compiled function: what that took, and what it needs."""
+    """A compiled function, how long compiling took, and what it needs."""
 
     call: Callable[..., Any]
     compile_seconds: float
-    """Of tracing, lowering and compiling: the median."""
+    """The median time of tracing, lowering and compiling."""
     temporary_bytes: int | None
     """Memory beside arguments and results; None where it is not known."""
     entry_instructions: int | None
@@ -68,8 +68,8 @@ def compiled(
 def entry_instructions(hlo: str) -> int:
     """Count a compiled module's top-level instructions that do something: fusions, calls, ...
 
-    On a GPU a stand-in for the number of kernels that a run of it launches; what XLA put into
-    command buffers is counted instruction by instruction. Loops and conditions count as one.
+    On a GPU the count stands in for the number of kernels that a run launches. Instructions in
+    command buffers are counted one by one. A loop or a condition counts as one.
     """
     bodies = re.findall(r"^(ENTRY )?%?([\w.-]+) .*\{\n((?:  .*\n)*)\}", hlo, re.MULTILINE)
     computations = {name: body for _, name, body in bodies}
@@ -89,7 +89,7 @@ def entry_instructions(hlo: str) -> int:
 
 
 class Training:
-    """Steps on one batch, over and over; each call takes the next."""
+    """Training steps on one batch. Each call takes the next step."""
 
     def __init__(
         self,
@@ -111,22 +111,22 @@ class Training:
 
 
 class Sample(NamedTuple):
-    """What is timed at once, and how often."""
+    """What is timed, and how often."""
 
     call: Callable[[], Any]
     times: int
-    """Calls in a row."""
+    """Calls in a row that make a sample."""
     number: int
-    """Samples."""
+    """Number of samples."""
 
 
 def planned(call: Callable[[], Any], effort: Effort, whole: bool = False) -> Sample:
     """Warm up, and see how many samples of `PERIOD` calls there is time for.
 
     Args:
-      call: Computes something.
+      call: What is timed.
       effort: How much is measured.
-      whole: Whether a sample must have `PERIOD` calls; else it is one call where they take long.
+      whole: Whether a sample must have `PERIOD` calls. If not, it is one call where calls are slow.
     """
     seconds_of(call)
     seconds, times = seconds_of(call), PERIOD
@@ -137,7 +137,7 @@ def planned(call: Callable[[], Any], effort: Effort, whole: bool = False) -> Sam
 
 
 def seconds_of(call: Callable[[], Any], times: int = 1) -> float:
-    """Seconds of a call, of several in a row."""
+    """Mean seconds of several calls in a row."""
     started = time.perf_counter()
     for _ in range(times - 1):
         call()
@@ -149,8 +149,8 @@ def interleaved(samples: Mapping[str, Sample], description: str = "") -> dict[st
     """Take one sample of each, in random order, then the next of each, and so on.
 
     Args:
-      samples: What to time; what has fewer samples takes part in the first turns only.
-      description: Stands beside the progress bar; without it, there is none.
+      samples: What to time. What has fewer samples takes part in the first turns only.
+      description: Stands beside the progress bar. Without it, there is no bar.
 
     Returns:
       Seconds of a call, for each sample.

@@ -24,21 +24,21 @@ class Workload(NamedTuple):
     inputs: tuple[int, ...]
     """The shape of a batch of inputs."""
     damping: float
-    """C-SGD's, by the paper."""
+    """C-SGD's damping, by the paper."""
     peers: tuple[str, ...]
-    """What is timed beside SGD, Adam, Muon, C-SGD and K-FAC-JAX."""
+    """Optimizers that are timed beside SGD, Adam, Muon, C-SGD and K-FAC-JAX."""
     bars: Mapping[str, float]
-    """What a step of an optimizer may take, in SGD's, on a CPU."""
+    """By optimizer: the time that a step may take on a CPU, in steps of SGD."""
     gpu_bars: Mapping[str, float] = {}
-    """Where it is another on a GPU."""
+    """The same on a GPU, where it differs."""
     memory_bars: Mapping[str, float] = {}
-    """How much temporary memory it may need, in SGD's."""
+    """By optimizer: the temporary memory that it may need, in units of SGD's."""
     regression: bool = False
     """Whether the loss is the squared distance to targets of the outputs' shape."""
 
 
 class Task(NamedTuple):
-    """A workload with its arrays."""
+    """A workload with its first weights and its batch."""
 
     workload: Workload
     loss_fn: LossFn

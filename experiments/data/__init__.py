@@ -1,4 +1,4 @@
-"""The data sets of the experiments, as arrays in memory: a module for each."""
+"""The data sets of the experiments, as arrays in memory. Each has its own module."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,8 +17,8 @@ def load(name: DatasetName | AnyName, data_dir: Path | None, download: bool) -> 
     """Load a data set of small images.
 
     Args:
-      name: Which; "auto" is Fashion-MNIST where it is found, digits otherwise.
-      data_dir: The folder of its files; without it, the places where they may be.
+      name: Its name. "auto" is Fashion-MNIST if its files are found, and digits otherwise.
+      data_dir: The folder of its files. Without it, they are looked for in the usual places.
       download: Whether to fetch its files if they are not found.
 
     Returns:

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100, from their official Python files: pickles, which are not trusted.
 
-Files that went through another program (recompressed images, say) are taken if they have the
-official files' structure; the data set's name then says that they are not the official ones.
+Files with the structure of the official ones, but with other contents (recompressed images, say),
+are accepted. The data set's name then says that they are not the official files.
 """
 
 import hashlib
@@ -57,12 +57,12 @@ class Cifar:
         """Load the 32 x 32 colour images from the first place that has all the files.
 
         Args:
-          data_dir: The only place to look into, which is the folder of the files or the one that
-            it is in; without it, where CQJAX_DATA_DIR says, and the cache.
-          download: Whether to fetch the archive into the last of these if none has them.
+          data_dir: The only place to look into. It is the folder of the files, or its parent.
+            Without it, the folder that CQJAX_DATA_DIR names, and the cache.
+          download: Whether to fetch the archive if the files are in none of these places.
 
         Returns:
-          The data set; its name tells whether the files are the official ones.
+          The data set. Its name tells whether the files are the official ones.
 
         Raises:
           MissingDataError: If the files are not there.
@@ -91,10 +91,10 @@ class Cifar:
         return [*(file.name for file in (*self.train, self.test)), self.meta]
 
     def _unpack(self, archive: Path, folder: Path) -> None:
-        """Take the known files, and nothing else, out of the archive, which is then removed.
+        """Take the known files, and nothing else, out of the archive, and remove it.
 
         Raises:
-          DataError: If it is no such archive.
+          DataError: If the archive cannot be read, or lacks a file.
         """
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -114,7 +114,7 @@ class Cifar:
         archive.unlink()
 
     def _read(self, folder: Path) -> Dataset:
-        """All files of a folder: their checksums before anything that is in them.
+        """Read all files of a folder. Compute their checksums before anything else.
 
         Raises:
           BadFileError: If one of them is bad; the message names it.
@@ -188,7 +188,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# All that the pickles refer to: Python 2's with NumPy 1, and what newer ones write in their place.
+# All names that the official pickles refer to, and the names that newer versions write instead.
 ARRAYS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -198,7 +198,7 @@ ARRAYS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds arrays, strings, numbers and collections of them; refuses to call anything else."""
+    """Builds arrays, strings, numbers and collections of them. It refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):

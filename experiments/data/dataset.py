@@ -1,4 +1,4 @@
-"""What a data set is, where its files may be, and how they are fetched."""
+"""Data sets of images: their arrays, the places of their files, and how these are fetched."""
 
 import hashlib
 import os
@@ -12,15 +12,15 @@ from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingCol
 
 
 class DataError(Exception):
-    """A data set that is missing or cannot be read; the message names the file."""
+    """A data set is missing or cannot be read. The message names the file."""
 
 
 class MissingDataError(DataError):
-    """A data set that is in none of the places where it may be."""
+    """A data set is in none of the places where it may be."""
 
 
 class BadFileError(DataError):
-    """A file that is not what it should be."""
+    """A file is not what it should be."""
 
     def __init__(self, path: Path, what: str):
         super().__init__(
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split of images of ten classes."""
+    """Images to train on and images to test, with their classes."""
 
     name: str
     source: str
@@ -46,12 +46,12 @@ class Dataset:
     classes: int = 10
 
     def __str__(self) -> str:
-        """Name, origin and size, to be read."""
+        """Name, origin and size, as a sentence."""
         train, test = len(self.train.labels), len(self.test.labels)
         return f"{self.name} ({self.source}), {train:,} training and {test:,} test images"
 
     def summary(self) -> dict[str, Any]:
-        """The same, to be stored."""
+        """Name, origin and size, as numbers to be stored."""
         return {
             "name": self.name,
             "source": self.source,
@@ -67,10 +67,10 @@ class Dataset:
         return content.hexdigest()
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Refuse batches of more images than there are.
+        """Refuse a batch of more images than there are.
 
         Raises:
-          DataError: If this is so.
+          DataError: If the batch is too large.
         """
         count = len(self.train.labels)
         if batch_size > count:
@@ -80,7 +80,7 @@ class Dataset:
             )
 
     def pictures(self, side: int) -> "Dataset":
-        """The same with channels, and pixels repeated until a side has at least so many."""
+        """The same, with channels, and with pixels repeated until each side has so many."""
 
         def enlarge(split: Split) -> Split:
             images = split.images if split.images.ndim == 4 else split.images[..., None]
@@ -90,7 +90,7 @@ class Dataset:
         return replace(self, train=enlarge(self.train), test=enlarge(self.test))
 
     def shrunk(self, by: int) -> "Dataset":
-        """The same with the means of blocks of `by` x `by` pixels, of images with channels."""
+        """The same, with the mean of each block of `by` x `by` pixels. Images have channels."""
 
         def shrink(split: Split) -> Split:
             n, height, width, channels = split.images.shape
@@ -100,16 +100,16 @@ class Dataset:
         return replace(self, train=shrink(self.train), test=shrink(self.test))
 
     def standardised(self) -> "Dataset":
-        """Each channel less its mean, over its standard deviation: both the training images'."""
+        """The same, with mean 0 and standard deviation 1 in each channel of the training images."""
         channels = self.train.images.reshape(-1, self.train.images.shape[-1]).T
         mean = np.array([channel.mean(dtype=np.float64) for channel in channels], np.float32)
         deviation = np.array([channel.std(dtype=np.float64) for channel in channels], np.float32)
         return self._scaled(mean, deviation)
 
     def normalised(self) -> "Dataset":
-        """Each feature less its mean, over its standard deviation, by the training images.
+        """The same, with mean 0 and standard deviation 1 in each pixel of the training images.
 
-        A feature that is the same in all of them becomes zero there.
+        A pixel that is the same in all training images becomes zero in them.
         """
         images = self.train.images
         mean, deviation = (of(images, axis=0, dtype=np.float64) for of in (np.mean, np.std))
@@ -132,9 +132,10 @@ def cache() -> Path:
 
 
 def places(data_dir: Path | None, *usual: Path) -> list[Path]:
-    """Where files may be: in the folder asked for; without it, in each of the usual ones.
+    """The folders where files may be.
 
-    The folder that the variable CQJAX_DATA_DIR names comes before them.
+    If a folder is given, it is the only one. Otherwise the first is the one that the variable
+    CQJAX_DATA_DIR names, and then come the usual ones.
     """
     if data_dir:
         return [data_dir]
@@ -143,15 +144,15 @@ def places(data_dir: Path | None, *usual: Path) -> list[Path]:
 
 
 def fetch(url: str, md5: str, folder: Path) -> Path:
-    """Fetch a file into a folder; it is there only once its checksum is right.
+    """Fetch a file into a folder, unless it is there. Files with a wrong checksum do not get there.
 
     Args:
       url: Its address.
       md5: Its checksum.
-      folder: Where to put it, under the name that the address ends with.
+      folder: Where to put it. Its name is the end of the address.
 
     Returns:
-      The file; at once if it is there already.
+      The file.
 
     Raises:
       DataError: If it cannot be fetched, or is not the one with this checksum.
@@ -168,7 +169,7 @@ def fetch(url: str, md5: str, folder: Path) -> Path:
 
 
 class _DownloadBar:
-    """What pooch wants of a progress bar, drawn by Rich."""
+    """A progress bar as pooch expects it, drawn by Rich."""
 
     def __init__(self, progress: Progress, description: str):
         self._progress = progress

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: always there."""
+"""The handwritten digits that come with scikit-learn."""
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -7,7 +7,7 @@ from experiments.data.dataset import Dataset, Split
 
 
 def load() -> Dataset:
-    """The 1,797 digits, 8 x 8; a fifth are for testing."""
+    """The 1,797 images of digits, 8 x 8. A fifth of them are for testing."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) / 16).astype(np.float32)
     order = np.random.default_rng(0).permutation(len(images))

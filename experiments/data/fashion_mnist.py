@@ -1,4 +1,4 @@
-"""Fashion-MNIST, read from its four official files, gzipped or not, wherever they are."""
+"""Fashion-MNIST, read from its four official files, gzipped or not."""
 
 import gzip
 import math
@@ -33,9 +33,9 @@ def load(data_dir: Path | None, download: bool) -> Dataset:
     """Load the 28 x 28 images from the first place that has all four files.
 
     Args:
-      data_dir: The only folder to look into; without it, where CQJAX_DATA_DIR says, where Debian
-        puts them, and the cache.
-      download: Whether to fetch them into the last of these if none has them.
+      data_dir: The only folder to look into. Without it, the folder that CQJAX_DATA_DIR names, the
+        one where Debian puts the files, and the cache.
+      download: Whether to fetch the files if they are in none of these folders.
 
     Returns:
       The data set.
@@ -101,7 +101,7 @@ def _missing(folder: Path) -> list[str]:
 
 
 def _local_file(folder: Path, name: str) -> Path | None:
-    """The file of this name, or what it is once unpacked."""
+    """The file of this name, or the same file unpacked."""
     candidates = (folder / name, folder / name.removesuffix(".gz"))
     return next((path for path in candidates if path.is_file()), None)
 

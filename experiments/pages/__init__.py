@@ -1,1 +1,1 @@
-"""What each experiment's page says, and its figures: from its results alone."""
+"""The pages of the experiments: text and figures, made from the results alone."""

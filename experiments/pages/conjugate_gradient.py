@@ -1,12 +1,13 @@
-"""What seed 003 says of its methods, and what was measured."""
+"""What the NeuronLearning notes say of their methods, and what was measured."""
 
 from typing import Any
 
 import numpy as np
 
 from experiments import drawing
-from experiments.objectives import CONDITION, HIDDEN, SAMPLES, SIZE
+from experiments.conjugate_gradient import CONDITION, HIDDEN, SAMPLES, SIZE
 from experiments.page import Claim, Page, count, judge, median, spread
+from experiments.pages import sources
 
 LABELS = {
     "fletcher_reeves": "Fletcher-Reeves",
@@ -25,7 +26,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     }
     valley = results["quadratic valley"]["methods"]
     exact = {m: valley[m]["first_setting"] for m in (*LABELS, "steepest descent")}
-    steps = {m: median(found["steps"], 1) for m, found in exact.items()}  # the most
+    steps = {m: median(found["steps"], 1) for m, found in exact.items()}  # in the worst case
     curves = np.array([exact[m]["curve"][1][:SIZE] for m in LABELS])
     apart = np.max(np.abs(curves / curves[:1] - 1))
     crooked = {p: c for p, c in counts.items() if p != "quadratic valley"}
@@ -94,7 +95,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     ]
     return Page(
         "Conjugate gradients, steepest descent, Adam",
-        "the notes of the NeuronLearning project, sections 3.1 to 3.3",
+        f"{sources.NOTES}, sections 3.1 to 3.3",
         f"Three functions: a quadratic of {SIZE} variables and condition {CONDITION:g}, turned at "
         f"random; Rosenbrock's function of two; and the squared error of a network 2-{HIDDEN}-1 "
         f"(tanh) on {SAMPLES} points of sin(3x₁)x₂. The four β and steepest descent have Optax's "
@@ -145,7 +146,7 @@ def _list(counts: dict[str, float], methods: Any) -> str:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """The values against the evaluations, a panel each problem, into progress.png."""
+    """Draw progress.png: values against evaluations, in a panel for each problem."""
     figure, axes = drawing.panels(-(-len(results) // 2), 2, (5.5, 4))
     for axis, (problem, result) in zip(axes, results.items(), strict=False):
         for number, (method, found) in enumerate(result["methods"].items()):

@@ -1,6 +1,7 @@
-"""What the pages of all contests have: tables, where our method loses, the figure's panels."""
+"""What the pages of all contests share: tables, where our method loses, and figures."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +11,40 @@ from experiments import drawing
 from experiments.page import count, median, spread
 
 Contest = Mapping[str, Any]
-"""What `experiments.contest.hold` returns."""
+"""The results of a contest, as `experiments.contest.hold` returns them."""
 
+CAPTION = "Medians over the seeds, and their ranges. The grey line is the target."
 MEASURES = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
 NEEDED = {
     "step": ("steps", ",.0f"),
     "seconds_with_compilation": ("seconds, compilation counted", ",.1f"),
 }
-FORMS = {"train_loss": ".4f", "validation_loss": ".4f", "test_accuracy": ".2%"}
+FORMS = {"train_loss": ".4f", "validation_loss": ".4f"} | dict.fromkeys(
+    ("train_accuracy", "test_accuracy"), ".2%"
+)
 
 
 def last(contest: Contest, name: str, metric: str) -> list[float]:
-    """An entrant's metric in the end, at each seed."""
+    """The final value of an entrant's metric, at each seed."""
     return [run[metric] for run in contest["entrants"][name]["runs"]]
 
 
 def to_target(contest: Contest, name: str, key: str) -> list[float | None]:
-    """What an entrant needed, or had, when it reached the target, at each seed."""
+    """What an entrant had needed when it reached the target, at each seed. None means never."""
     runs = contest["entrants"][name]["runs"]
     return [run["to_target"] and run["to_target"][key] for run in runs]
 
 
 def accuracies_then(contest: Contest, name: str) -> list[float]:
-    """The test accuracies when the target was reached, at the seeds where it was."""
+    """The test accuracies when the target was reached, at the seeds where it was reached."""
     return [at for at in to_target(contest, name, "test_accuracy") if at is not None]
 
 
 def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """An entrant's steps; seconds with compilation, and a metric, `(seeds, evaluations)`.
+    """The steps of an entrant's evaluations, its seconds with compilation, and its metric.
 
-    The metric may be "batch_loss", too: means over the batches since the point before.
+    Seconds and metric are arrays `(seeds, evaluations)`. The metric may be "batch_loss": each value
+    is then the mean over the batches since the point before.
     """
     runs = [run["history"] for run in contest["entrants"][name]["runs"]]
     curves = [(run["metrics"] | {"batch_loss": run["batch_loss"]})[metric] for run in runs]
@@ -51,12 +56,13 @@ def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndar
     return curves[0]["step"], np.array(seconds), values
 
 
-def behind(title: str, contest: Contest) -> list[str]:
-    """Where another entrant does better than one of ours, in the median; ∞ is never."""
-    entrants, lines = contest["entrants"], []
-    others = [name for name in entrants if entrants[name]["role"] != "ours"]
-    for ours in entrants.keys() - set(others):
-        for name in others:
+def behind(contests: Mapping[str, Contest]) -> list[str]:
+    """Where another entrant does better than one of ours, in the median. ∞ means never."""
+    lines = []
+    for title, contest in contests.items():
+        entrants = contest["entrants"]
+        others = [name for name in entrants if entrants[name]["role"] != "ours"]
+        for ours, name in product(entrants.keys() - set(others), others):
             for metric, words in MEASURES.items():
                 theirs, our = (last(contest, n, metric) for n in (name, ours))
                 sign = -1 if metric == "test_accuracy" else 1
@@ -129,7 +135,7 @@ def tuning(entrants: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def times(contests: Mapping[str, Contest]) -> list[dict[str, str]]:
-    """What a step costs, in milliseconds, and how much of that is to bring it its batch."""
+    """What a step costs in milliseconds, and how much of that is fetching its batch."""
     rows, names = [], {name: "–" for c in contests.values() for name in c["seconds_per_step"]}
     for title, contest in contests.items():
         pipeline = contest["pipeline"]
@@ -145,7 +151,7 @@ def times(contests: Mapping[str, Contest]) -> list[dict[str, str]]:
 
 
 def recompressed(data: str) -> str:
-    """What to say of files with the structure of the official ones, and other contents."""
+    """A warning, if the files have the structure of the official ones, but other contents."""
     if "not the official" not in data:
         return ""
     return (
@@ -155,7 +161,7 @@ def recompressed(data: str) -> str:
 
 
 def protocol(settings: Any, results: Mapping[str, Any]) -> str:
-    """What was done, as in all contests."""
+    """What was done, in the words that all contests share."""
     held = results["contests"]
     effort = next(iter(held.values()))["effort"]
     entrants = [entrant for contest in held.values() for entrant in contest["entrants"].items()]
@@ -177,7 +183,7 @@ def protocol(settings: Any, results: Mapping[str, Any]) -> str:
 
 
 def measuring(results: Mapping[str, Any]) -> list[str]:
-    """What all contests take where their sources leave it open."""
+    """What all contests chose where their sources leave it open."""
     images = next(iter(results["contests"].values()))["images"]
     return [
         "The last tenth of the training images is for validation only; the training loss is that "
@@ -195,13 +201,13 @@ def all_tables(contests: Mapping[str, Contest]) -> dict[str, list[dict[str, str]
 
 
 def edge(entrant: Mapping[str, Any]) -> bool:
-    """Whether the chosen rate is the least or the greatest of several that were tried."""
+    """Whether the chosen rate is the least or the greatest of the rates that were tried."""
     rates = [at["rate"] for at in entrant["tuning"]]
     return len(rates) > 1 and entrant["rate"] in (min(rates), max(rates))
 
 
 def draw_all(path: Path, contests: Mapping[str, Contest]) -> None:
-    """A row of coordinate systems for each contest, by title, into one file."""
+    """Draw a row of panels for each contest into one file."""
     figure, axes = drawing.panels(len(contests), 3, (4.2, 3.6))
     for row, (title, contest) in zip(axes.reshape(-1, 3), contests.items(), strict=True):
         draw(row, contest, title)
@@ -209,7 +215,7 @@ def draw_all(path: Path, contests: Mapping[str, Contest]) -> None:
 
 
 def draw(rows: Sequence[Any], contest: Contest, title: str) -> None:
-    """Training loss by steps and by seconds, and test accuracy, into three coordinate systems."""
+    """Draw training loss by steps and by seconds, and test accuracy, into three panels."""
     by_steps, by_seconds, accuracy = rows
     entrants = contest["entrants"]
     for number, name in enumerate(sorted(entrants, key=lambda n: entrants[n]["role"] != "ours")):
@@ -237,7 +243,7 @@ def draw(rows: Sequence[Any], contest: Contest, title: str) -> None:
 
 
 def middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Median, least and greatest over the seeds; what is not a number is infinite."""
+    """Median, least and greatest over the seeds. What is not a number counts as infinite."""
     numbers = np.nan_to_num(values, nan=np.inf)
     middle, low, high = np.quantile(numbers, (0.5, 0, 1), axis=0, method="nearest")
     return middle, low, high

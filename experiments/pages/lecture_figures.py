@@ -5,13 +5,12 @@ from typing import Any
 import numpy as np
 
 from experiments import drawing
-from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES
+from experiments.homework import GAUSSIANS, INITIALISATIONS, LOSSES, RATES, WEIGHTS
 from experiments.page import median
-from experiments.pages.regularisation import WEIGHTS
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """All figures, into the output folder."""
+    """Draw all figures into the output folder."""
     training, folder = results["training"], settings.output
     drawing.save(_training(training, results["at"]), folder / "training.png")
     drawing.save(_initialisation(training["squared"]), folder / "initialisation.png")

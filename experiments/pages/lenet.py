@@ -1,16 +1,16 @@
-"""What Figure 2 of seed 004 is said to show, and what it shows."""
+"""What Zhang, Chen and Liu say of Fig. 2, and what was measured."""
 
 from typing import Any
 
 from experiments.page import Claim, Page, count, judge, median, spread
-from experiments.pages import contests
+from experiments.pages import contests, sources
 from experiments.pages.contests import Contest, curves, last
 
 SGD, OURS = "SGD", "back-matching"
 PAPER = {SGD: 0.1, OURS: 0.02}  # the rates that it chose
 PLAIN, DECAY = "no decay", "decay 5e-4"
 ZERO = 0.05  # a training loss that counts as zero
-FACTOR, MARGIN, FEW = 1.1, 0.01, 15  # of losses and weights, of accuracies, epochs
+FACTOR, MARGIN, FEW = 1.1, 0.01, 15  # for losses and weights; for accuracies; epochs
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -18,11 +18,10 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     held = results["contests"]
     return Page(
         f"LeNet with batch normalisation on {results['dataset']['name']}",
-        "H. Zhang, W. Chen and T.-Y. Liu, *Train Feedforward Neural Network with Layer-wise "
-        "Adaptive Rate via Approximating Back-matching Propagation*, section 3.3, Fig. 2",
+        f"{sources.BACK_MATCHING}, section 3.3, Fig. 2",
         "Momentum 0.9, without augmentation, rates constant: all as in the source, which trains "
         "for 200 epochs. " + contests.protocol(settings, results),
-        [line for title, contest in held.items() for line in contests.behind(title, contest)],
+        contests.behind(held),
         _claims(held, settings.epochs >= FEW),
         [
             f"Claims about long training are open in runs of less than {FEW} epochs.",
@@ -41,7 +40,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             *contests.measuring(results),
         ],
         contests.all_tables(held),
-        {"losses.png": "Medians over the seeds, and their ranges. The grey line is the target."},
+        {"losses.png": contests.CAPTION},
     )
 
 
@@ -71,7 +70,7 @@ def _claims(held: dict[str, Contest], long: bool) -> list[Claim]:
         )
 
     def course(claim: str, measured: str, *checks: bool) -> Claim:
-        """Of a claim about long training."""
+        """A claim about long training."""
         return Claim("section 3.3, Fig. 2", claim, measured, judge(*checks) if long else "open")
 
     return [
@@ -124,7 +123,7 @@ def _claims(held: dict[str, Contest], long: bool) -> list[Claim]:
 
 
 def _best(contest: Contest, name: str) -> tuple[list[float], list[float]]:
-    """After how many epochs the test accuracy was highest, and what it was, at each seed."""
+    """At each seed: the epochs until the test accuracy was highest, and this accuracy."""
     steps, _, accuracy = curves(contest, name, "test_accuracy")
     per_epoch = contest["images"]["train"] // contest["effort"]["batch_size"]
     return [steps[at] / per_epoch for at in accuracy.argmax(1)], accuracy.max(1).tolist()
@@ -145,5 +144,5 @@ def _rates(title: str, contest: Contest) -> str:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """A row of coordinate systems for each contest, into losses.png."""
+    """Draw losses.png, with a row of panels for each contest."""
     contests.draw_all(settings.output / "losses.png", results["contests"])

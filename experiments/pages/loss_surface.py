@@ -1,4 +1,4 @@
-"""What Figure 3 of seed 000 is said to show, and what it shows."""
+"""What Paeedeh and Ghiasi-Shirazi say of Fig. 3, and what was measured."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments import drawing
 from experiments.page import Claim, Page, before, judge
+from experiments.pages import sources
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -94,8 +95,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     ]
     return Page(
         "Two weights on the loss surface",
-        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
-        "Consequentialism Weight Updates over Mini-Batches*, section 5.1, Figs. 2 and 3",
+        f"{sources.CONSEQUENTIALISM}, section 5.1, Figs. 2 and 3",
         "Two layers of one weight each, z = wx, with half the squared error: the contours are "
         "ellipses, steep along one weight, flat along the other. All methods start from the same "
         "weights and take the same rate: a high one, just under where SGD diverges, a low one, and "
@@ -118,7 +118,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """The paths at both rates, and the lengths at all, into paths.png."""
+    """Draw paths.png: the paths at both rates, and the lengths at all rates."""
     x = np.array(settings.inputs)
     optimum = settings.targets / x
     figure, axes = drawing.panels(1, 3, (4.6, 4.4))

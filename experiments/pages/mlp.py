@@ -1,4 +1,4 @@
-"""What Figure 5 of seed 000 is said to show, and what it shows."""
+"""What Paeedeh and Ghiasi-Shirazi say of Fig. 5, and what was measured."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from experiments.page import Claim, Page, count, judge, median, spread
-from experiments.pages import contests
+from experiments.pages import contests, sources
 from experiments.pages.contests import Contest, accuracies_then, curves, last, to_target
 
 OURS, SGD = "C-SGD", "SGD"
-STEPS_BAR, SECONDS_BAR = 0.35, 0.5  # what this project asks for
+STEPS_BAR, SECONDS_BAR = 0.35, 0.5  # the limits that this project sets itself
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -20,10 +20,9 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     seconds = first["seconds_per_step"]
     return Page(
         f"{settings.depth} hidden layers on {data}",
-        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
-        "Consequentialism Weight Updates over Mini-Batches*, section 5.3, Fig. 5",
+        f"{sources.CONSEQUENTIALISM}, section 5.3, Fig. 5",
         contests.protocol(settings, results),
-        [line for title, contest in held.items() for line in contests.behind(title, contest)],
+        contests.behind(held),
         [*(_bar(title, contest) for title, contest in held.items()), *_source(results)],
         [
             "The source tells no rates of SGD and C-SGD for this figure. Nesterov's momentum is "
@@ -37,12 +36,12 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             ),
         ],
         contests.all_tables(held),
-        {"losses.png": "Medians over the seeds, and their ranges. The grey line is the target."},
+        {"losses.png": contests.CAPTION},
     )
 
 
 def _bar(title: str, contest: Contest) -> Claim:
-    """What this project asks for."""
+    """Whether C-SGD keeps the limits that this project sets itself."""
     target, effort = contest["target"], contest["effort"]
     best = target["entrant"]
     steps = median(to_target(contest, OURS, "step")) / effort["steps"]
@@ -72,7 +71,7 @@ def _bar(title: str, contest: Contest) -> Claim:
 
 
 def _source(results: dict[str, Any]) -> list[Claim]:
-    """What the source says of this figure."""
+    """The claims of the source on this figure."""
     held, data = results["contests"], results["dataset"]["name"]
     seconds = next(iter(held.values()))["seconds_per_step"]
     below = {title: _below(contest) for title, contest in held.items()}
@@ -155,19 +154,19 @@ def _each(found: Mapping[str, Any], words: Any) -> str:
 
 
 def _below(contest: Contest) -> np.ndarray:
-    """At which evaluations C-SGD's loss is below SGD's, both in the median."""
+    """For each evaluation but the first: whether C-SGD's median loss is below SGD's."""
     ours, sgd = (np.median(curves(contest, name, "train_loss")[2], 0) for name in (OURS, SGD))
     return ours[1:] < sgd[1:]
 
 
 def _rises(contest: Contest, name: str) -> float:
-    """From how many evaluations to the next the training loss rises, in the median."""
+    """How often the training loss rises from one evaluation to the next, in the median."""
     losses = curves(contest, name, "train_loss")[2]
     return median((~(np.diff(losses) <= 0)).sum(axis=1).tolist())
 
 
 def _seconds_to_sgd(contest: Contest) -> tuple[float, float]:
-    """When C-SGD has SGD's last loss, and when SGD is there; medians, compilation counted."""
+    """Seconds until C-SGD has the final loss of SGD, and until SGD has it, with compilation."""
     goal = median(last(contest, SGD, "train_loss"))
     _, seconds, losses = curves(contest, OURS, "train_loss")
     reached = [
@@ -177,6 +176,6 @@ def _seconds_to_sgd(contest: Contest) -> tuple[float, float]:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """One row of coordinate systems for each kind of inputs, into losses.png."""
+    """Draw losses.png, with a row of panels for each kind of inputs."""
     held = {f"{title} inputs": contest for title, contest in results["contests"].items()}
     contests.draw_all(settings.output / "losses.png", held)

@@ -1,4 +1,4 @@
-"""What Figure 4 of seed 000 and its Eq. 54 are said to show, and what they show."""
+"""What Paeedeh and Ghiasi-Shirazi say of Fig. 4 and Eq. 54, and what was measured."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from experiments import drawing
 from experiments.page import Claim, Page, judge, median, spread
+from experiments.pages import sources
 
 DRAWN = (("C-SGD", 0.7), ("SGD", 0.03), ("SGD", 0.01), ("NLMS", 0.7))
 
@@ -84,8 +85,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     }
     return Page(
         "The outputs' way to their targets",
-        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
-        "Consequentialism Weight Updates over Mini-Batches*, sections 4.2 and 5.2, Fig. 4",
+        f"{sources.CONSEQUENTIALISM}, sections 4.2 and 5.2, Fig. 4",
         f"A linear layer of 20 inputs and 2 outputs learns 10 samples, for {settings.seeds} draws "
         "of samples and weights (medians, and ranges in brackets; the figure has the first). Rates "
         "of C-SGD (0.7) and SGD (0.03, 0.01) are the source's.",
@@ -106,7 +106,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 
 def _longest(results: dict[str, Any], batch_size: int) -> float:
-    """Of C-SGD's paths."""
+    """The length of C-SGD's longest path, in units of the straight line."""
     runs = (run for run in results["runs"] if run["batch_size"] == batch_size)
     return max(max(run["longest"]) for run in runs if run["method"] == "C-SGD")
 
@@ -125,12 +125,12 @@ def _row(run: dict[str, Any]) -> dict[str, str]:
 
 
 def _diverged(run: dict[str, Any]) -> int:
-    """For how many seeds the loss ended above where it began."""
+    """The number of seeds for which the loss ended above its first value."""
     return sum(not value <= 1 for value in run["final"])
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """Some paths, one panel each method, into paths.png."""
+    """Draw paths.png: some paths, in a panel for each method."""
     figure, axes = drawing.panels(1, len(DRAWN), (3.6, 4.2))
     runs = {(r["method"], r["rate"], r["batch_size"]): r for r in results["runs"]}
     for axis, (method, rate) in zip(axes, DRAWN, strict=True):

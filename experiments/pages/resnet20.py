@@ -1,15 +1,22 @@
-"""What Figures 6 and 7 of seed 000 are said to show, and what they show."""
+"""What Paeedeh and Ghiasi-Shirazi say of Figs. 6 and 7, and what was measured."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from experiments import drawing
 from experiments.contest import reached
 from experiments.page import Page, count, median, spread
-from experiments.pages import contests, resnet20_claims, resnet20_figures
+from experiments.pages import contests, resnet20_claims, sources
 from experiments.pages.contests import FORMS, MEASURES, NEEDED, Contest, last, to_target
 from experiments.training import History
 
 TIME = "seconds_with_compilation"
 WORDS = MEASURES | {"train_accuracy": "training accuracy"}
+NUMBERS = {"C-SGD": 0, "C-Nesterov": 3, "C-Adam": 5, "SGD": 1, "Nesterov": 2, "Adam": 4}
+HIGHEST = 5  # loss in the figure of variants
+BY = {"steps": "steps", "seconds": "seconds of training, compilation counted"}
 
 
 def page(settings: Any, results: dict[str, Any]) -> Page:
@@ -20,8 +27,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     side = f"means of {settings.shrink} x {settings.shrink} pixels" * (settings.shrink > 1)
     return Page(
         f"{title} with and without batch normalisation on {results['dataset']['name']}",
-        "N. Paeedeh and K. Ghiasi-Shirazi, *Improving the Backpropagation Algorithm with "
-        "Consequentialism Weight Updates over Mini-Batches*, section 5.4, Figs. 6, 7",
+        f"{sources.CONSEQUENTIALISM}, section 5.4, Figs. 6, 7",
         f"{title} of width {settings.width} learns {side or 'the images'}, without augmentation. "
         "The C- forms have no batch normalisation (BN); the others are there with it and without. "
         f"Damping is {settings.damping:g}, momentum {settings.momentum:g} for SGD and Nesterov in "
@@ -64,13 +70,13 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "seconds.png": "The same by seconds, as in Fig. 7; compilation counted.",
             "variants.png": f"What single settings do to C-SGD in {tuned:,} steps, the grey line "
             "being the best that SGD-BN has then; and the best of them in whole runs. Losses above "
-            f"{resnet20_figures.HIGHEST} are outside.",
+            f"{HIGHEST} are outside.",
         },
     )
 
 
 def behind(contest: Contest) -> list[str]:
-    """Who does better than each of ours, in the median; ∞ is never."""
+    """Which entrants do better than each of ours, in the median. ∞ means never."""
     entrants, lines = contest["entrants"], []
     others = [name for name, entrant in entrants.items() if entrant["role"] != "ours"]
 
@@ -84,7 +90,7 @@ def behind(contest: Contest) -> list[str]:
         for metric, words in WORDS.items():
             values = {name: last(contest, name, metric) for name in entrants}
             sign = 1 if metric == "train_loss" else -1
-            add(ours, values, f"{words} in the end is", FORMS.get(metric, ".2%"), sign)
+            add(ours, values, f"{words} in the end is", FORMS[metric], sign)
         for key, (words, form) in NEEDED.items():
             values = {name: to_target(contest, name, key) for name in entrants}
             add(ours, values, f"way to the target, in {words}, is", form, 1)
@@ -92,7 +98,7 @@ def behind(contest: Contest) -> list[str]:
 
 
 def pairs(contest: Contest) -> list[dict[str, str]]:
-    """When each C- form has the last training loss of its plain forms, without BN and with it."""
+    """When each C- form has the final training loss of its plain forms, without BN and with it."""
     rows = []
     for ours in (n for n, entrant in contest["entrants"].items() if entrant["role"] == "ours"):
         for plain in (ours.removeprefix("C-"), f"{ours.removeprefix('C-')}-BN"):
@@ -114,15 +120,15 @@ def pairs(contest: Contest) -> list[dict[str, str]]:
 
 
 def variants(contest: Contest) -> list[dict[str, str]]:
-    """The tuning runs of C-SGD as in the source, of its variants, and of SGD with BN."""
+    """The tuning runs of C-SGD, of its variants, and of SGD with BN."""
     entrants = contest["entrants"]
     known = {"C-SGD": entrants["C-SGD"], **contest["variants"], "SGD-BN": entrants["SGD-BN"]}
     return contests.tuning(known)
 
 
 def whole(contest: Contest) -> list[dict[str, str]]:
-    """Whole runs of the variant that was tuned best, beside C-SGD's and SGD-BN's."""
-    everyone = resnet20_figures.with_best(contest)
+    """The runs of the best variant, beside those of C-SGD and of SGD with BN."""
+    everyone = _with_best(contest)
     if everyone is contest:
         return []
     return [
@@ -130,7 +136,7 @@ def whole(contest: Contest) -> list[dict[str, str]]:
             "optimizer": name,
             "rate": f"{everyone['entrants'][name]['rate']:g}",
             **{
-                words: spread(last(everyone, name, metric), FORMS.get(metric, ".2%"))
+                words: spread(last(everyone, name, metric), FORMS[metric])
                 for metric, words in WORDS.items()
             },
             "seconds, compilation counted": spread(last(everyone, name, TIME), ",.1f"),
@@ -140,8 +146,73 @@ def whole(contest: Contest) -> list[dict[str, str]]:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """steps.png, seconds.png and variants.png."""
+    """Draw steps.png, seconds.png and variants.png."""
     ((_, contest),) = results["contests"].items()
-    resnet20_figures.curves(settings.output / "steps.png", contest, "steps")
-    resnet20_figures.curves(settings.output / "seconds.png", contest, "seconds")
-    resnet20_figures.variants(settings.output / "variants.png", contest)
+    _curves(settings.output / "steps.png", contest, "steps")
+    _curves(settings.output / "seconds.png", contest, "seconds")
+    _draw_variants(settings.output / "variants.png", contest)
+
+
+def _curves(path: Path, contest: Contest, by: Literal["steps", "seconds"]) -> None:
+    """Draw loss and accuracy of all C- forms: left beside plain forms without BN, right with it."""
+    figure, axes = drawing.panels(2, 2, (5.2, 3.4))
+    for column, (title, suffix) in enumerate({"without BN": "", "with BN": "-BN"}.items()):
+        loss, accuracy = axes[column], axes[2 + column]
+        for name in NUMBERS:
+            name += "" if name.startswith("C-") else suffix
+            if name in contest["entrants"]:
+                number = NUMBERS[name.removesuffix("-BN")]
+                _line(loss, contest, name, number, "batch_loss", by, 1)
+                _line(accuracy, contest, name, number, "train_accuracy", by, 100)
+        drawing.logarithmic(loss)
+        loss.set(title=f"C- forms, and plain ones {title}", xlim=(0, None))
+        loss.set_ylabel("loss of the batches (log scale)")
+        loss.legend(fontsize="small")
+        accuracy.set(xlabel=BY[by], ylabel="training accuracy, %", xlim=(0, None))
+    for row in (axes[:2], axes[2:]):
+        limits = [limit for each in row for limit in each.get_ylim()]
+        for each in row:
+            each.set_ylim(min(limits), max(limits))
+    drawing.save(figure, path)
+
+
+def _line(
+    axes: Any, contest: Contest, name: str, number: int, metric: str, by: str, unit: float
+) -> None:
+    steps, seconds, values = contests.curves(contest, name, metric)
+    x = steps if by == "steps" else contests.middle(seconds)[0]
+    label = f"{name}, rate {contest['entrants'][name]['rate']:g}"
+    drawing.band(axes, x, *contests.middle(unit * values), label, number)
+
+
+def _with_best(contest: Contest) -> Contest:
+    """The contest with the best variant, if there is one, as its last entrant."""
+    best = {name: variant for name, variant in contest["variants"].items() if "runs" in variant}
+    return {**contest, "entrants": contest["entrants"] | best} if best else contest
+
+
+def _draw_variants(path: Path, contest: Contest) -> None:
+    """Draw the tuning runs by learning rate, and the runs of the best variant."""
+    entrants, everyone = contest["entrants"], _with_best(contest)
+    figure, (axes, whole) = drawing.panels(1, 2, (6, 4))
+    known = {"as in the source": entrants["C-SGD"], **contest["variants"]}
+    source = {"color": "black", "marker": "*", "markersize": 11, "linewidth": 2.2}
+    for number, (name, entrant) in enumerate(known.items()):
+        tried = sorted((at["rate"], median([at["validation_loss"]])) for at in entrant["tuning"])
+        label = name.removeprefix("C-SGD, ")
+        look = drawing.style(number - 1, markersize=6) if number else source
+        axes.plot(*zip(*tried, strict=True), label=label, **look)
+    best = min(median([at["validation_loss"]]) for at in entrants["SGD-BN"]["tuning"])
+    axes.axhline(best, color="0.4", linewidth=0.8)
+    drawing.logarithmic(axes, HIGHEST)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (log scale)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", title="C-SGD")
+    for number, name in enumerate((list(everyone["entrants"])[-1], "C-SGD", "SGD-BN")):
+        _line(whole, everyone, name, number, "train_loss", "steps", 1)
+    drawing.logarithmic(whole, HIGHEST)
+    whole.set(xlabel="steps", ylabel="training loss (log scale)", xlim=(0, None))
+    whole.legend(fontsize="small")
+    drawing.save(figure, path)

@@ -1,32 +1,34 @@
-"""What section 5.4 of seed 000 says of ResNet-20, judged by what was measured."""
+"""What Paeedeh and Ghiasi-Shirazi say of ResNet-20 in section 5.4, judged by what was measured."""
 
-from experiments.page import Claim, judge, median
-from experiments.pages import resnet20_course
-from experiments.pages.contests import Contest, last
-from experiments.pages.resnet20_course import POINTS, WITHIN, number
+import numpy as np
 
-LONG = 8000  # iterations after which the source has C-SGD at a training accuracy of 100 %
+from experiments.page import Claim, count, judge, median
+from experiments.pages.contests import Contest, curves, last
+
+LONG = 8000  # steps after which the source has C-SGD at a training accuracy of 100 %
+WITHIN = 1.1  # "within reach": at most so many times SGD-BN's training loss
+POINTS = 0.05  # "alike": accuracies that are at most so far apart
 
 
 def claims(contest: Contest) -> list[Claim]:
-    """Of the optimizers that took part."""
+    """The claims on the optimizers that took part."""
     names = contest["entrants"]
     return [
         _reach(contest),
         *([_nesterov(contest)] if "Nesterov" in names else []),
         _plain(contest),
         *([_adam(contest)] if "Adam" in names else []),
-        resnet20_course.beginning(contest),
-        resnet20_course.alike(contest),
-        resnet20_course.seconds_without(contest),
-        resnet20_course.seconds_with(contest),
-        *([resnet20_course.perfect(contest)] if contest["effort"]["steps"] >= LONG else []),
+        _beginning(contest),
+        _alike(contest),
+        _seconds_without(contest),
+        _seconds_with(contest),
+        *([_perfect(contest)] if contest["effort"]["steps"] >= LONG else []),
         *([_settings(contest)] if contest["variants"] else []),
     ]
 
 
 def unchecked(contest: Contest) -> list[str]:
-    """What runs of this length cannot show."""
+    """The claims that runs of this length cannot check."""
     steps = contest["effort"]["steps"]
     if steps >= LONG:
         return []
@@ -37,7 +39,7 @@ def unchecked(contest: Contest) -> list[str]:
 
 
 def _reach(contest: Contest) -> Claim:
-    """The question that this project asks."""
+    """The main question: whether C-SGD without BN replaces BN."""
     ours, bn = (_end(contest, name) for name in ("C-SGD", "SGD-BN"))
     accuracies = {
         metric: [median(last(contest, name, metric)) for name in ("C-SGD", "SGD-BN")]
@@ -47,7 +49,7 @@ def _reach(contest: Contest) -> Claim:
         "section 5.4, Fig. 6",
         "C-SGD without BN is within reach of SGD with it: here, its training loss in the end is at "
         f"most {WITHIN} times SGD-BN's, and training and test accuracy at most {POINTS:.0%} below",
-        f"training loss {number(ours)} and {number(bn)}; "
+        f"training loss {_number(ours)} and {_number(bn)}; "
         + "; ".join(
             f"{metric.replace('_', 'ing ' if metric[1] == 'r' else ' ')} {a:.2%} and {b:.2%}"
             for metric, (a, b) in accuracies.items()
@@ -104,10 +106,130 @@ def _settings(contest: Contest) -> Claim:
         "section 5.4",
         "the source's settings are right for C-SGD: here, no single change of those tried makes "
         f"its validation loss after {steps:,} steps less, each at the best of its rates",
-        f"C-SGD {number(ours)}, SGD-BN {number(bn)}; less than C-SGD's: "
-        + (", ".join(f"{words} {number(loss)}" for loss, words in better) or "none"),
+        f"C-SGD {_number(ours)}, SGD-BN {_number(bn)}; less than C-SGD's: "
+        + (", ".join(f"{words} {_number(loss)}" for loss, words in better) or "none"),
         judge(not better),
     )
+
+
+def _beginning(contest: Contest) -> Claim:
+    """Which is ahead in the beginning."""
+    (steps, ours), (_, bn) = (_medians(contest, n, "train_loss") for n in ("C-SGD", "SGD-BN"))
+    below = ours[1:] < bn[1:]
+    early = below[: max(1, len(below) // 3)]
+    crossed = [step for step, first in zip(steps[1:], below, strict=True) if not first]
+    return Claim(
+        "section 5.4, Fig. 6",
+        "C-SGD converges faster than SGD-BN in the beginning (here, the first third of the "
+        "evaluations)",
+        f"C-SGD's training loss is below SGD-BN's at {early.sum()} of the first {len(early)} "
+        f"evaluations and at {below.sum()} of all {len(below)}; "
+        + (f"it is above first after {crossed[0]:,} steps" if crossed else "it is never above"),
+        judge(bool(early.all())),
+    )
+
+
+def _alike(contest: Contest) -> Claim:
+    """How far the training accuracies are apart."""
+    (_, ours), (_, bn) = (_medians(contest, n, "train_accuracy") for n in ("C-SGD", "SGD-BN"))
+    apart = np.abs(ours - bn)[1:]
+    return Claim(
+        "section 5.4, Fig. 6",
+        f"C-SGD's accuracy strikingly resembles SGD-BN's (here: training accuracies, {POINTS:.0%})",
+        f"they are {np.median(apart):.1%} apart in the median of the evaluations, and at most "
+        f"{apart.max():.1%}",
+        judge(bool(np.median(apart) <= POINTS), bool(apart.max() <= POINTS)),
+    )
+
+
+def _seconds_without(contest: Contest) -> Claim:
+    """Which is ahead after equal times, of the forms without BN."""
+    names = contest["entrants"]
+    duels = [(f"C-{name}", name) for name in ("SGD", "Nesterov") if name in names]
+    duels += [(name, "Adam") for name in ("SGD", "Nesterov") if {name, "Adam"} <= set(names)]
+    return _in_time(
+        contest,
+        "by seconds, without BN: C-SGD and C-Nesterov perform much better than SGD and Nesterov, "
+        "and these better than Adam",
+        duels,
+        1.0,
+    )
+
+
+def _seconds_with(contest: Contest) -> Claim:
+    """Whether the C- forms are ahead of the forms with BN, after equal times."""
+    duels = [("C-SGD", "SGD-BN"), ("C-Nesterov", "Nesterov-BN")]
+    return _in_time(
+        contest,
+        "by seconds, SGD-BN performs almost as C-SGD, and C-Nesterov better than Nesterov-BN: "
+        f"here, C-SGD has at most {WITHIN} times the loss, and C-Nesterov less",
+        [duel for duel in duels if duel[0] in contest["entrants"]],
+        WITHIN,
+    )
+
+
+def _in_time(contest: Contest, claim: str, duels: list[tuple[str, str]], first: float) -> Claim:
+    """A claim on duels. The first may be lost by a factor, the others must be won."""
+    found = [_at_same_time(contest, *duel) for duel in duels]
+    return Claim(
+        "section 5.4, Fig. 7",
+        claim,
+        "training loss where the shorter of both trainings ends, compilation counted: "
+        + "; ".join(
+            f"{a} {_number(loss)} and {b} {_number(other)} after {seconds:,.0f} s"
+            for (a, b), (seconds, loss, other) in zip(duels, found, strict=True)
+        ),
+        judge(
+            *(
+                loss <= (1.0 if turn else first) * other
+                for turn, (_, loss, other) in enumerate(found)
+            )
+        ),
+    )
+
+
+def _perfect(contest: Contest) -> Claim:
+    """Whether the training accuracy reaches 100 %, and when."""
+    names = [name for name in ("C-SGD", "C-Nesterov") if name in contest["entrants"]]
+    first = {}
+    for name in names:
+        steps, accuracy = _medians(contest, name, "train_accuracy")
+        first[name] = min((s for s, a in zip(steps, accuracy, strict=True) if a == 1), default=None)
+    return Claim(
+        "section 5.4",
+        "C-SGD has a training accuracy of 100 % after about 8,000 steps, C-Nesterov after 7,000",
+        "; ".join(
+            f"{name} {f'after {at:,} steps' if at else 'never'}" for name, at in first.items()
+        ),
+        judge(*(at is not None and at <= 10_000 for at in first.values())),
+    )
+
+
+def _number(loss: float) -> str:
+    """A loss as text."""
+    return count(loss, ".4f")
+
+
+def _medians(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndarray]:
+    steps, _, values = curves(contest, name, metric)
+    worst = np.inf if metric == "train_loss" else 0.0
+    return steps, np.median(np.nan_to_num(values, nan=worst), axis=0)
+
+
+def _at_same_time(contest: Contest, *names: str) -> tuple[float, float, float]:
+    """When the shorter of two trainings ends, and the last losses of both before this time."""
+    runs = [curves(contest, name, "train_loss")[1:] for name in names]
+    seconds = min(median(times[:, -1].tolist()) for times, _ in runs)
+    first, second = (
+        median(
+            [
+                loss[max(0, np.searchsorted(at, seconds * (1 + 1e-9)) - 1)]
+                for at, loss in zip(times, losses, strict=True)
+            ]
+        )
+        for times, losses in runs
+    )
+    return seconds, first, second
 
 
 def _end(contest: Contest, name: str) -> float:
@@ -116,5 +238,5 @@ def _end(contest: Contest, name: str) -> float:
 
 def _losses(contest: Contest, *names: str) -> str:
     return "training loss in the end: " + ", ".join(
-        f"{name} {number(_end(contest, name))}" for name in names
+        f"{name} {_number(_end(contest, name))}" for name in names
     )

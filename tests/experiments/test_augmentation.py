@@ -1,4 +1,4 @@
-"""Flips, rotations and shifts, against NumPy and SciPy, and what they depend on."""
+"""Flips and rotations, against NumPy and SciPy, and what they depend on."""
 
 from dataclasses import asdict
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from experiments.augmentation import augmenter, rotated, shifted
+from experiments.augmentation import augmenter, rotated
 from experiments.training import History, State, train
 
 RNG = np.random.default_rng(0)
@@ -21,31 +21,6 @@ def test_flips_mirror_about_half_of_the_images():
     mirrored = [np.array_equal(a, b[:, ::-1]) for a, b in zip(got, IMAGES, strict=True)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True))
     assert 20 < sum(mirrored) < 44
-
-
-def moved(image, down, right):
-    """The image moved by whole pixels, zeros coming in."""
-    height, width, _ = image.shape
-    out = np.zeros_like(image)
-    for y in range(height):
-        for x in range(width):
-            if 0 <= y - down < height and 0 <= x - right < width:
-                out[y, x] = image[y - down, x - right]
-    return out
-
-
-def test_a_shift_moves_down_and_right():
-    for by in [(0, 0), (2, -1), (-2, 2), (1, 0)]:
-        got = shifted(jnp.asarray(IMAGES[0]), jnp.array(by), 2)
-        np.testing.assert_array_equal(got, moved(IMAGES[0], *by))
-
-
-def test_shifts_are_uniform_on_the_square():
-    images = np.repeat(IMAGES[:1], 400, axis=0)
-    got = np.asarray(augmenter(1, flip=False, shift=1)(jnp.int32(0), jnp.asarray(images)))
-    square = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    counts = [sum(np.array_equal(g, moved(images[0], *by)) for g in got) for by in square]
-    assert sum(counts) == 400 and min(counts) > 20
 
 
 @pytest.mark.parametrize("shape", [(7, 7, 2), (8, 8, 1)])
@@ -82,7 +57,7 @@ def test_angles_fill_their_range_and_no_more():
 
 
 def test_changes_depend_on_the_seed_and_the_step_alone():
-    options = {"degrees": 10.0, "shift": 1}
+    options = {"degrees": 10.0}
     images = jnp.asarray(IMAGES)
     first = augmenter(0, **options)(jnp.int32(7), images)
     jitted = jax.jit(augmenter(0, **options))(jnp.int32(7), images)
@@ -96,7 +71,7 @@ def test_changes_depend_on_the_seed_and_the_step_alone():
 
 
 def test_training_augments_each_step_anew_also_when_it_goes_on():
-    augment, images = augmenter(4, shift=1), jnp.asarray(IMAGES)
+    augment, images = augmenter(4, degrees=10.0), jnp.asarray(IMAGES)
     labels, batches = jnp.zeros(64, jnp.int32), RNG.integers(0, 64, (9, 5), np.int32)
 
     def step(state, images, labels):

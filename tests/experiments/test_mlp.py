@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import numpy_mlp
 import pytest
-from judged_experiment import check_figure, check_page, run
+from judged_experiment import check_figure, check_page, refused, run
 
-from experiments import data, options
-from experiments.__main__ import main
+from experiments import data
 from experiments.benchmarks import timing
-from experiments.mlp import PRESETS, Mlp
+from experiments.mlp import Mlp
 from experiments.models import MLP
 from experiments.page import median
 from experiments.pages import mlp as pages
@@ -22,7 +21,7 @@ from experiments.training import shuffled_batches
 
 NAMES = ["SGD", "Nesterov", "Adam", "C-SGD"]
 near = partial(pytest.approx, rel=1e-6)  # of the digits that are stored
-SMOKE = options.filled(Mlp(preset="smoke"), PRESETS)
+SMOKE = Mlp(preset="smoke").filled()
 
 
 @pytest.fixture(scope="module")
@@ -246,16 +245,13 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_bad_options(options, capsys, tmp_path):
-    with pytest.raises(SystemExit) as exit_:
-        main(["mlp", "--preset=smoke", f"--output={tmp_path}", *options.split()])
-    assert exit_.value.code == 2
-    printed = "".join(c for c in capsys.readouterr().err if c not in "│╭╮╰╯─")
-    assert BAD_OPTIONS[options] in " ".join(printed.split())
+    command = ["mlp", "--preset=smoke", f"--output={tmp_path}", *options.split()]
+    assert BAD_OPTIONS[options] in refused(command, capsys)
 
 
 def test_presets_are_whole():
     for preset in ("cpu", "paper"):
-        settings = options.filled(Mlp(preset=preset), PRESETS)
+        settings = Mlp(preset=preset).filled()
         missing = [name for name, value in vars(settings).items() if value is None]
         assert missing == ["data_dir", "width"]
         assert len(settings.optimizers) >= 4 and settings.seeds >= 3 and settings.depth == 8

@@ -8,20 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from judged_experiment import check_figure, check_page, run, untimed
+from judged_experiment import check_figure, check_page, refused, run, untimed
 
 import cqjax
-from experiments import data, options
-from experiments.__main__ import main
+from experiments import data
 from experiments.data import Dataset, Split
 from experiments.models import ResNet
 from experiments.pages import resnet20 as pages
 from experiments.pages import resnet20_claims
-from experiments.resnet20 import PRESETS, Resnet20
-from experiments.resnet20_entrants import VARIANTS, consequential, contest
+from experiments.resnet20 import VARIANTS, Resnet20, consequential
 from experiments.training import shuffled_batches
 
-SMOKE = options.filled(Resnet20(preset="smoke"), PRESETS)
+SMOKE = Resnet20(preset="smoke").filled()
 NINE = [form for name in ("SGD", "Nesterov", "Adam") for form in (name, f"{name}-BN", f"C-{name}")]
 
 
@@ -36,7 +34,7 @@ SMALL = Dataset("small", "random", images(20, 0), images(8, 1))
 def entrants(**changes):
     """By name, with what they learn, of all nine and all variants."""
     settings = replace(SMOKE, optimizers=("sgd", "nesterov", "adam"), variants=tuple(VARIANTS))
-    task, everyone = contest(replace(settings, **changes), SMALL)
+    ((task, everyone),) = replace(settings, **changes).contests(SMALL).values()
     return task, {entrant.name: entrant for entrant in everyone}
 
 
@@ -377,16 +375,13 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_bad_options(options, capsys, tmp_path):
-    with pytest.raises(SystemExit) as exit_:
-        main(["resnet20", "--preset=smoke", f"--output={tmp_path}", *options.split()])
-    assert exit_.value.code == 2
-    printed = "".join(c for c in capsys.readouterr().err if c not in "│╭╮╰╯─")
-    assert BAD_OPTIONS[options] in " ".join(printed.split())
+    command = ["resnet20", "--preset=smoke", f"--output={tmp_path}", *options.split()]
+    assert BAD_OPTIONS[options] in refused(command, capsys)
 
 
 def test_presets_are_whole():
     for preset in ("cpu", "paper"):
-        settings = options.filled(Resnet20(preset=preset), PRESETS)
+        settings = Resnet20(preset=preset).filled()
         missing = [name for name, value in vars(settings).items() if value is None]
         assert missing == ["data_dir"] and settings.depth == 20 and settings.batch_size == 128
         assert len(settings.optimizers) == 3 and len(settings.variants) == len(VARIANTS)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from judged_experiment import untimed
+from judged_experiment import refused, untimed
 
 from experiments import checkpoints
 from experiments.__main__ import main
@@ -60,16 +60,6 @@ def stopped(monkeypatch):
             main(command)
 
     return run
-
-
-def refused(command, capsys):
-    """The message that it ends with."""
-    with pytest.raises(SystemExit) as exit_:
-        main(command)
-    assert exit_.value.code == 2
-    message = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err)
-    assert "Traceback" not in message
-    return " ".join(message.split())
 
 
 def numbers(output, *ignored):

@@ -1,4 +1,4 @@
-"""Algorithm 1 of seed 004 and the supplement's closed forms, in float64 NumPy.
+"""Algorithm 1 of Zhang, Chen and Liu and the supplement's closed forms, in float64 NumPy.
 
 Weights are in the paper's layout here: W (outputs, inputs) of a fully connected layer,
 W (n, m, w, h) of a convolution from m to n features; `of_flax` brings them there.

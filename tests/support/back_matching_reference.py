@@ -1,4 +1,4 @@
-"""Back-matching (seed 004), written from the paper as loops over layers, in float64 NumPy.
+"""Back-matching, written from Zhang, Chen and Liu as loops over layers, in float64 NumPy.
 
 A network is a list of layers, bottom to top. Each has `forward(params, a)`, which returns its
 output b, and `backward(db, matched)`, which returns the signal on its input: δa of ordinary

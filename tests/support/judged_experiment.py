@@ -1,9 +1,11 @@
 """What the tests of the experiments with a page have in common."""
 
 import json
+import re
 from typing import get_args
 
 import matplotlib.image
+import pytest
 
 from experiments.__main__ import main
 from experiments.page import Holds
@@ -13,6 +15,16 @@ def run(name, folder, *options):
     """Runs it in its smoke preset: the JSON file and the page."""
     main([name, "--preset=smoke", f"--output={folder}", *options])
     return json.loads((folder / "results.json").read_text()), (folder / "README.md").read_text()
+
+
+def refused(arguments, capsys):
+    """Runs an experiment that ends at once, with status 2 and a message: the message."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    message = re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err)
+    assert "Traceback" not in message
+    return " ".join(message.split())
 
 
 def check_page(content, page, claims):
@@ -40,7 +52,7 @@ def check_figure(path, panels):
         assert (part.max(axis=-1) - part.min(axis=-1) > 0.2).sum() > 150  # coloured lines
 
 
-def untimed(console, methods, *args, **options):
+def untimed(console, title, task, entrants, *args):
     """Stands in for `pipeline.measure`: to compile the steps would be most of a short session."""
     pipeline = {"entrant": "SGD", "seconds_with": 1.0, "seconds_without": 1.0, "share": 0.0}
-    return {"seconds_per_step": dict.fromkeys(methods, 1.0), "pipeline": pipeline}
+    return {"seconds_per_step": {entrant.name: 1.0 for entrant in entrants}, "pipeline": pipeline}

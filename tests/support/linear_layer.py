@@ -8,7 +8,7 @@ import cqjax
 
 
 def squared_error(params, x, y):
-    """Mean over examples of half the squared error, as in seed 000, Eq. 30."""
+    """Mean over examples of half the squared error, as in Eq. 30 of Paeedeh and Ghiasi-Shirazi."""
     z = x @ params["w"] + params.get("b", 0.0)
     return 0.5 * jnp.mean(jnp.sum((z - y) ** 2, -1))
 

@@ -24,7 +24,7 @@ def train(params, x, y, batches, rate, damping=None):
             rows = np.concatenate([inputs[i], np.ones((n, 1))], axis=1)
             if damping is None:
                 update = rows.T @ dz
-            else:  # seed 000, Eq. 63
+            else:  # Paeedeh and Ghiasi-Shirazi, Eq. 63
                 update = n * rows.T @ np.linalg.solve(rows @ rows.T + damping * np.eye(n), dz)
             layers[i] = (kernel - rate * update[:-1], bias - rate * update[-1])
             dz = (dz @ kernel.T) * (inputs[i] > 0)

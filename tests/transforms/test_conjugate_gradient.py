@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def printed(beta, r, r_next, p):
-    """β as seed 003, Eq. 36 has it."""
+    """β as Eq. 36 of the NeuronLearning notes has it."""
     return {
         "fletcher_reeves": lambda: r_next @ r_next / (r @ r),
         "polak_ribiere": lambda: r_next @ (r_next - r) / (r @ r),
@@ -133,7 +133,7 @@ def hills(x):
 
 @pytest.mark.parametrize("rate", [0.01, 0.1])
 def test_the_documents_own_rule(rate):
-    """The numbered rules at the end of seed 003, section 3.2, from near a maximum."""
+    """The numbered rules that end section 3.2 of the NeuronLearning notes, from near a maximum."""
     gradient = jax.jit(jax.grad(hills))
     x, p, z, turns, want = np.array([0.1, 0.3]), None, None, 0, []
     for _ in range(150):
