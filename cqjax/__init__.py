@@ -41,7 +41,7 @@ from cqjax.capture.value_and_grad import value_and_grad as value_and_grad
 from cqjax.losses import kullback_leibler as kullback_leibler
 from cqjax.losses import normalized_kullback_leibler as normalized_kullback_leibler
 from cqjax.losses import p_norm_loss as p_norm_loss
-from cqjax.solves.layers import Layer as Layer
+from cqjax.solves.layer import Layer as Layer
 from cqjax.solves.layers import Layers as Layers
 from cqjax.solves.matrices import Matrices as Matrices
 from cqjax.transforms.conjugate_gradient import (

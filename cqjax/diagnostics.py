@@ -14,7 +14,8 @@ from cqjax.capture.captures import Captures
 from cqjax.capture.table import lines
 from cqjax.linalg import ridge
 from cqjax.linalg.gram import HIGHEST, accumulator
-from cqjax.solves.layers import Layer, Layers
+from cqjax.solves.layer import Layer
+from cqjax.solves.layers import Layers
 from cqjax.solves.matrices import along
 
 _NAME = "cqjax.diagnostics.report"

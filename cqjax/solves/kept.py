@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding
 from cqjax.capture.block import Block
 from cqjax.capture.plan import Plan
 from cqjax.linalg import ridge
-from cqjax.solves.layers import Layer, Layers, joint_bias, labelled, masked_paths
+from cqjax.solves.layer import Layer, joint_bias
+from cqjax.solves.layers import Layers, labelled, masked_paths
 from cqjax.solves.solve import Damping, primal_system
 
 _T = TypeVar("_T")

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from cqjax.linalg import gram, ridge
-from cqjax.solves.layers import Layer
+from cqjax.solves.layer import Layer
 from cqjax.solves.matrices import Matrices, along, decomposed, finite, product
 
 

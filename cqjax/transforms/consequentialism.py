@@ -17,7 +17,8 @@ from cqjax.capture.plan import Plan
 from cqjax.linalg import devices, ridge
 from cqjax.solves import kept, solve
 from cqjax.solves.kept import Kept, Moment
-from cqjax.solves.layers import Layer, Layers, is_masked
+from cqjax.solves.layer import Layer
+from cqjax.solves.layers import Layers, is_masked
 from cqjax.solves.matrices import Matrices
 from cqjax.solves.solve import Damping, check_number
 

@@ -11,7 +11,8 @@ import optax
 
 from cqjax.capture.captures import Captures
 from cqjax.linalg.gram import accumulator
-from cqjax.solves.layers import Layer, Layers
+from cqjax.solves.layer import Layer
+from cqjax.solves.layers import Layers
 from cqjax.solves.matrices import Matrices, along, decomposed, product
 from cqjax.solves.solve import check_number
 

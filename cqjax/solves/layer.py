@@ -1,0 +1,135 @@
+"""One layer, as a transformation sees it: what came in for it, and what was captured.
+
+The updates that reach a transformation are the gradient, unless an earlier member of the chain
+changed it. Where a method computes from rows, and not from the updates, a layer's record says what
+has become of the gradient, so that it is not lost.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from cqjax.capture.block import Block
+from cqjax.capture.captures import Capture
+from cqjax.capture.statistics import Rows
+from cqjax.linalg.gram import accumulator
+from cqjax.solves.matrices import Matrices, product
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight W, with the bias b that is added to its output: what came in, what was captured.
+
+    Its arrays are matrices with an axis B in front, for the weights that are solved for side by
+    side: groups of a convolution, members of an ensemble, layers scanned over.
+
+    Attributes:
+      label: its name: the weight's path, several joined by +, numbered where slices of one
+        parameter are weights of their own.
+      capture: what was captured of it.
+      terms: N, the number of terms that the loss averages over: N Z̄ is what each example's own
+        loss asks of the layer's output. Where all examples share the rows, N over their number.
+      has_bias: whether a bias is updated together with the weight.
+    """
+
+    label: str
+    capture: Capture
+    terms: float | jax.Array
+    has_bias: bool
+    _updates: Mapping[str, jax.Array]
+
+    @property
+    def block(self) -> Block:
+        """The static description: sizes B, n (`rows`), d (`features`), o (`outputs`), and more."""
+        return self.capture.block
+
+    @property
+    def joint_bias(self) -> bool:
+        """Whether the bias is solved for in one system with the weight."""
+        return joint_bias(self.block, not self.has_bias)
+
+    @property
+    def size(self) -> int:
+        """Features that are solved for together: d, or d + 1 with a bias among them."""
+        return self.block.features + self.joint_bias
+
+    @property
+    def update(self) -> Matrices:
+        """The layer's part of the updates that the transformation was handed, in ≥ float32."""
+        return self._matrices(self._updates)
+
+    @property
+    def gradient(self) -> Matrices:
+        """The part of the gradient that comes from the layer's products: XᵀZ̄.
+
+        The loss may use the weight elsewhere too. Then it takes the rows.
+        """
+        if self.block.exact:
+            return self._matrices(self.capture.gradients)
+        rows = self.rows()
+        return product(rows.x, rows.dz, rows.h)
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the updates are the gradient, as far as tracing can tell: the same arrays."""
+        return all(leaf is self.capture.gradients[path] for path, leaf in self._updates.items())
+
+    def differs(self) -> jax.Array:
+        """Whether any entry of the updates differs from the gradient: () bool."""
+        gradients = self.capture.gradients
+        different = [jnp.any(leaf != gradients[path]) for path, leaf in self._updates.items()]
+        return jnp.stack(different).any()
+
+    def rows(self) -> Rows:
+        """X: (B, n, d), Z̄: (B, n, o), and h: (B, n), None without a bias that is updated.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        rows = self.capture.rows()
+        return rows if self.has_bias else dataclasses.replace(rows, h=None)
+
+    def second_moment(self) -> jax.Array:
+        """XᵀX, with a joint bias as the last feature: (B, size, size). A lookup's diagonal: (B, d).
+
+        Raises:
+          ValueError: it was not captured.
+        """
+        return self.cropped(self.capture.second_moment())
+
+    def cropped(self, moment: jax.Array) -> jax.Array:
+        """A second moment without a constant feature for a bias that is not updated."""
+        if self.block.statistic.diagonal:
+            return moment
+        return moment[:, : self.size, : self.size]
+
+    def overflows(self, result: Matrices) -> jax.Array | bool:
+        """Whether a result, finite in at least float32, is not so in its parameters' dtype: (B,).
+
+        False where that is the dtype it has.
+        """
+        dtype = self._updates[self.block.view.paths[0]].dtype
+        if dtype == result.weight.dtype:
+            return False
+
+        def lost(part: jax.Array) -> jax.Array:
+            return ~jnp.isfinite(part.astype(dtype)).all(tuple(range(1, part.ndim)))
+
+        weight = lost(result.weight)
+        if result.bias is None:
+            return weight
+        return weight | jnp.repeat(lost(result.bias), len(weight) // len(result.bias))
+
+    def _matrices(self, arrays: Mapping[str, jax.Array]) -> Matrices:
+        def exact(array: jax.Array) -> jax.Array:
+            return array.astype(accumulator(array.dtype))
+
+        bias = exact(self.block.bias_matrix(arrays)) if self.has_bias else None
+        return Matrices(exact(self.block.weight_matrix(arrays)), bias)
+
+
+def joint_bias(block: Block, masked: bool) -> bool:
+    """Whether a block has a bias, not masked, that is solved for in one system with its weight."""
+    return block.bias is not None and block.parts is None and not masked
