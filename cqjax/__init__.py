@@ -36,6 +36,7 @@ from cqjax.capture.statistics import Gram as Gram
 from cqjax.capture.statistics import Inputs as Inputs
 from cqjax.capture.statistics import Rows as Rows
 from cqjax.capture.statistics import Statistic as Statistic
+from cqjax.capture.statistics import Trip as Trip
 from cqjax.capture.value_and_grad import plan as plan
 from cqjax.capture.value_and_grad import value_and_grad as value_and_grad
 from cqjax.losses import kullback_leibler as kullback_leibler
@@ -43,6 +44,7 @@ from cqjax.losses import normalized_kullback_leibler as normalized_kullback_leib
 from cqjax.losses import p_norm_loss as p_norm_loss
 from cqjax.solves.layer import Layer as Layer
 from cqjax.solves.layers import Layers as Layers
+from cqjax.solves.layers import for_each_layer as for_each_layer
 from cqjax.solves.matrices import Matrices as Matrices
 from cqjax.transforms.conjugate_gradient import (
     ScaleByConjugateGradientState as ScaleByConjugateGradientState,

@@ -1,11 +1,10 @@
 """Back-matching as a whole: the matched signal, and the weights' update that goes with it."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
-from cqjax.capture.parameters import Selector
-from cqjax.capture.policy import check_option
+from cqjax.capture.options import check_option
 from cqjax.capture.value_and_grad import value_and_grad
 from cqjax.transforms.consequentialism import scale_by_consequentialism
 
@@ -19,11 +18,7 @@ def back_matching_value_and_grad(
     weights: Literal["ridge", "plain"] = "ridge",
     damping: float = 1e-3,
     relative_damping: float = 0.0,
-    only: Selector | Sequence[Selector] | None = None,
-    skip: Selector | Sequence[Selector] = (),
-    solver: Literal["auto", "primal", "dual"] = "auto",
-    batch_size: Any = None,
-    loss_reduction: Literal["mean", "sum"] = "mean",
+    **options: Any,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""`jax.value_and_grad` by back-matching propagation: exact, without the paper's shortcuts.
 
@@ -67,12 +62,8 @@ def back_matching_value_and_grad(
         backpropagation makes of the matched signal.
       damping: λ ≥ 0 of the ridge solve, a number.
       relative_damping: as in `scale_by_consequentialism`.
-      only: as for `value_and_grad`: the parameters that are solved for; the signal is matched
-        everywhere.
-      skip: as for `value_and_grad`.
-      solver: as for `value_and_grad`.
-      batch_size: as for `value_and_grad`.
-      loss_reduction: as for `value_and_grad`.
+      **options: those of `value_and_grad`. `only` and `skip` say which parameters are solved for;
+        the signal is matched everywhere.
 
     Returns:
       A function with `loss_fn`'s arguments that returns what `jax.value_and_grad(loss_fn,
@@ -101,16 +92,7 @@ def back_matching_value_and_grad(
       approximating back-matching propagation, Eqs. 8, 11 to 15, 22, 23, 26 and 30.
     """
     check_option(weights, ("ridge", "plain"), "weights")
-    evaluate = value_and_grad(
-        loss_fn,
-        has_aux,
-        only=only,
-        skip=skip,
-        solver=solver,
-        batch_size=batch_size,
-        loss_reduction=loss_reduction,
-        signal="matched",
-    )
+    evaluate = value_and_grad(loss_fn, has_aux, signal="matched", **options)
     solve = scale_by_consequentialism(damping, relative_damping=relative_damping)
 
     @functools.wraps(loss_fn)

@@ -35,19 +35,21 @@ def back_matching_rates(
       \rVert_F^2 / o)`, with the weight of the layer that it follows, that layer's o outputs, and
       the learned scale γ, if there is one.
 
-    s = rows / N is at how many positions of an example the weight acts whose outputs receive a
-    gradient, counted after the pooling that follows: by windows, or before the next layer by a
-    maximum, a mean or a choice among the positions (s = 1 for a fully connected layer). c is how
-    many positions of its input there are for each of those. Activations and pooling leave m.
+    s = rows / N is the number of positions of an example at which the weight acts and whose outputs
+    receive a gradient; s = 1 for a fully connected layer. Positions are counted after the pooling
+    that follows. Pooling is done by windows, or before the next layer by a maximum, a mean or a
+    choice among the positions. c is the number of positions of the layer's input for each of those.
+    Activations and pooling leave m.
 
-    Where layers branch, m is measured: with `value_fn`, :math:`1/m = \langle \delta b, \delta' b
-    \rangle / \lVert \delta b \rVert^2` from the gradient δb with respect to a layer's output and
-    the matched signal δ'b (`back_matching_value_and_grad`), for each weight of a stack that is
-    scanned over on its own (its normalisations, and the members of an ensemble, share one). s
-    counts all positions then, pooled or not, as the exact propagation does (Eq. 23). So on a chain
-    without pooling the two agree where Algorithm 1's assumptions hold: weights whose rows have
-    equal norms and whose outputs vary independently, layer inputs with :math:`\mathrm{E}[a a^T] =
-    I`.
+    Where layers branch, m is measured, with `value_fn`. Let δb be the gradient with respect to a
+    layer's output, and δ'b the matched signal (`back_matching_value_and_grad`). Then :math:`1/m =
+    \langle \delta b, \delta' b \rangle / \lVert \delta b \rVert^2`. Each weight of a stack that is
+    scanned over has its own; the stack's normalisations share one, and so do the members of an
+    ensemble. Here s counts all positions, pooled or not, as the exact propagation does (Eq. 23).
+
+    On a chain without pooling the two agree where the assumptions of Algorithm 1 hold: the rows of
+    a weight have equal norms, its outputs vary independently, and layer inputs have
+    :math:`\mathrm{E}[a a^T] = I`.
 
     Args:
       plan: `cqjax.plan(loss_fn)(params, ...)`, the captures of `cqjax.value_and_grad`, or the

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cqjax.capture import tracing
+from cqjax.capture.options import Options
 from cqjax.program import matched
 from cqjax.program.flow import Flow, Node
 from cqjax.program.steps import Position
@@ -44,7 +45,7 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
             f"measured factors within jax.shard_map over {', '.join(map(str, axes))}: they would "
             "be one device's. Update under jax.jit on arrays with a NamedSharding instead"
         )
-    traced = tracing.trace(value_fn, tracing.Options(), params, (), {})
+    traced = tracing.trace(value_fn, Options(), params, (), {})
     if isinstance(traced.outputs, tuple | list):
         raise TypeError("value_fn returns a pair; expected the loss alone: lambda p: loss_fn(p)[0]")
     tracing.check_loss(traced.outputs, has_aux=False)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cqjax.capture.statistics import Statistic
+from cqjax.capture.statistics import Statistic, Trip
 from cqjax.linalg import gram
 from cqjax.program.forms import Lookup
 from cqjax.program.layout import Layout
@@ -200,7 +200,7 @@ class Block:
             h = None
             if self.bias is not None and self.parts is None:
                 h = jnp.full((), site.bias is not None, x.dtype)
-            return self.statistic.take(site, x, dz, h, self.precision)
+            return self.statistic.take(site, Trip(x, dz, h, self.precision))
 
         own = dict(site.view.loops)
         stacked = (self.statistic.every_trip or i in own for i in range(len(site.loops)))

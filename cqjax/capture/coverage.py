@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from cqjax.capture.block import Block
+from cqjax.capture.options import Options
 from cqjax.capture.parameters import Shapes
-from cqjax.capture.policy import Policy
+from cqjax.capture.policy import decided
 from cqjax.capture.statistics import Gram
 from cqjax.program.forms import Lookup
 from cqjax.program.sites import Site
@@ -20,7 +21,7 @@ Reasons = dict[str, list[str]]
 
 
 def make_blocks(
-    record: Record, chosen: Set[str], shapes: Shapes, policy: Policy
+    record: Record, chosen: Set[str], shapes: Shapes, options: Options
 ) -> tuple[tuple[Block, ...], Reasons]:
     """Groups the sites by their weights.
 
@@ -28,7 +29,7 @@ def make_blocks(
       record: the sites of the loss, and what else the parameters enter.
       chosen: paths of the parameters to capture.
       shapes: the parameters' shapes, by path.
-      policy: how they may be solved for.
+      options: how they may be solved for.
 
     Returns:
       The blocks, and for each parameter what it does besides.
@@ -44,12 +45,12 @@ def make_blocks(
     groups = _with_one_bias(groups, chosen, reasons)
     blocks = []
     for sites in groups:
-        decided = policy.decide(_undecided(sites, shapes, reasons))
-        if isinstance(decided, Block):
-            blocks.append(decided)
+        block = decided(_undecided(sites, shapes, reasons), options)
+        if isinstance(block, Block):
+            blocks.append(block)
             continue
         for site in sites:
-            _drop(site, decided, reasons)
+            _drop(site, block, reasons)
     return tuple(blocks), reasons
 
 

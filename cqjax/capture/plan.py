@@ -2,19 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 
 from cqjax.capture.block import Block
 from cqjax.capture.coverage import make_blocks
-from cqjax.capture.parameters import Owners, Parameter, Selector, Shapes, Status, selected
-from cqjax.capture.policy import Policy
+from cqjax.capture.options import Options, Signal
+from cqjax.capture.parameters import Owners, Parameter, Shapes, Status, listed, selected
 from cqjax.capture.table import parameter_lines
 from cqjax.program.flow import Flow
 from cqjax.program.walk import Record
-
-Signal = Literal["gradient", "matched"]
 
 
 @jax.tree_util.register_static
@@ -67,13 +64,10 @@ def make_plan(
     flow: Flow,
     shapes: Shapes,
     owners: Owners,
+    options: Options,
     *,
-    only: Sequence[Selector] | None,
-    skip: Sequence[Selector],
-    policy: Policy,
     batch_size: int | jax.Array | None,
     examples: int | None,
-    signal: Signal,
 ) -> Plan:
     """Groups the sites of a loss into blocks and says what becomes of each parameter.
 
@@ -82,20 +76,19 @@ def make_plan(
       flow: which layer feeds which.
       shapes: the parameters' shapes, by path.
       owners: the classes of the Flax layers that own them.
-      only: if given, selects the parameters to capture.
-      skip: selects parameters to leave alone.
-      policy: how the weights may be solved for.
-      batch_size: N.
+      options: what is asked for.
+      batch_size: N, given or inferred.
       examples: how many there are.
-      signal: what is propagated.
 
     Raises:
       ValueError: a selector matches no parameter, or a layer's class is ambiguous or unknown.
     """
+    only = None if options.only is None else listed(options.only)
+    skip = listed(options.skip)
     if any(isinstance(selector, type) for selector in (*(only or ()), *skip)):
         _check_owners_known(record, owners)
     chosen = selected(only, skip, shapes, owners)
-    blocks, reasons = make_blocks(record, chosen, shapes, policy)
+    blocks, reasons = make_blocks(record, chosen, shapes, options)
     solved = {path for block in blocks for path in block.paths}
     parameters = []
     for path, shape in shapes.items():
@@ -109,7 +102,7 @@ def make_plan(
         if status in ("covered", "skipped"):
             notes = _notes_on_rows(path, blocks, batch_size, examples)
         parameters.append(Parameter(path, shape, classes, status, notes))
-    return Plan(tuple(parameters), blocks, batch_size, examples, flow, signal)
+    return Plan(tuple(parameters), blocks, batch_size, examples, flow, options.signal)
 
 
 def _notes_on_rows(

@@ -4,7 +4,7 @@ A new statistic is one class: derive it from `Statistic`, and pass it as `captur
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,23 @@ from cqjax.program.forms import Lookup
 from cqjax.program.sites import Site
 
 _pytree = jax.tree_util.register_dataclass
+
+
+class Trip(NamedTuple):
+    """What a tap sees of a site Z = XW in one trip of the loops around it.
+
+    Attributes:
+      x: the activation, in the shape in which the equation has it.
+      dz: the loss's gradient with respect to the result, in the result's shape.
+      h: the constant feature that stands for the bias, (): 1 where one is added, 0 where only the
+        weight's other sites have one; None where none has, or where it is solved for alone.
+      precision: of products with X.
+    """
+
+    x: jax.Array
+    dz: jax.Array
+    h: jax.Array | None
+    precision: lax.PrecisionLike
 
 
 class Statistic:
@@ -40,9 +57,9 @@ class Statistic:
       ...     zz: jax.Array
       ...
       ...     @classmethod
-      ...     def take(cls, site, x, dz, h, precision):
-      ...         z = site.form.output.pack(dz)
-      ...         return cls(jnp.einsum("bno,bnp->bop", z, z, precision=precision))
+      ...     def take(cls, site, trip):
+      ...         z = site.form.output.pack(trip.dz)
+      ...         return cls(jnp.einsum("bno,bnp->bop", z, z, precision=trip.precision))
       >>> def loss_fn(params, x):
       ...     return jnp.mean(jnp.sum(x @ params["w"], -1))
       >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
@@ -56,24 +73,13 @@ class Statistic:
     diagonal: ClassVar[bool] = False
 
     @classmethod
-    def take(
-        cls,
-        site: Site,
-        x: jax.Array,
-        dz: jax.Array,
-        h: jax.Array | None,
-        precision: lax.PrecisionLike,
-    ) -> "Statistic":
+    def take(cls, site: Site, trip: Trip) -> "Statistic":
         """What one trip of a site contributes.
 
         Args:
-          site: the site. `site.form.rows(x)` is X, (B, n, d), and `site.form.output.pack(dz)` is
-            Z̄, (B, n, o).
-          x: the activation, in the shape in which the equation has it.
-          dz: the loss's gradient with respect to the result, in the result's shape.
-          h: the constant feature that stands for the bias, (): 1 where one is added, 0 where the
-            weight's other sites have one; None where none has, or where it is solved for alone.
-          precision: of products with X.
+          site: the site. `site.form.rows(trip.x)` is X, (B, n, d), and
+            `site.form.output.pack(trip.dz)` is Z̄, (B, n, o).
+          trip: what is known in the backward pass.
         """
         raise NotImplementedError
 
@@ -123,20 +129,12 @@ class Rows(Statistic):
     h: jax.Array | None
 
     @classmethod
-    def take(
-        cls,
-        site: Site,
-        x: jax.Array,
-        dz: jax.Array,
-        h: jax.Array | None,
-        precision: lax.PrecisionLike,
-    ) -> "Rows":
+    def take(cls, site: Site, trip: Trip) -> "Rows":
         """The rows of one trip."""
-        del precision
         assert not isinstance(site.form, Lookup)
-        rows = site.form.rows(x)
-        column = None if h is None else jnp.broadcast_to(h, rows.shape[:2])
-        return cls(rows, site.form.output.pack(dz), column)
+        rows = site.form.rows(trip.x)
+        h = None if trip.h is None else jnp.broadcast_to(trip.h, rows.shape[:2])
+        return cls(rows, site.form.output.pack(trip.dz), h)
 
     def fold(self, site: Site) -> "Rows":
         """The rows of all trips: along B if each trip has a weight of its own, else along n."""
@@ -203,24 +201,16 @@ class Gram(Statistic):
     xx: jax.Array
 
     @classmethod
-    def take(
-        cls,
-        site: Site,
-        x: jax.Array,
-        dz: jax.Array,
-        h: jax.Array | None,
-        precision: lax.PrecisionLike,
-    ) -> "Gram | Inputs":
+    def take(cls, site: Site, trip: Trip) -> "Gram | Inputs":
         """XᵀX of one trip; the inputs, where the backward pass keeps them anyway.
 
         Then whoever wants XᵀX computes it, and nobody pays for a product that nobody uses:
         `update_every` leaves it out between its updates.
         """
-        del dz
         if not site.loops and not site.recomputed:
-            return Inputs(x, h)
+            return Inputs(trip.x, trip.h)
         assert not isinstance(site.form, Lookup)
-        return cls(site.form.second_moment(x, h, precision))
+        return cls(site.form.second_moment(trip.x, trip.h, trip.precision))
 
     def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
         """XᵀX."""
@@ -242,18 +232,10 @@ class Counts(Statistic):
     counts: jax.Array
 
     @classmethod
-    def take(
-        cls,
-        site: Site,
-        x: jax.Array,
-        dz: jax.Array,
-        h: jax.Array | None,
-        precision: lax.PrecisionLike,
-    ) -> "Counts":
+    def take(cls, site: Site, trip: Trip) -> "Counts":
         """The counts of one trip, for which x are the indices."""
-        del h, precision
         assert isinstance(site.form, Lookup)
-        return cls(site.form.counts(x, gram.accumulator(dz.dtype)))
+        return cls(site.form.counts(trip.x, gram.accumulator(trip.dz.dtype)))
 
     def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
         """The diagonal of XᵀX."""

@@ -1,15 +1,13 @@
 """From a user's loss function to its jaxpr and plan: what every evaluation starts with."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cqjax.capture.parameters import Selector, listed
-from cqjax.capture.plan import Plan, Signal, make_plan
-from cqjax.capture.policy import Policy, check_option
+from cqjax.capture.options import Options
+from cqjax.capture.plan import Plan, make_plan
 from cqjax.frameworks import linen
 from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
@@ -35,45 +33,6 @@ class Traced(NamedTuple):
     outputs: PyTree
     paths: list[str]
     plan: Plan
-
-
-class Options(NamedTuple):
-    """What `value_and_grad` is told about a loss; see its arguments of the same names.
-
-    Attributes:
-      only: selects the parameters to capture.
-      skip: selects parameters to leave alone.
-      policy: how weights may be solved for.
-      batch_size: N.
-      loss_reduction: how the loss is made of its terms.
-      signal: what is propagated from layer to layer.
-    """
-
-    only: Selector | Sequence[Selector] | None = None
-    skip: Selector | Sequence[Selector] = ()
-    policy: Policy = Policy()
-    batch_size: int | jax.Array | None = None
-    loss_reduction: Literal["mean", "sum"] = "mean"
-    signal: Signal = "gradient"
-
-    def check(self) -> None:
-        """Refuses what cannot be meant.
-
-        Raises:
-          ValueError: an option is not one of those listed.
-        """
-        self.policy.check()
-        check_option(self.loss_reduction, ("mean", "sum"), "loss_reduction")
-        check_option(self.signal, ("gradient", "matched"), "signal")
-        size = self.batch_size
-        if size is not None and jnp.ndim(size):
-            raise ValueError(f"batch_size has shape {jnp.shape(size)}: expected a scalar")
-        if isinstance(size, int | float | np.number) and not size > 0:
-            raise ValueError(f"batch_size={size}: expected a positive number of examples")
-        if size is not None and self.loss_reduction == "sum":
-            raise ValueError(
-                'loss_reduction="sum" leaves no use for batch_size=; pass one of the two'
-            )
 
 
 def trace(
@@ -109,12 +68,9 @@ def trace(
             path_of(keys): ownership.owners_of(tuple(path_of((key,)) for key in keys), owners)
             for keys, _ in keyed
         },
-        only=None if options.only is None else listed(options.only),
-        skip=listed(options.skip),
-        policy=options.policy,
+        options,
         batch_size=size,
         examples=arguments.shared_size((args, kwargs), ()) or None,
-        signal=options.signal,
     )
     _check_batch_size(plan)
     return Traced(jaxpr, outputs, paths, plan)

@@ -11,11 +11,10 @@ from jax import lax
 
 from cqjax.capture import tracing
 from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.options import Options, Signal, check_option
 from cqjax.capture.parameters import Selector
-from cqjax.capture.plan import Plan, Signal
-from cqjax.capture.policy import Policy, check_option
+from cqjax.capture.plan import Plan
 from cqjax.capture.statistics import Statistic
-from cqjax.capture.tracing import Options
 from cqjax.program import matched
 from cqjax.program.taps import Evaluation, Probes
 
@@ -196,8 +195,18 @@ def value_and_grad(
       weight updates over mini-batches, Algorithms 1 to 3.
     """
     check_option(on_uncovered, ("fallback", "warn", "error"), "on_uncovered")
-    policy = Policy(solver, capture, max_dim, block_size, precision)
-    options = Options(only, skip, policy, batch_size, loss_reduction, signal)
+    options = Options(
+        only,
+        skip,
+        solver,
+        capture,
+        batch_size,
+        loss_reduction,
+        signal,
+        max_dim,
+        block_size,
+        precision,
+    )
     options.check()
     return ValueAndGrad(loss_fn, has_aux, on_uncovered, options)
 

@@ -55,19 +55,19 @@ class Step(NamedTuple):
       kind: what it does.
       equation: the equation, or the one at whose border this is.
       position: where the equation is.
-      reads: the variables that it reads.
-      writes: those that it writes.
       loops: lengths of the scans around the equation, outermost first.
       recomputed: whether the backward pass computes it anew (`jax.checkpoint`).
+      reads: the variables that it reads.
+      writes: those that it writes.
     """
 
     kind: Kind
     equation: Equation
     position: Position
-    reads: tuple[Number, ...]
-    writes: tuple[int, ...]
     loops: tuple[int, ...]
     recomputed: bool
+    reads: tuple[Number, ...]
+    writes: tuple[int, ...]
 
     def sources(self, i: int) -> tuple[Number, ...]:
         """What the i-th of its results depends on."""
@@ -121,6 +121,18 @@ def flatten(jaxpr: Any) -> tuple[Program, Constants]:
     return _Flattening().program(jaxpr)
 
 
+class _Place(NamedTuple):
+    """Where a body or an equation is: see `Step`."""
+
+    position: Position = ()
+    loops: tuple[int, ...] = ()
+    recomputed: bool = False
+
+    def at(self, index: int) -> "_Place":
+        """The place of something within."""
+        return self._replace(position=(*self.position, index))
+
+
 class _Flattening:
     def __init__(self) -> None:
         self._steps: list[Step] = []
@@ -129,7 +141,7 @@ class _Flattening:
 
     def program(self, jaxpr: Any) -> tuple[Program, Constants]:
         inputs = self._new(len(jaxprs.opened(jaxpr)[0].invars))
-        outputs = self._body(jaxpr, inputs, (), (), False)
+        outputs = self._body(jaxpr, inputs, _Place())
         return Program(tuple(self._steps), inputs, tuple(outputs)), self._constants
 
     def _new(self, number: int) -> tuple[int, ...]:
@@ -137,14 +149,7 @@ class _Flattening:
         self._count += number
         return tuple(range(self._count - number, self._count))
 
-    def _body(
-        self,
-        jaxpr: Any,
-        inputs: Sequence[Number],
-        at: Position,
-        loops: tuple[int, ...],
-        recomputed: bool,
-    ) -> list[Number]:
+    def _body(self, jaxpr: Any, inputs: Sequence[Number], place: _Place) -> list[Number]:
         """Adds the steps of a jaxpr. Returns its results."""
         jaxpr, consts = jaxprs.opened(jaxpr)
         constants = self._new(len(consts))
@@ -156,17 +161,12 @@ class _Flattening:
             return [None if jaxprs.is_literal(atom) else numbers[atom] for atom in atoms]
 
         for i, eqn in enumerate(jaxpr.eqns):
-            results = self._equation(eqn, read(eqn.invars), (*at, i), loops, recomputed)
+            results = self._equation(eqn, read(eqn.invars), place.at(i))
             numbers.update(zip(eqn.outvars, results, strict=True))
         return read(jaxpr.outvars)
 
     def _equation(
-        self,
-        eqn: core.JaxprEqn,
-        reads: Sequence[Number],
-        at: Position,
-        loops: tuple[int, ...],
-        recomputed: bool,
+        self, eqn: core.JaxprEqn, reads: Sequence[Number], place: _Place
     ) -> Sequence[Number]:
         """Adds what an equation does. Returns its results.
 
@@ -175,14 +175,14 @@ class _Flattening:
         """
         params = eqn.params
         if eqn.primitive in _CALLS:
-            recomputed = recomputed or eqn.primitive is primitives.remat_p
-            body = params.get("jaxpr", params.get("call_jaxpr"))
-            return self._body(body, reads, at, loops, recomputed)
+            if eqn.primitive is primitives.remat_p:
+                place = place._replace(recomputed=True)
+            return self._body(params.get("jaxpr", params.get("call_jaxpr")), reads, place)
         equation = jaxprs.equation(eqn)
 
         def step(kind: Kind, reads: Sequence[Number], number: int) -> tuple[int, ...]:
             writes = self._new(number)
-            self._steps.append(Step(kind, equation, at, tuple(reads), writes, loops, recomputed))
+            self._steps.append(Step(kind, equation, *place, tuple(reads), writes))
             return writes
 
         # Branches for several platforms are left closed: one of them is compiled, unknown which.
@@ -190,32 +190,28 @@ class _Flattening:
             index, *operands = reads
             inputs = step(Kind.ENTER, operands, len(operands))
             branches = [
-                self._body(branch, inputs, (*at, i), loops, recomputed)
+                self._body(branch, inputs, place.at(i))
                 for i, branch in enumerate(params["branches"])
             ]
             results = zip(*branches, strict=True)
             return [step(Kind.JOIN, (index, *each), 1)[0] for each in results]
         if eqn.primitive is primitives.scan_p:
             consts, carry = jaxprs.scan_arity(eqn)
-            firsts = reads[consts : consts + carry]
+            firsts, xs = reads[consts : consts + carry], reads[consts + carry :]
             constants = step(Kind.ENTER, reads[:consts], consts)
-            slices = step(Kind.SLICE, reads[consts + carry :], len(reads) - consts - carry)
+            slices = step(Kind.SLICE, xs, len(xs))
             border, carries = len(self._steps), self._new(carry)
-            inner = (*loops, params["length"])
-            inputs = (*constants, *carries, *slices)
-            results = self._body(params["jaxpr"], inputs, at, inner, recomputed)
+            inner = place._replace(loops=(*place.loops, params["length"]))
+            results = self._body(params["jaxpr"], (*constants, *carries, *slices), inner)
             # A carry that the body hands on as it is, is a constant. That is known only now, and
             # the steps that bring the carries in belong before the body.
-            enters = []
+            enters, finals = [], []
             for first, inside, after in zip(firsts, carries, results[:carry], strict=True):
                 kept = after == inside
                 kind, read = (Kind.ENTER, (first,)) if kept else (Kind.CARRY, (first, after))
-                enters.append(Step(kind, equation, at, read, (inside,), loops, recomputed))
+                enters.append(Step(kind, equation, *place, read, (inside,)))
+                finals += [first] if kept else step(Kind.LAST, (after,), 1)
             self._steps[border:border] = enters
-            finals = [
-                first if after == inside else step(Kind.LAST, (after,), 1)[0]
-                for first, inside, after in zip(firsts, carries, results[:carry], strict=True)
-            ]
             return [*finals, *step(Kind.STACK, results[carry:], len(results) - carry)]
         # `custom_jvp` and `custom_vjp` stay closed. Their rule takes the place of the body's, so a
         # tap in the body would never be differentiated.

@@ -1,7 +1,7 @@
 """All layers among the updates of a transformation: the way to write a new method."""
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,35 +20,12 @@ from cqjax.solves.matrices import Matrices, finite
 class Layers(Mapping[str, Layer]):
     """A `Layer` for each captured weight among the updates, by its label.
 
-    A method of your own computes new matrices for each layer, and `replaced` puts them into the
-    updates. Parameters that were not captured pass through.
+    A method computes new matrices for each layer, and `replaced` puts them into the updates.
+    Parameters that were not captured pass through. Without a state, `for_each_layer` does it all.
 
     Attributes:
       paths: the paths of all leaves of the updates, masked ones included.
       batch_size: N.
-
-    Examples:
-      Each layer's gradient, as a fraction of the rows' mean square:
-
-      >>> import cqjax, jax.numpy as jnp, optax
-      >>> def scale_by_rows():
-      ...     def update(updates, state, params=None, *, captures=None, **extra_args):
-      ...         layers = cqjax.Layers(updates, captures, "scale_by_rows")
-      ...         results = {}
-      ...         for label, layer in layers.items():
-      ...             mean = jnp.trace(layer.second_moment(), axis1=1, axis2=2) / layer.block.rows
-      ...             results[label] = cqjax.Matrices.parted(
-      ...                 layer.update.joined / mean[:, None, None], layer.has_bias
-      ...             )
-      ...         return layers.replaced(results), state
-      ...     return optax.GradientTransformationExtraArgs(lambda params: (), update)
-      >>> def loss_fn(params, x):
-      ...     return jnp.mean(x @ params["w"])
-      >>> params, x = {"w": jnp.zeros((3, 1))}, 2 * jnp.eye(3)
-      >>> _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x)
-      >>> updates, _ = scale_by_rows().update(grads, (), captures=captures)
-      >>> print((updates["w"] / grads["w"]).ravel())
-      [0.25 0.25 0.25]
     """
 
     def __init__(self, updates: optax.Updates, captures: Any, method: str):
@@ -201,6 +178,58 @@ class Layers(Mapping[str, Layer]):
                 f"{(len(self.paths),)}, one for each of the updates ({', '.join(self.paths)}): "
                 "make the state by init of the same parameters"
             )
+
+
+def for_each_layer(
+    update: Callable[[Layer], Matrices | None], method: str
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that makes each layer's update on its own, and keeps no state.
+
+    Parameters that were not captured pass through.
+
+    Args:
+      update: makes a layer's new update of its record; None leaves it as it is.
+      method: the transformation's name, for errors.
+
+    Returns:
+      A transformation whose `update` takes the keyword argument `captures`.
+
+    Examples:
+      Each layer's gradient, divided by the mean square of its inputs:
+
+      >>> import cqjax, jax.numpy as jnp
+      >>> def divided(layer):
+      ...     mean = jnp.trace(layer.second_moment(), axis1=1, axis2=2) / layer.block.rows
+      ...     joined = layer.update.joined / mean[:, None, None]
+      ...     return cqjax.Matrices.parted(joined, layer.has_bias)
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean(x @ params["w"])
+      >>> params, x = {"w": jnp.zeros((3, 1))}, 2 * jnp.eye(3)
+      >>> tx = cqjax.for_each_layer(divided, "divided")
+      >>> _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x)
+      >>> updates, _ = tx.update(grads, tx.init(params), captures=captures)
+      >>> print((updates["w"] / grads["w"]).ravel())
+      [0.25 0.25 0.25]
+    """
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_all(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        captures: Captures | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra_args
+        layers = Layers(updates, captures, method)
+        results = {label: update(layer) for label, layer in layers.items()}
+        return layers.replaced({k: v for k, v in results.items() if v is not None}), state
+
+    return optax.GradientTransformationExtraArgs(init, update_all)
 
 
 def labelled(blocks: Sequence[Block]) -> list[str]:

@@ -58,64 +58,67 @@ def scale_by_consequentialism(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each layer's gradient by the ridge pseudoinverse's update.
 
-    For a layer :math:`Z = XW`, with :math:`X: (n, d)` (a bias counts as a further, constant
-    feature), :math:`\bar Z = \partial L / \partial Z`, :math:`G = X^T \bar Z` and :math:`N` the
-    number of terms that the loss averages, the update is
+    Take a layer :math:`Z = XW`, with input rows :math:`X: (n, d)`; a bias counts as a further,
+    constant feature. Let :math:`\bar Z = \partial L / \partial Z` and :math:`G = X^T \bar Z`, and
+    let :math:`N` be the number of terms that the loss averages over. The update is
 
     .. math::
-      U = N X^T (X X^T + \lambda I)^{-1} \bar Z = N (X^T X + \lambda I)^{-1} G,
+      U = N X^T (X X^T + \lambda I)^{-1} \bar Z = N (X^T X + \lambda I)^{-1} G.
 
-    so that the step :math:`W \leftarrow W - \mu U` moves the batch's outputs by
-    :math:`-\mu N \bar Z` (exactly where the rows of X are independent and λ = 0, and as nearly as
-    least squares allow otherwise): each example's, by the fraction :math:`\mu` of what its own loss
-    asks for. :math:`\mu = 1` solves a linear layer with squared error in one step.
+    The *virtual error* of a row of outputs is N times its row of :math:`\bar Z`: what the row's own
+    example asks of it. The step :math:`W \leftarrow W - \mu U` moves the batch's outputs by
+    :math:`-\mu N \bar Z`: each by the fraction :math:`\mu` of its virtual error. That is exact
+    where the rows of X are independent and λ = 0, and as near as least squares allow otherwise.
+    :math:`\mu = 1` solves a linear layer with squared error in one step.
 
-    N is for rows of the examples' own. Where all share them (an embedding of positions looked up
-    once for the batch), :math:`\bar Z` is a sum over the examples already, and N is divided by
-    their number. That is known where the rows come of parameters and constants alone. Where it is
-    not (positions that are an argument of the loss), U is up to N times too large: leave such
+    Some rows belong to no single example: a table of positions that is looked up once for the whole
+    batch. There :math:`\bar Z` is a sum over the examples already, so N is divided by their number.
+    cqjax knows this where the rows come of parameters and constants alone. It does not know it
+    where the positions are an argument of the loss. U is then up to N times too large: leave such
     parameters to `skip=`. `cqjax.plan` notes both.
 
-    It computes :math:`N (X^T X + \lambda I)^{-1} H` for whatever update :math:`H` it is handed.
-    The first member of a chain is handed the gradient, and where rows were captured takes the left
-    form, at the least cost. Where an earlier member, or a loss term on the weights themselves,
-    added something to the gradient, it is preconditioned too; what lies outside the span of the
-    batch's inputs then grows by up to :math:`N / \lambda`. So: place it first, and let weight
-    decay follow it.
+    The transformation computes :math:`N (X^T X + \lambda I)^{-1} H` for whatever update :math:`H`
+    it is handed. As the first member of a chain it is handed the gradient. Where rows were
+    captured, it then takes the left form, which costs least. What an earlier member added to the
+    gradient is preconditioned too, and so is a loss term on the weights themselves. Outside the
+    span of the batch's inputs this makes it larger by up to :math:`N / \lambda`. So place the
+    transformation first, and let weight decay follow it.
 
-    In 16-bit models the primal starts from a gradient that was rounded to 16 bits, and where the
-    rows do not span all features 1/λ magnifies the rounding: `solver="dual"` starts from the rows.
+    In 16-bit models the right form starts from a gradient that was rounded to 16 bits. Where the
+    rows do not span all features, 1/λ magnifies the rounding. `solver="dual"` starts from the rows.
 
     Parameters that were not captured pass through unchanged. Call it under `jax.jit`, together with
-    `cqjax.value_and_grad`. Solves are in float32 (float64 for float64 models) at the highest
-    precision. One that fails, or is singular to working precision, is repeated with its damping
-    raised by 1e-2 of the mean eigenvalue; if that fails, the layer keeps the inverse that it has
-    from earlier (`update_every`), or else gets its plain update, or none where :math:`X^T X` has
-    overflowed. Entries of any update that are not finite become zero. The state counts such events,
-    for each layer.
+    `cqjax.value_and_grad`.
+
+    Solves are in float32, or float64 for float64 models, at the highest precision. A solve that
+    fails, or whose matrix is singular to working precision, is repeated with its damping raised by
+    1e-2 of the mean eigenvalue. If that fails too, the layer keeps its earlier inverse
+    (`update_every`), else it gets its plain update. Where :math:`X^T X` has overflowed it gets
+    none. Entries of any update that are not finite become zero. The state counts such events, for
+    each layer.
 
     Args:
       damping: λ ≥ 0, in units of the squared length of an input row; a number or a schedule of the
         update's count. The paper has 1e-3 for inputs in [0, 1], 1e-2 for standardised ones and
         3e-2 for convolutions.
       relative_damping: added to λ, in units of the mean of those eigenvalues of XᵀX that may differ
-        from zero: carries over between layers, scales of inputs and batch sizes.
-      plan: with one of the following, what will be captured: `cqjax.plan` of the same loss and
-        arguments as `cqjax.value_and_grad`.
-      update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next; in between,
-        the inverse is kept and applied to each batch's gradient. Without `ema_decay` it is that of
-        one batch, and weights whose exact solve costs less than the product with an inverse are
-        solved for anew in every update. So are those with fewer than twice as many rows in a batch
-        as features: an inverse that knows other rows only would be up to 1/λ along theirs. An
-        attempt that fails, or makes an inverse four times as large as the last, is made again in
-        the next update.
-      ema_decay: in [0, 1): the solves take the moving average of XᵀX / N, times N, with its bias
-        from starting at zero corrected, by the primal for all weights (but for those whose XᵀX
-        `max_dim` forbids to invert: they are solved for by rows). With few rows in a batch it makes
-        the first updates larger than they would be without: most when the batches together have
-        about as many rows as features. `relative_damping` limits that.
-      capture_every: with `ema_decay`, updates from one batch that enters the average to the next;
-        of weights with fewer than twice as many rows as features, each batch enters.
+        from zero. So it carries over between layers, scales of inputs and batch sizes.
+      plan: what will be captured, made by `cqjax.plan` of the same loss and arguments as
+        `cqjax.value_and_grad`. The next three options need it.
+      update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next. In between
+        the inverse is kept, and applied to each batch's gradient. Without `ema_decay` it is the
+        inverse of one batch. Two kinds of weights are solved for anew in every update: those for
+        which that costs less than a product with an inverse, and those with fewer than twice as
+        many rows in a batch as features, along whose rows an older inverse could be as large as
+        1/λ. An attempt that fails is made again in the next update. So is one whose inverse is four
+        times as large as the last.
+      ema_decay: in [0, 1): the solves take N times the moving average of XᵀX / N, with its bias
+        from starting at zero corrected. All weights are then solved for by the primal, but for
+        those whose XᵀX `max_dim` forbids to invert: they are solved for by rows. With few rows in a
+        batch, the first updates are larger than without an average, most of all when the batches
+        together have about as many rows as features. `relative_damping` limits that.
+      capture_every: with `ema_decay`, updates from one batch that enters the average to the next.
+        Of weights with fewer than twice as many rows as features, each batch enters.
       spread_over: a sharding whose axes name devices that share out the inversions of matrices of
         equal size, and hand each other the inverses: under `jax.jit`, or within a `jax.shard_map`
         over these axes. None where each device inverts all.
@@ -144,7 +147,7 @@ def scale_by_consequentialism(
 
     References:
       Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
-      weight updates over mini-batches, Eqs. 58 to 63.
+      weight updates over mini-batches (2020), Eqs. 58 to 63.
     """
     check_number(damping, "damping")
     check_number(relative_damping, "relative_damping")

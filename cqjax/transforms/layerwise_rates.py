@@ -3,8 +3,6 @@
 Zhang, Chen and Liu (2018) compare back-matching with it.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -43,21 +41,8 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
       Singh, De, Zhang, Goldstein and Taylor, Layer-specific adaptive learning rates for deep
       networks (ICMLA 2015). Zhang, Chen and Liu (2018), section 4.1.
     """
-
-    def init(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
-        return finite(jax.tree.map(_scaled, updates)), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    scaled = optax.stateless(lambda updates, params: finite(jax.tree.map(_scaled, updates)))
+    return optax.with_extra_args_support(scaled)
 
 
 def _scaled(gradient: jax.Array) -> jax.Array:

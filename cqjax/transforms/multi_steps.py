@@ -1,4 +1,4 @@
-"""Microbatches in separate calls: gradients and second moments, added up until a whole batch is."""
+"""Microbatches in separate calls: gradients and second moments are added up to a whole batch's."""
 
 import dataclasses
 import functools
@@ -46,25 +46,26 @@ def multi_steps(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Updates once in `every_k` calls, as if their batches were one.
 
-    What `optax.MultiSteps` does for gradients, this does for the second moments as well: with the
-    microbatches :math:`X_i` of a layer's rows, :math:`N_i` and :math:`G_i`, the inner
-    transformation is called in the last of `every_k` calls only, with
+    `optax.MultiSteps` accumulates gradients; this accumulates second moments too. Microbatch i has
+    a layer's rows :math:`X_i`, its gradient :math:`G_i` and :math:`N_i` terms. Only the last of
+    `every_k` calls calls the inner transformation, with
 
     .. math::
       G = \frac{\sum_i N_i G_i}{N}, \quad X^T X = \sum_i X_i^T X_i, \quad N = \sum_i N_i,
 
-    which are the whole batch's. (`optax.MultiSteps` passes on the captures of the last microbatch:
-    :math:`N_k (X_k^T X_k + \lambda I)^{-1} G`, which is as wrong as the rows of the last microbatch
-    are other than the others'.) The other calls return zeros. Microbatches may have different
-    sizes. A loss that is a sum (`loss_reduction="sum"`) has the mean over the microbatches as its
-    gradient here, and the update of the sum where there is a solve.
+    which are the whole batch's. The other calls return zeros. Microbatches may have different
+    sizes. (`optax.MultiSteps` passes on the captures of the last microbatch alone: that is
+    :math:`N_k (X_k^T X_k + \lambda I)^{-1} G`, which is wrong by as much as the last microbatch's
+    rows differ from the others'.)
 
-    Everything that computes from :math:`X^T X` or from layers' rates can be `inner`, or a member of
-    it, also with `update_every` or `ema_decay`, which count updates and not calls. The solves are
-    by the primal. What needs rows (`scale_by_nlms`) is refused; put the microbatches into a
-    `jax.lax.scan` within the loss instead, from which rows are captured. Other extra arguments are
-    those of the last call alone: a line search's `value` and `value_fn` would not be the whole
-    batch's.
+    With `loss_reduction="sum"`, a parameter without a solve gets the mean of the microbatches'
+    gradients, and one with a solve gets the update of the sum.
+
+    `inner` may be, or contain, everything that computes from :math:`X^T X` or from layers' rates.
+    `update_every` and `ema_decay` then count updates, not calls. The solves are by the primal. What
+    needs rows (`scale_by_nlms`) is refused: for it, put the microbatches into a `jax.lax.scan`
+    within the loss, from which rows are captured. Other extra arguments are those of the last call
+    alone: a line search's `value` and `value_fn` would not be the whole batch's.
 
     Args:
       inner: the transformation.

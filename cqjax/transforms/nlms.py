@@ -3,16 +3,15 @@
 This is the first extension that Paeedeh and Ghiasi-Shirazi (2020) try, in section 4.2.
 """
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cqjax.capture.captures import Captures
 from cqjax.linalg.gram import accumulator
 from cqjax.solves.layer import Layer
-from cqjax.solves.layers import Layers
+from cqjax.solves.layers import for_each_layer
 from cqjax.solves.matrices import Matrices, along, decomposed, product
 from cqjax.solves.solve import check_number
 
@@ -65,28 +64,10 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
       weight updates over mini-batches (2020), Eqs. 49 and 50.
     """
     check_number(eps, "eps")
-
-    def init(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        captures: Captures | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
-        layers = Layers(updates, captures, "scale_by_nlms")
-        results = {label: _normalised(layer, eps) for label, layer in layers.items()}
-        return layers.replaced(results), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return for_each_layer(functools.partial(_normalised, eps), "scale_by_nlms")
 
 
-def _normalised(layer: Layer, eps: float) -> Matrices:
+def _normalised(eps: float, layer: Layer) -> Matrices:
     """The layer's update."""
     n = layer.terms
     if layer.block.statistic.diagonal:  # a lookup's one-hot rows have norm 1

@@ -84,25 +84,13 @@ def _by_patches(task: Task, compiles: int) -> Stepper:
 def _pinv(task: Task, compiles: int) -> Stepper:
     """The paper's formula without damping: one `pinv` for each layer."""
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        captures: cqjax.Captures | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, Any]:
-        del params, extra_args
-        layers, new = cqjax.Layers(updates, captures, "pinv"), {}
-        for label, layer in layers.items():
-            rows = layer.rows()
-            assert rows.h is not None
-            x = jnp.concatenate([rows.x, rows.h[..., None]], -1)
-            u = layer.terms * jnp.linalg.pinv(x) @ rows.dz
-            new[label] = cqjax.Matrices.parted(u, layer.has_bias)
-        return layers.replaced(new), state
+    def update(layer: cqjax.Layer) -> cqjax.Matrices:
+        rows = layer.rows()
+        assert rows.h is not None
+        x = jnp.concatenate([rows.x, rows.h[..., None]], -1)
+        return cqjax.Matrices.parted(layer.terms * jnp.linalg.pinv(x) @ rows.dz, layer.has_bias)
 
-    first = optax.GradientTransformationExtraArgs(optax.identity().init, update)
+    first = cqjax.for_each_layer(update, "pinv")
     return _capturing(task, optax.chain(first, optax.sgd(RATE)), compiles, "dual")
 
 

@@ -23,9 +23,9 @@ class Signals(cqjax.Statistic):
     zz: jax.Array
 
     @classmethod
-    def take(cls, site, x, dz, h, precision):
-        z = site.form.output.pack(dz)
-        return cls(jnp.einsum("bno,bnp->bop", z, z, precision=precision))
+    def take(cls, site, trip):
+        z = site.form.output.pack(trip.dz)
+        return cls(jnp.einsum("bno,bnp->bop", z, z, precision=trip.precision))
 
 
 @pytest.mark.parametrize("capture", [None, cqjax.Rows, cqjax.Gram])
@@ -90,17 +90,11 @@ def test_a_second_moment_that_was_not_captured():
         captures["w"][0].rows()
 
 
-@pytest.mark.parametrize("capture", ["rows", jax.Array, 3])
-def test_what_is_no_statistic(capture):
-    with pytest.raises(TypeError, match=r"^capture=.*: expected a class of statistics: cqjax.Rows"):
-        cqjax.value_and_grad(squared_error, capture=capture)
-
-
-@pytest.mark.parametrize("capture", [cqjax.Statistic, cqjax.Counts, cqjax.Inputs])
+@pytest.mark.parametrize(
+    "capture", ["rows", jax.Array, 3, cqjax.Statistic, cqjax.Counts, cqjax.Inputs]
+)
 def test_what_no_product_gives(capture):
-    with pytest.raises(
-        ValueError, match=rf"^capture=cqjax.{capture.__name__}: expected what every"
-    ):
+    with pytest.raises(TypeError, match=r"^capture=.*: expected cqjax.Rows, cqjax.Gram, or a"):
         cqjax.plan(squared_error, capture=capture)
 
 
