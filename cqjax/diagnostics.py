@@ -153,8 +153,8 @@ def report(
     """
     if updates is None and (learning_rate is not None or opt_state is not None):
         raise ValueError(
-            f"{_NAME}: learning_rate= or opt_state= without updates, whose effect the residuals "
-            "are and whose leaves the counts are of; expected updates=, as they are added to the "
+            f"{_NAME}: learning_rate= or opt_state= without updates, for which the residuals "
+            "and the counts are reported; expected updates=, as they are added to the "
             "parameters"
         )
     if updates is None:

@@ -47,7 +47,7 @@ ERRORS = {
     ),
     "no such factors": (
         lambda: scale_by_back_matching(plan(), factors="exact"),
-        "factors='exact': expected 'chain' or 'measured'",
+        "factors='exact': expected one of 'chain', 'measured'",
     ),
     "refreshed in between": (
         lambda: scale_by_back_matching(plan(), refresh_every=2.5),

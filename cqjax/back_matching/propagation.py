@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from cqjax.capture.options import check_option
+from cqjax.capture.checks import check_option
 from cqjax.capture.value_and_grad import value_and_grad
 from cqjax.transforms.consequentialism import scale_by_consequentialism
 

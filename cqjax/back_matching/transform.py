@@ -20,6 +20,7 @@ from cqjax.back_matching.rates import (
 from cqjax.back_matching.signals import signals
 from cqjax.back_matching.units import back_matching_units
 from cqjax.capture.captures import Captures
+from cqjax.capture.checks import check_option
 from cqjax.capture.plan import Plan
 from cqjax.linalg.gram import accumulator
 from cqjax.solves.layers import is_masked
@@ -96,8 +97,7 @@ def scale_by_back_matching(
       Zhang, Chen and Liu, Train feedforward neural network with layer-wise adaptive rate via
       approximating back-matching propagation, Algorithm 1 and section 3.2.
     """
-    if factors not in ("chain", "measured"):
-        raise ValueError(f"factors={factors!r}: expected 'chain' or 'measured'")
+    check_option(factors, ("chain", "measured"), "factors")
     if isinstance(refresh_every, int | float) and (refresh_every < 1 or refresh_every % 1):
         raise ValueError(f"refresh_every={refresh_every}: expected a whole number, one or more")
     if isinstance(decay, int | float) and not 0 <= decay < 1:

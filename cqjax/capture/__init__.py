@@ -1,1 +1,1 @@
-"""What is taken of a loss: statistics of its sites, by a plan, in one backward pass."""
+"""Captures statistics of a loss's sites, by a plan, in one backward pass."""

@@ -130,7 +130,7 @@ class Block:
         """What ∂L/∂Z is multiplied by for the virtual error of a row of the output.
 
         The virtual error is what the row's own example asks of it. A loss that averages over N
-        terms has it in ∂L/∂Z divided by N. Where all examples share the rows, ∂L/∂Z is a sum over
+        terms divides it by N in ∂L/∂Z. Where all examples share the rows, ∂L/∂Z is a sum over
         the examples already: then N is divided by their number.
         """
         return batch_size / examples if self.shared and examples is not None else batch_size

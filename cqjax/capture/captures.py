@@ -16,7 +16,7 @@ from cqjax.program.flow import Flow
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["sites", "gradients"], meta_fields=["block"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Capture:
     """What was captured for the sites that share one weight.
 
@@ -75,7 +75,7 @@ class Capture:
     data_fields=["blocks", "batch_size", "examples"],
     meta_fields=["parameters", "flow"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Captures(Mapping[str, tuple[Capture, ...]]):
     """Everything that one evaluation captured, by the parameter's path.
 

@@ -1,4 +1,4 @@
-"""What `value_and_grad` is asked for, and what of it cannot be meant."""
+"""The options of `value_and_grad`, and checks that they are valid."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cqjax.capture.checks import check_option, check_positive
 from cqjax.capture.parameters import Selector
 from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic
 
@@ -51,16 +52,6 @@ class Options(NamedTuple):
             ) from error
 
 
-def check_option(value: Any, allowed: Sequence[str], name: str) -> None:
-    """Refuses an option that is not one of those allowed.
-
-    Raises:
-      ValueError: names the option.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
-
-
 def _check_batch_size(size: Any, loss_reduction: str) -> None:
     if size is not None and jnp.ndim(size):
         raise ValueError(f"batch_size has shape {jnp.shape(size)}: expected a scalar")
@@ -72,8 +63,8 @@ def _check_batch_size(size: Any, loss_reduction: str) -> None:
 
 def _check_limits(max_dim: Any, block_size: Any) -> None:
     for name, value in (("max_dim", max_dim), ("block_size", block_size)):
-        if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
-            raise ValueError(f"{name}={value}: expected a positive integer")
+        if value is not None:
+            check_positive(value, name)
     if block_size is not None and (max_dim is None or block_size > max_dim):
         raise ValueError(
             f"block_size={block_size} with max_dim={max_dim}: expected max_dim, the size from "
@@ -90,6 +81,11 @@ def _check_capture(options: Options) -> None:
         raise TypeError(
             f"capture={capture!r}: expected cqjax.Rows, cqjax.Gram, or a class of your own that is "
             "derived from cqjax.Statistic"
+        )
+    if capture.every_trip and capture.fold is Statistic.fold:
+        raise TypeError(
+            f"capture={capture.__name__} has every_trip=True and no fold of its own, to merge the "
+            "axes of loops; expected both, as cqjax.Rows has"
         )
     if options.solver == "dual" and not issubclass(capture, Rows):
         raise ValueError(

@@ -25,9 +25,9 @@ class Parameter:
       path: its place in the parameters, keys joined by "/".
       shape: its shape.
       layer: class of the Flax layer that owns it; empty for other code.
-      status: "covered": its updates come from a solve; "partly covered": so they do, and the loss
-        uses the parameter elsewhere too; "uncovered": it keeps its gradient; "skipped": so it
-        does, as `only=` or `skip=` asked.
+      status: "covered": its updates come from a solve; "partly covered": likewise, but the loss
+        uses the parameter elsewhere too; "uncovered": it keeps its gradient; "skipped":
+        likewise, by `only=` or `skip=`.
       notes: what there is to know: its other uses, or why it is not covered.
     """
 

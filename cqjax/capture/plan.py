@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -103,6 +104,18 @@ def make_plan(
             notes = _notes_on_rows(path, blocks, batch_size, examples)
         parameters.append(Parameter(path, shape, classes, status, notes))
     return Plan(tuple(parameters), blocks, batch_size, examples, flow, options.signal)
+
+
+def check_plan(plan: Any) -> None:
+    """Refuses what is no plan.
+
+    Raises:
+      TypeError: says how to make one.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}; expected a Plan: cqjax.plan(loss_fn)(params, *args)"
+        )
 
 
 def _notes_on_rows(

@@ -1,4 +1,4 @@
-"""What a tap takes of one site, and what becomes of it on the way to a solve.
+"""Statistics that taps capture at a site, and how they reach a solve.
 
 A new statistic is one class: derive it from `Statistic`, and pass it as `capture=`.
 """
@@ -39,11 +39,12 @@ class Statistic:
 
     A subclass is a frozen dataclass of arrays, which `jax.tree_util.register_dataclass` knows. Its
     arrays have the axis B first (groups, members of an ensemble, layers scanned over). It defines
-    `take`. The other methods are right for what adds up over rows, as XᵀX does: what the trips of a
-    loop take of one weight, and what several devices take, is summed.
+    `take`. The other methods are right for sums over rows, as XᵀX is: they sum over the trips of a
+    loop with one weight, and over devices.
 
     Attributes:
-      every_trip: whether what the trips of a loop give is kept apart, rather than summed.
+      every_trip: whether what the trips of a loop give is kept apart, rather than summed. A class
+        that sets it defines `fold`, too.
       diagonal: whether `second_moment` is the diagonal (B, d) of a matrix that has nothing else.
 
     Examples:

@@ -72,7 +72,7 @@ def trace(
         batch_size=size,
         examples=arguments.shared_size((args, kwargs), ()) or None,
     )
-    _check_batch_size(plan)
+    _check_devices_agree(plan)
     return Traced(jaxpr, outputs, paths, plan)
 
 
@@ -114,7 +114,7 @@ def _check_manual_axes() -> None:
         )
 
 
-def _check_batch_size(plan: Plan) -> None:
+def _check_devices_agree(plan: Plan) -> None:
     reduced = {axis for block in plan.blocks for site in block.sites for axis in site.reduced}
     if axes := sorted(reduced & devices.varying(plan.batch_size)):
         raise ValueError(

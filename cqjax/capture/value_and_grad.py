@@ -11,7 +11,8 @@ from jax import lax
 
 from cqjax.capture import tracing
 from cqjax.capture.captures import Capture, Captures
-from cqjax.capture.options import Options, Signal, check_option
+from cqjax.capture.checks import check_option
+from cqjax.capture.options import Options, Signal
 from cqjax.capture.parameters import Selector
 from cqjax.capture.plan import Plan
 from cqjax.capture.statistics import Statistic
@@ -22,7 +23,7 @@ PyTree = Any
 
 
 class ValueAndGrad:
-    """A loss that also says what it met: the result of `value_and_grad`.
+    """A loss that also returns captures: the result of `value_and_grad`.
 
     Call it with the loss's arguments.
     """
@@ -125,8 +126,8 @@ def value_and_grad(
     Z̄ = ∂L/∂Z, or XᵀX.
 
     Call it under `jax.jit`, together with the update. Outside of `jax.jit` each call traces the
-    loss anew. And a transformation that is handed the very arrays of the gradient need not
-    compare them with it.
+    loss anew. Together, the update sees that it was handed the gradient's
+    own arrays, and need not compare.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` -> scalar loss, or `(loss, aux)` if `has_aux`.
@@ -196,16 +197,16 @@ def value_and_grad(
     """
     check_option(on_uncovered, ("fallback", "warn", "error"), "on_uncovered")
     options = Options(
-        only,
-        skip,
-        solver,
-        capture,
-        batch_size,
-        loss_reduction,
-        signal,
-        max_dim,
-        block_size,
-        precision,
+        only=only,
+        skip=skip,
+        solver=solver,
+        capture=capture,
+        batch_size=batch_size,
+        loss_reduction=loss_reduction,
+        signal=signal,
+        max_dim=max_dim,
+        block_size=block_size,
+        precision=precision,
     )
     options.check()
     return ValueAndGrad(loss_fn, has_aux, on_uncovered, options)

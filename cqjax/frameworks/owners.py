@@ -5,7 +5,7 @@ import contextvars
 from collections.abc import Iterator
 
 Keys = tuple[str, ...]
-"""The keys that lead to a parameter: the last of them, or all, after `ROOT`."""
+"""A parameter's keys: all of them, after `ROOT`, or the last few."""
 
 ROOT = ""
 

@@ -1,4 +1,4 @@
-"""What a loss's arguments other than the parameters say of it: the batch, and its size."""
+"""Which of a loss's arguments and constants are the batch, and its size."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def shared_size(arguments: PyTree, loss: Sequence[Any]) -> int | None:
 
     Args:
       arguments: the arguments.
-      loss: the loss's abstract value; nothing for the number of examples, whatever the loss.
+      loss: the loss's abstract value; empty to count the examples, whatever the loss is.
     """
     leaves = jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Aside))
     arrays = [leaf for leaf in leaves if _may_be_batch(leaf)]

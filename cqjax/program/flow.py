@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.extend.core import primitives
 
 from cqjax.program import jaxprs, marks
-from cqjax.program.forms import Convolution
 from cqjax.program.jaxprs import Equation
 from cqjax.program.sites import Site
 from cqjax.program.steps import Kind, Number, Position, Program, Step
@@ -40,8 +39,7 @@ class Node:
       scale: paths of the parameters that a normalisation multiplies by.
       bias: paths of those that it adds.
       sources: the nodes whose outputs it reads, by number.
-      pooled: the part of its output's positions that pooling leaves, before another layer reads
-        them.
+      pooled: the fraction of its output's positions that pooling leaves to the next layer.
       devices: how many devices have rows of their own of its output, within `jax.shard_map`.
     """
 
@@ -70,9 +68,9 @@ _Found = tuple[tuple[Node, ...], tuple[int, ...]]
 
 
 class Flow:
-    """The layers that a loss depends on, and which feeds which. Found when somebody asks.
+    """The layers that a loss depends on, and which feeds which. Found on first use.
 
-    Back-matching does, and nothing else. Two flows are equal if their layers are. So they are also
+    Only back-matching uses them. Two flows are equal if their layers are. So they are also
     found where JAX compares the captures that hold a flow: where these cross a `jax.jit` or a
     `jax.lax.scan`.
 
@@ -122,7 +120,7 @@ class _Trace(NamedTuple):
     """What has become of a layer's output on its way to a variable.
 
     Attributes:
-      pooled: the part of its positions that is left.
+      pooled: the fraction of its positions left.
       axes: the variable's axes that are positions; None where they are not known any more.
       averaged: the part that maxima or sums over whole axes have left. Those of the loss itself do
         not count: else the order in which it sums would change every rate.
@@ -161,13 +159,13 @@ class _Following:
         while True:
             for step in self._program.steps:
                 self._traces.update(zip(step.writes, self._step(step), strict=True))
-            # Once more, if a trip now leaves what the next one was not yet given.
+            # Repeat if a carry's next value has traces that it lacks.
             if all(self._step(step) == [self._traces[step.writes[0]]] for step in carries):
                 break
         return self._reached(self._traces.get(self._program.outputs[0], {}))
 
     def _reached(self, loss: _Traces) -> _Found:
-        """The layers on which the loss depends, which reads some of them directly."""
+        """The layers that the loss depends on, and those that it reads directly."""
         top = tuple(sorted(loss))
         nodes = list(self._nodes.values())
         reached, waiting = set(), list(top)
@@ -240,9 +238,7 @@ class _Following:
         """The site's output: a new layer's, whatever it reads."""
         name, start = " + ".join(site.view.paths), site.position[-1]
         node = Node(name, site.position, site, start, site.z, site.loops)
-        form = site.form
-        axes = form.spatial if isinstance(form, Convolution) else form.output.groups[1][1:]
-        return {self._node(node, args[site.operand]): _Trace(1.0, axes)}
+        return {self._node(node, args[site.operand]): _Trace(1.0, site.form.positions)}
 
     def _normalisation(
         self, step: Step, name: str, start: int, marked: int, result: _Traces

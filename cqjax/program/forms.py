@@ -38,6 +38,11 @@ class Product:
     axes: tuple[tuple[int, ...], ...]
     inputs: Layout
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Axes of the result along which rows are positions of one example."""
+        return self.output.groups[1][1:]
+
     def rows(self, x: jax.Array) -> jax.Array:
         """X: (B, n, d)."""
         return self.inputs.pack(x)
@@ -82,7 +87,7 @@ class Convolution:
       axes: for each axis of the result, which of `output.sizes` it is made of.
       window: how it moves over the input.
       lhs: which axes of the input are (batch, feature, *spatial).
-      spatial: which axes of the result are spatial.
+      positions: which axes of the result are spatial.
     """
 
     weight: Layout
@@ -90,7 +95,7 @@ class Convolution:
     axes: tuple[tuple[int, ...], ...]
     window: Window
     lhs: tuple[int, ...]
-    spatial: tuple[int, ...]
+    positions: tuple[int, ...]
 
     def rows(self, x: jax.Array) -> jax.Array:
         """The im2col matrix: (B, n, d), d running over the window, then over the channels."""
@@ -146,6 +151,11 @@ class Lookup:
     dimension_numbers: lax.GatherDimensionNumbers
     mode: lax.GatherScatterMode
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Axes of the result along which rows are positions of one example."""
+        return self.output.groups[1][1:]
+
     def counts(self, indices: jax.Array, dtype: Any) -> jax.Array:
         """How often each row of the table is read: (1, d).
 
@@ -174,7 +184,8 @@ Form = Product | Convolution | Lookup
 def matrix_form(equation: Equation, weight: int) -> Form | str:
     """The matrix form of an equation in which operand number `weight` is a parameter's view.
 
-    A new kind of product is one more class, and one more case here.
+    A new kind of product is one more class, and one more case here. It has what `Product` has. For
+    back-matching to match it, `matched.squared_norms` needs a case as well.
 
     Returns:
       The form, or why the equation is not a product with that operand in the weight's place.
@@ -241,7 +252,7 @@ def _convolution(equation: Equation, weight: int) -> Form | str:
             rhs_dilation=tuple(params["rhs_dilation"]),
         ),
         lhs=tuple(numbers.lhs_spec),
-        spatial=tuple(numbers.out_spec[2:]),
+        positions=tuple(numbers.out_spec[2:]),
     )
 
 

@@ -1,4 +1,4 @@
-"""The one place that knows how JAX represents a traced program.
+"""How JAX represents a traced program, where releases differ.
 
 JAX changes jaxprs between releases (after 0.10 it merged `ClosedJaxpr` into `Jaxpr` and dropped
 scan's `num_carry`), so everything here is read off public types and abstract values.
@@ -64,7 +64,7 @@ def bodies(eqn: core.JaxprEqn) -> list[Any]:
 
 
 def constants_within(eqn: core.JaxprEqn) -> list[Any]:
-    """The constants of the jaxprs within an equation, and of those within these."""
+    """The constants of the jaxprs within an equation, at every depth."""
     found = []
     for body in bodies(eqn):
         jaxpr, consts = opened(body)

@@ -27,7 +27,10 @@ from cqjax.program.taps import Body, Rule
 
 
 def rules(flow: Flow) -> dict[Position, Rule]:
-    """The rules of all products and normalisations that the loss depends on, by position."""
+    """The rules of all products and normalisations that the loss depends on, by position.
+
+    A lookup has none: its input, indices, gets no signal.
+    """
     return {
         node.position: _product(node.site) if node.site else _normalisation(node)
         for node in flow.nodes
@@ -125,7 +128,7 @@ def _is_statistic(equation: Equation, size: int) -> bool:
 
 @jax.custom_vjp
 def _divided(x: jax.Array, norms: jax.Array) -> jax.Array:
-    """The identity on x, whose signal is divided by the norms; 0 where they are."""
+    """The identity on x; divides its signal by the norms, 0 where they are 0."""
     del norms
     return x
 

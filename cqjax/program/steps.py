@@ -1,7 +1,7 @@
 """A loss's program as one flat list of steps.
 
 A jaxpr is a tree: equations have bodies, which have equations. Here it is made a list, once, and
-every analysis is a loop over it. `jit`, `remat` and `closed_call` leave no trace but the steps of
+every analysis is a loop over it. `jit`, `remat` and `closed_call` are replaced by the steps of
 their bodies. The bodies of `scan` and `cond` are entered too; what happens to a variable at their
 borders is a step of a kind of its own. Everything else is opaque: one step, whatever is inside.
 
@@ -26,20 +26,21 @@ Position = tuple[int, ...]
 Number = int | None
 """A variable that is read; None for a literal."""
 
-_CALLS = frozenset({primitives.jit_p, primitives.remat_p, primitives.closed_call_p})
+CALLS = frozenset({primitives.jit_p, primitives.remat_p, primitives.closed_call_p})
+"""Primitives that do what their body does, and no more."""
 
 
 class Kind(enum.Enum):
     """What a step does.
 
     All but `EQUATION` stand at the border of a body. `ENTER`, `SLICE`, `LAST` and `STACK` do the
-    same to each of their variables: what they write i-th depends on what they read i-th alone.
+    same to each of their variables: the i-th that they write depends on the i-th read alone.
     """
 
     EQUATION = enum.auto()
     ENTER = enum.auto()  # into a branch, or as a constant of a scan: the same value
     SLICE = enum.auto()  # into a scan: one trip's part
-    CARRY = enum.auto()  # into a scan: (first, next), the first trip's and what each trip leaves
+    CARRY = enum.auto()  # into a scan: (first, next), the initial value and each trip's result
     LAST = enum.auto()  # out of a scan: what the last trip leaves of a carry
     STACK = enum.auto()  # out of a scan: what all trips leave, stacked
     JOIN = enum.auto()  # out of a `cond`: (index, *results), one result for each branch
@@ -145,7 +146,7 @@ class _Flattening:
         return Program(tuple(self._steps), inputs, tuple(outputs)), self._constants
 
     def _new(self, number: int) -> tuple[int, ...]:
-        """Variables that nobody has yet."""
+        """The numbers of new variables."""
         self._count += number
         return tuple(range(self._count - number, self._count))
 
@@ -174,7 +175,7 @@ class _Flattening:
         `taps.Evaluation`, which evaluates it.
         """
         params = eqn.params
-        if eqn.primitive in _CALLS:
+        if eqn.primitive in CALLS:
             if eqn.primitive is primitives.remat_p:
                 place = place._replace(recomputed=True)
             return self._body(params.get("jaxpr", params.get("call_jaxpr")), reads, place)
@@ -203,7 +204,7 @@ class _Flattening:
             border, carries = len(self._steps), self._new(carry)
             inner = place._replace(loops=(*place.loops, params["length"]))
             results = self._body(params["jaxpr"], (*constants, *carries, *slices), inner)
-            # A carry that the body hands on as it is, is a constant. That is known only now, and
+            # A carry that the body returns unchanged is a constant. That is known only now, and
             # the steps that bring the carries in belong before the body.
             enters, finals = [], []
             for first, inside, after in zip(firsts, carries, results[:carry], strict=True):

@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 
 from cqjax.linalg import devices
 from cqjax.program import jaxprs
-from cqjax.program.steps import Position
+from cqjax.program.steps import CALLS, Position
 
 Shaped = tuple[tuple[int, ...], Any]
 """A shape and a dtype."""
@@ -29,7 +29,7 @@ Probes = dict[Position, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """What is taken out of the backward pass at one equation.
+    """What the backward pass captures at one equation.
 
     Attributes:
       statistic: what one trip contributes, of the activation x and the signal dz.
@@ -134,7 +134,7 @@ class Evaluation:
     def _inside(
         self, eqn: core.JaxprEqn, args: list[Any], probes: Probes, at: Position, level: int
     ) -> list[Any]:
-        """Evaluates an equation with sites in its body, by the public call that makes such one."""
+        """Evaluates an equation with sites in its body, by the public JAX function for it."""
         params = eqn.params
         if eqn.primitive is primitives.scan_p:
             return self._scan(eqn, args, probes, at, level)
@@ -144,6 +144,7 @@ class Evaluation:
                 for i, branch in enumerate(params["branches"])
             ]
             return lax.switch(args[0], branches, args[1:], probes)
+        assert eqn.primitive in CALLS
         body = self._function(params.get("jaxpr", params.get("call_jaxpr")), at, level)
         if eqn.primitive is primitives.remat_p:
             body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])

@@ -54,8 +54,8 @@ class View:
     Attributes:
       path: the parameter, where nothing has been moved yet; else None.
       shape: shape of one trip's operand: without the axes scanned over.
-      primitive: the last operation; None for the parameter itself, and for a slice of `args[0]`
-        that one more scan takes.
+      primitive: the last operation; None for the parameter itself, and where one more scan
+        slices `args[0]`.
       options: the operation's parameters.
       args: views of its operands.
       output: which of its results this is.

@@ -1,4 +1,4 @@
-"""One loop over a program: where parameters meet activations, or anything else.
+"""One loop over a program: finds parameters' products, and their other uses.
 
 Every variable gets a tag: a `View` of parameters, a `Spread` (a view broadcast to more axes: a bias
 on its way), an `Output` (a site's result, possibly transposed or reshaped), or nothing. Where a
@@ -8,7 +8,7 @@ view enters a product with an activation there is a site; whatever else it enter
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 from jax.extend.core import primitives
@@ -73,7 +73,7 @@ class _Walk:
             for number, path, aval in zip(program.inputs, paths, avals, strict=False)
         }
         self._sites: list[Site] = []
-        self._reads: list[int] = []  # of each site's output: how often it is used as it is
+        self._reads: list[int] = []  # how often each site's output is read, by a bias too
         self._uses: dict[str, list[Use]] = {path: [] for path in paths}
 
     def record(self) -> Record:
@@ -89,12 +89,12 @@ class _Walk:
 
     def _step(self, step: Step, needed: Set[int]) -> None:
         """Gives tags to what a step writes, as far as it is needed."""
-        if step.kind is Kind.LAST:
-            # What a trip leaves may be needed by the next one only, and not after the last.
-            self._leave([n for n in step.reads if n in needed], "is returned by a scan")
-        elif needed.isdisjoint(step.writes):
-            return
         match step.kind:
+            case Kind.LAST:
+                # What a trip leaves may be needed by the next one only, and not after the last.
+                self._leave([n for n in step.reads if n in needed], "is returned by a scan")
+            case _ if needed.isdisjoint(step.writes):
+                pass
             case Kind.EQUATION:
                 args = [self._tags.get(n) for n in step.reads]
                 if any(tag is not None for tag in args):
@@ -112,11 +112,13 @@ class _Walk:
                         self._leave([read], "is returned by a scan")
             case Kind.JOIN:
                 self._leave(step.reads[1:], "is returned by a branch")
+            case _:
+                assert_never(step.kind)
 
     def _entering(self, step: Step, read: Number) -> Tag:
         """The tag that a variable has inside of the body that it enters.
 
-        A site's output is not followed into a body: a bias that is added there is no site's.
+        A site's output is not followed into a body: no site gets a bias added there.
         """
         tag = self._tags.get(read)
         if isinstance(tag, Output):
@@ -230,12 +232,12 @@ class _Walk:
         """Takes the bias from sites whose output is used without it as well.
 
         The gradient of such a bias is not the sum over the rows of ∂L/∂Z, which also has a part
-        from the other use. So it is no further feature of the site's X.
+        from the other use. So it cannot be a further feature of X.
         """
         for i, site in enumerate(self._sites):
             if site.bias is not None and self._reads[i] > 1:
                 reason = "is added to an output that is used without it too"
-                self._use(site.bias.view, Use(reason, (), ""))
+                self._use(site.bias.view, Use(reason, (), primitives.add_p.name))
                 self._sites[i] = dataclasses.replace(site, bias=None)
 
 

@@ -1,1 +1,1 @@
-"""What a transformation is told of each layer, the solves, and what is kept between steps."""
+"""Each layer's record for transformations, the solves, and their state between steps."""

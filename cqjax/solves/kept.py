@@ -1,7 +1,7 @@
 """What is kept between steps: moving averages of XᵀX, and inverses.
 
-Both hold rows of other batches. They are of use for a batch whose rows they do not hold only where
-a batch's rows span the features (`Block.spans`). Of normal rows, λ = 1e-3 and n = 70 rows of d = 64
+Both come from other batches' rows. For a new batch they are of use only where a batch's rows span
+the features (`Block.spans`). Of normal rows, λ = 1e-3 and n = 70 rows of d = 64
 features, an inverse that was kept for five steps made updates of norm 450 to 780, and an average
 that saw one in five batches of n = 8 rows made them 3e5, where the exact ones have norm 5 to 16. No
 solve fails then. So such weights are solved for with each batch's own rows.
@@ -109,7 +109,7 @@ def if_due(
     kept: _T,
     lacking: jax.Array | bool = False,
 ) -> _T:
-    """Something new in one of `period` updates, or where there is none yet; else what was kept."""
+    """A new value in one of `period` updates, or where there is none yet; else the kept one."""
     if period is None or period == 1:
         return renew()
     return lax.cond((count % period == 0) | lacking, renew, lambda: kept)
@@ -201,7 +201,7 @@ def update_inverses(
 
     Until an attempt succeeds, there is one in each update. It fails, too, where the inverse has
     grown `GROWTH` times since the last: a batch whose rows are all alike says nothing of others.
-    If the next one says the same, it is believed.
+    If the next attempt agrees, it is accepted.
 
     Returns:
       The inverses, and (B,) bool, whether the attempt at one failed.

@@ -1,8 +1,8 @@
 """One layer, as a transformation sees it: what came in for it, and what was captured.
 
 The updates that reach a transformation are the gradient, unless an earlier member of the chain
-changed it. Where a method computes from rows, and not from the updates, a layer's record says what
-has become of the gradient, so that it is not lost.
+changed it. A method that computes from rows, not from the updates, would lose that change: so
+a layer's record shows both.
 """
 
 import dataclasses

@@ -248,7 +248,7 @@ def is_masked(leaf: Any) -> bool:
 
 
 def masked_paths(tree: optax.Params, blocks: Iterable[Block]) -> set[str]:
-    """The paths at which `optax.masked` has taken a place, and those of blocks' parameters below.
+    """The paths of `optax.masked`'s placeholders, and those of blocks' parameters below.
 
     A mask may be a prefix of the parameters' tree: then it takes whole subtrees.
     """

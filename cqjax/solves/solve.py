@@ -7,13 +7,11 @@ That is the one definition of the update, for both solvers. Where H is the gradi
 cheap way to it. Where an earlier member of a chain changed H, the dual takes a second term.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from cqjax.linalg import gram, ridge
@@ -45,8 +43,8 @@ class Solve(NamedTuple):
 
     Attributes:
       system: the matrix and its damping.
-      update: makes the update of the inverse, and a row of the solution, (B, o). What is not finite
-        in a column of the solution is not so in any row: one row shows it.
+      update: makes the update from the inverse, and a row of the solution, (B, o). A column of the
+        solution is finite in all rows or in none: one row shows it.
     """
 
     system: ridge.System
@@ -156,13 +154,3 @@ def _dual_system(layer: Layer, damping: Damping, precision: lax.PrecisionLike) -
     xx = gram.outer(rows.x, rows.h, precision)
     rank = min(block.rows, block.features + layer.has_bias)
     return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
-
-
-def check_number(value: Any, name: str) -> None:
-    """Refuses a Python number that is no damping; values that may be traced are not looked at.
-
-    Raises:
-      ValueError: it is negative, infinite or NaN.
-    """
-    if isinstance(value, int | float | np.number) and not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name}={value}: expected a finite number, zero or more")

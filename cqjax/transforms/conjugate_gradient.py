@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cqjax.capture.checks import check_option
 from cqjax.solves.matrices import finite
 
 Beta = Literal["fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan"]
@@ -125,8 +126,8 @@ def scale_by_conjugate_gradient(
     # Hestenes and Stiefel's β is the default since it alone converged in all of 80 runs: on
     # Rosenbrock's function in 2 and in 10 dimensions, by four line searches, from ten starts. In 10
     # dimensions the two β with r² in the numerator jammed.
-    _check(beta, "beta", Beta)
-    _check(on_ascent, "on_ascent", OnAscent)
+    check_option(beta, get_args(Beta), "beta")
+    check_option(on_ascent, get_args(OnAscent), "on_ascent")
     by_change = beta in {"polak_ribiere", "hestenes_stiefel"}
     by_slope = beta in {"hestenes_stiefel", "dai_yuan"}
 
@@ -180,16 +181,6 @@ def scale_by_conjugate_gradient(
         return p, optax.tree.cast_like(new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check(name: str, argument: str, names: Any) -> None:
-    """Refuses a name that is not among `names`.
-
-    Raises:
-      ValueError: it is none of them.
-    """
-    if name not in get_args(names):
-        raise ValueError(f"{argument}={name!r}: expected one of {', '.join(get_args(names))}")
 
 
 def _inner(a: optax.Updates, b: optax.Updates) -> jax.Array:

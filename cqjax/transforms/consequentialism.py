@@ -13,14 +13,15 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from cqjax.capture.captures import Captures
-from cqjax.capture.plan import Plan
+from cqjax.capture.checks import check_number, check_positive
+from cqjax.capture.plan import Plan, check_plan
 from cqjax.linalg import devices, ridge
 from cqjax.solves import kept, solve
 from cqjax.solves.kept import Kept, Moment
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers, is_masked
 from cqjax.solves.matrices import Matrices
-from cqjax.solves.solve import Damping, check_number
+from cqjax.solves.solve import Damping
 
 Schedule = float | jax.Array | Callable[[chex.Numeric], chex.Numeric]
 
@@ -215,11 +216,8 @@ def _check_kept(plan: Plan | None, update_every: Any, ema_decay: Any, capture_ev
     """
     periods = {"update_every": update_every, "capture_every": capture_every}
     for name, value in periods.items():
-        if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
-            raise ValueError(
-                f"{name}={value}: expected a positive Python integer (with "
-                f'optax.inject_hyperparams: static_args="{name}")'
-            )
+        if value is not None:
+            check_positive(value, name, f' (optax.inject_hyperparams: static_args="{name}")')
     if isinstance(ema_decay, int | float | np.number) and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay={ema_decay}: expected at least 0 and less than 1")
     if capture_every is not None and ema_decay is None:
@@ -227,10 +225,8 @@ def _check_kept(plan: Plan | None, update_every: Any, ema_decay: Any, capture_ev
             f"capture_every={capture_every} without ema_decay: it says how often the moving "
             "average is given a batch; update_every takes the batch that it comes with"
         )
-    if plan is not None and not isinstance(plan, Plan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__}; expected a Plan: cqjax.plan(loss_fn)(params, *args)"
-        )
+    if plan is not None:
+        check_plan(plan)
     if plan is None and (update_every is not None or ema_decay is not None):
         raise ValueError(
             "update_every and ema_decay keep statistics between updates, of which init must know "

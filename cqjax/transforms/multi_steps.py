@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from cqjax.capture.captures import Capture, Captures
-from cqjax.capture.plan import Plan
+from cqjax.capture.checks import check_positive
+from cqjax.capture.plan import Plan, check_plan
 from cqjax.capture.statistics import Rows
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
@@ -172,7 +172,7 @@ def multi_steps(
     data_fields=["sites", "gradients", "moment"],
     meta_fields=["block"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Sum(Capture):
     """What several calls captured of one weight: no statistic of a site, but their moments' sum."""
 
@@ -190,7 +190,7 @@ class _Sum(Capture):
 
 
 def _sums(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates) -> list[_Sum]:
-    """The captures of a whole batch, of which the plan is; of the weights that have a moment."""
+    """The captures of the plan's whole batch, for the weights that have a moment."""
     leaves = by_path(gradients)
     captures = []
     for label, block in zip(labelled(plan.blocks), plan.blocks, strict=True):
@@ -239,12 +239,8 @@ def _check(every_k: Any, plan: Any) -> None:
       ValueError: names what is out of range, or too large.
       TypeError: the plan is none.
     """
-    if not isinstance(every_k, int | np.integer) or every_k < 1:
-        raise ValueError(f"every_k={every_k}: expected a positive Python integer")
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__}; expected a Plan: cqjax.plan(loss_fn)(params, *args)"
-        )
+    check_positive(every_k, "every_k")
+    check_plan(plan)
     for block in plan.blocks:
         if not block.statistic.diagonal and not block.small("primal"):
             raise ValueError(

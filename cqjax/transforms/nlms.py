@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cqjax.capture.checks import check_number
 from cqjax.linalg.gram import accumulator
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import for_each_layer
 from cqjax.solves.matrices import Matrices, along, decomposed, product
-from cqjax.solves.solve import check_number
 
 
 def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:

@@ -98,6 +98,23 @@ def test_what_no_product_gives(capture):
         cqjax.plan(squared_error, capture=capture)
 
 
+class Apart(Signals):
+    """Keeps trips apart, and does not say how they are merged."""
+
+    every_trip = True
+
+
+def test_trips_kept_apart_must_be_merged():
+    with pytest.raises(TypeError, match=r"^capture=Apart has every_trip=True and no fold of"):
+        cqjax.plan(squared_error, capture=Apart)
+
+
+def test_captures_can_be_compared():
+    params, x, y = problem(6, 4, 2)
+    found = [cqjax.value_and_grad(squared_error)(params, x, y)[2] for _ in range(2)]
+    assert found[0] == found[0] and found[0] != found[1]
+
+
 def test_blocks_are_of_second_moments():
     with pytest.raises(ValueError, match=r"^capture=Rows with block_size=2: .*capture=cqjax.Gram"):
         cqjax.plan(squared_error, capture=cqjax.Rows, max_dim=4, block_size=2)

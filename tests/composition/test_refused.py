@@ -120,7 +120,7 @@ def test_every_message_of_the_document_is_one_that_is_raised():
 
 
 def test_other_arguments_of_multi_steps():
-    with pytest.raises(ValueError, match="every_k=0: expected a positive Python integer"):
+    with pytest.raises(ValueError, match="every_k=0: expected a positive integer"):
         cqjax.multi_steps(OURS, 0, plan=plan())
     with pytest.raises(TypeError, match="plan is a NoneType; expected a Plan: cqjax.plan"):
         cqjax.multi_steps(OURS, 2, plan=None)

@@ -85,3 +85,16 @@ def test_it_outlives_the_mesh():
         )
     )(PARAMS, X)
     assert [node.devices for node in plans[0].flow.nodes] == [1, 4, 1]
+
+
+def test_what_is_merely_added_is_known():
+    """Also a bias that its layer's output is used without: it passes the signal as it is."""
+
+    def loss_fn(params, x):
+        z = x @ params["w"]
+        return jnp.mean((z + params["b"]) ** 2 + z) + jnp.mean(x * params["scale"])
+
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "scale": jnp.ones(3)}
+    plan = cqjax.plan(loss_fn, signal="matched")(params, X)
+    assert plan.uncovered().keys() == {"b", "scale"}
+    assert plan.unmatched == ("scale",)

@@ -337,7 +337,7 @@ def test_derivatives_pass_through(beta):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="beta='newton': expected one of fletcher_reeves, pol"):
+    with pytest.raises(ValueError, match="beta='newton': expected one of 'fletcher_reeves', 'pol"):
         cqjax.scale_by_conjugate_gradient("newton")
-    with pytest.raises(ValueError, match="on_ascent='stop': expected one of restart, reverse"):
+    with pytest.raises(ValueError, match="on_ascent='stop': expected one of 'restart', 'reverse'"):
         cqjax.scale_by_conjugate_gradient(on_ascent="stop")

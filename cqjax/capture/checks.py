@@ -1,0 +1,37 @@
+"""Refuses arguments that cannot be meant. Values that may be traced are not looked at."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def check_option(value: Any, allowed: Sequence[str], name: str) -> None:
+    """Refuses an option that is not one of those allowed.
+
+    Raises:
+      ValueError: names the option.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+def check_positive(value: Any, name: str, hint: str = "") -> None:
+    """Refuses what is no positive Python integer.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    if not (isinstance(value, int | np.integer) and value >= 1):
+        raise ValueError(f"{name}={value}: expected a positive integer{hint}")
+
+
+def check_number(value: Any, name: str) -> None:
+    """Refuses a Python number that is negative, infinite or NaN.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    if isinstance(value, int | float | np.number) and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value}: expected a finite number, zero or more")
