@@ -22,7 +22,7 @@ class ValueAndGrad:
     def __init__(
         self, loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, options: dict[str, Any]
     ):
-        functools.update_wrapper(self, loss_fn)
+        functools.update_wrapper(self, loss_fn, updated=())  # its attributes are not ours
         self._has_aux = has_aux
         self._wrt = wrt
         pure = modules.functional(loss_fn, has_aux)

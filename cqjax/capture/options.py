@@ -10,7 +10,7 @@ from jax import lax
 
 from cqjax.capture.checks import check_option, check_positive
 from cqjax.capture.parameters import Selector
-from cqjax.capture.statistics import Counts, Gram, Inputs, Rows, Statistic
+from cqjax.capture.statistics import Gram, Inputs, Rows, Statistic
 
 Signal = Literal["gradient", "matched"]
 
@@ -77,10 +77,11 @@ def _check_capture(options: Options) -> None:
     if capture is None:
         return
     statistic = isinstance(capture, type) and issubclass(capture, Statistic)
-    if not statistic or capture in (Statistic, Counts, Inputs):  # these, not every product can give
+    # A diagonal second moment is a lookup's.
+    if not statistic or capture in (Statistic, Inputs) or capture.diagonal:
         raise TypeError(
-            f"capture={capture!r}: expected cqjax.Rows, cqjax.Gram, or a class of your own that is "
-            "derived from cqjax.Statistic"
+            f"capture={capture!r}: expected cqjax.Rows, cqjax.Gram, or a class of your own derived "
+            "from cqjax.Statistic, with diagonal=False"
         )
     if capture.every_trip and capture.fold is Statistic.fold:
         raise TypeError(

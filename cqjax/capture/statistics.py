@@ -45,7 +45,7 @@ class Statistic:
     Attributes:
       every_trip: whether what the trips of a loop give is kept apart, rather than summed. A class
         that sets it defines `fold`, too.
-      diagonal: whether `second_moment` is the diagonal (B, d) of a matrix that has nothing else.
+      diagonal: whether `second_moment` is the diagonal (B, d) of XᵀX: a lookup's alone.
 
     Examples:
       The second moment of the gradients, as K-FAC has it (docs/extending.md builds K-FAC on it):

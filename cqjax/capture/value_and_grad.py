@@ -31,7 +31,7 @@ class ValueAndGrad:
     def __init__(
         self, loss_fn: Callable[..., Any], has_aux: bool, on_uncovered: str, options: Options
     ):
-        functools.update_wrapper(self, loss_fn)
+        functools.update_wrapper(self, loss_fn, updated=())  # its attributes are not ours
         self._loss_fn = loss_fn
         self._has_aux = has_aux
         self._on_uncovered = on_uncovered

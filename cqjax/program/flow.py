@@ -93,7 +93,7 @@ class Flow:
         """The layers that the loss reads directly, by number."""
         return self._found[1]
 
-    @property
+    @functools.cached_property
     def unknown(self) -> tuple[str, ...]:
         """Paths of parameters that belong to none of the layers, and are not merely added."""
         known = {path for node in self.nodes for path in node.paths}
@@ -109,11 +109,22 @@ class Flow:
 
     def __eq__(self, other: object) -> bool:
         """Whether the other's layers are the same."""
-        return self is other or (isinstance(other, Flow) and self._found == other._found)
+        return self is other or (isinstance(other, Flow) and self._state == other._state)
 
     def __hash__(self) -> int:
         """A hash of the layers."""
         return hash(self._found)
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        return {"_found": self._found, "unknown": self.unknown}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: the layers, for which it needs the program no more.
+
+        Primitives are told apart by identity, and a copy of one is another.
+        """
+        return self._state
 
 
 class _Trace(NamedTuple):
@@ -157,6 +168,7 @@ class _Following:
     def found(self) -> _Found:
         carries = [step for step in self._program.steps if step.kind is Kind.CARRY]
         while True:
+            self._reads.clear()  # a pass may see more left of a layer than the last one does
             for step in self._program.steps:
                 self._traces.update(zip(step.writes, self._step(step), strict=True))
             # Repeat if a carry's next value has traces that it lacks.
@@ -209,7 +221,7 @@ class _Following:
                     {i: trace._replace(axes=None) for i, trace in traces.items()}
                     for traces in reads
                 ]
-            case Kind.ENTER | Kind.LAST:
+            case Kind.ENTER | Kind.CLOSE | Kind.LAST:
                 return reads
 
     def _equation(self, step: Step, args: Sequence[_Traces]) -> Sequence[_Traces]:

@@ -33,12 +33,13 @@ CALLS = frozenset({primitives.jit_p, primitives.remat_p, primitives.closed_call_
 class Kind(enum.Enum):
     """What a step does.
 
-    All but `EQUATION` stand at the border of a body. `ENTER`, `SLICE`, `LAST` and `STACK` do the
+    All but `EQUATION` stand at the border of a body. All but `EQUATION`, `CARRY` and `JOIN` do the
     same to each of their variables: the i-th that they write depends on the i-th read alone.
     """
 
     EQUATION = enum.auto()
     ENTER = enum.auto()  # into a branch, or as a constant of a scan: the same value
+    CLOSE = enum.auto()  # into a platform's branch: the same, but taps cannot follow
     SLICE = enum.auto()  # into a scan: one trip's part
     CARRY = enum.auto()  # into a scan: (first, next), the initial value and each trip's result
     LAST = enum.auto()  # out of a scan: what the last trip leaves of a carry
@@ -46,7 +47,7 @@ class Kind(enum.Enum):
     JOIN = enum.auto()  # out of a `cond`: (index, *results), one result for each branch
 
 
-_ONE_BY_ONE = frozenset({Kind.ENTER, Kind.SLICE, Kind.LAST, Kind.STACK})
+_ONE_BY_ONE = frozenset({Kind.ENTER, Kind.CLOSE, Kind.SLICE, Kind.LAST, Kind.STACK})
 
 
 class Step(NamedTuple):
@@ -186,10 +187,10 @@ class _Flattening:
             self._steps.append(Step(kind, equation, *place, tuple(reads), writes))
             return writes
 
-        # Branches for several platforms are left closed: one of them is compiled, unknown which.
-        if eqn.primitive is primitives.cond_p and not params.get("branches_platforms"):
+        if eqn.primitive is primitives.cond_p:
             index, *operands = reads
-            inputs = step(Kind.ENTER, operands, len(operands))
+            kind = Kind.CLOSE if params.get("branches_platforms") else Kind.ENTER
+            inputs = step(kind, operands, len(operands))
             branches = [
                 self._body(branch, inputs, place.at(i))
                 for i, branch in enumerate(params["branches"])
@@ -211,7 +212,10 @@ class _Flattening:
                 kept = after == inside
                 kind, read = (Kind.ENTER, (first,)) if kept else (Kind.CARRY, (first, after))
                 enters.append(Step(kind, equation, *place, read, (inside,)))
-                finals += [first] if kept else step(Kind.LAST, (after,), 1)
+                if kept or not params["length"]:
+                    finals.append(first)  # without trips, too, the first value is the last
+                else:
+                    finals += step(Kind.LAST, (after,), 1)
             self._steps[border:border] = enters
             return [*finals, *step(Kind.STACK, results[carry:], len(results) - carry)]
         # `custom_jvp` and `custom_vjp` stay closed. Their rule takes the place of the body's, so a

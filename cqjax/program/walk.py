@@ -100,35 +100,35 @@ class _Walk:
                 if any(tag is not None for tag in args):
                     results = self._equation(step, args)
                     self._tags.update(zip(step.writes, results, strict=True))
-            case Kind.ENTER | Kind.SLICE:
+            case Kind.ENTER | Kind.CLOSE | Kind.SLICE | Kind.STACK:
                 for read, written in zip(step.reads, step.writes, strict=True):
                     if written in needed:
-                        self._tags[written] = self._entering(step, read)
+                        self._tags[written] = self._crossing(step, read)
             case Kind.CARRY:
                 self._leave(step.reads[:1], "is changed from trip to trip of a scan")
-            case Kind.STACK:
-                for read, written in zip(step.reads, step.writes, strict=True):
-                    if written in needed:
-                        self._leave([read], "is returned by a scan")
             case Kind.JOIN:
                 self._leave(step.reads[1:], "is returned by a branch")
             case _:
                 assert_never(step.kind)
 
-    def _entering(self, step: Step, read: Number) -> Tag:
-        """The tag that a variable has inside of the body that it enters.
+    def _crossing(self, step: Step, read: Number) -> Tag:
+        """The tag that a variable has on the other side of a border.
 
         A site's output is not followed into a body: no site gets a bias added there.
         """
         tag = self._tags.get(read)
         if isinstance(tag, Output):
             self._leave([read], "")
-            return None
-        if step.kind is Kind.ENTER:
+        elif step.kind is Kind.ENTER:
             return tag
-        if isinstance(tag, View):
+        elif step.kind is Kind.CLOSE:
+            self._leave([read], "enters a branch for one platform")
+        elif step.kind is Kind.STACK:
+            self._leave([read], "is returned by a scan")
+        elif isinstance(tag, View):
             return views.sliced(tag, len(step.loops))
-        self._leave([read], "is broadcast and scanned over")
+        else:
+            self._leave([read], "is broadcast and scanned over")
         return None
 
     def _equation(self, step: Step, args: list[Tag]) -> Sequence[Tag]:

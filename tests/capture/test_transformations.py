@@ -245,3 +245,19 @@ def test_memory_under_remat_does_not_grow_by_the_activations():
     growth = ours.temp_size_in_bytes - plain.temp_size_in_bytes
     activation = 4 * rows * width
     assert growth < 2 * activation  # all layers' would be `layers` times that
+
+
+@pytest.mark.parametrize("attribute", ["plan", "__call__"])
+def test_a_losss_attributes_are_its_own(attribute):
+    """Those of a callable object, too, do not take the place of ours."""
+
+    class Loss:
+        def __call__(self, params, x):
+            return jnp.mean(x @ params["w"])
+
+    loss_fn = Loss()
+    setattr(loss_fn, attribute, "the loss's own")
+    params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    differentiate = cqjax.value_and_grad(loss_fn)
+    assert differentiate.plan(params, x).parameters[0].status == "covered"
+    assert differentiate(params, x)[0] == 3

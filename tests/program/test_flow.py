@@ -1,5 +1,8 @@
 """The flow of layers is found when somebody asks for it, and outlives the trace."""
 
+import copy
+import pickle
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -98,3 +101,60 @@ def test_what_is_merely_added_is_known():
     plan = cqjax.plan(loss_fn, signal="matched")(params, X)
     assert plan.uncovered().keys() == {"b", "scale"}
     assert plan.unmatched == ("scale",)
+
+
+def pooled_loss(params, x):
+    """A convolution, then pooling in another layout, then a dense layer."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    z = jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", dimension_numbers=numbers)
+    z = z.transpose(0, 3, 1, 2)
+    z = jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+    return jnp.mean((z.reshape(len(z), -1) @ params["w"]) ** 2)
+
+
+POOLED = {"k": jnp.ones((3, 3, 1, 2)), "w": jnp.ones((8, 2))}
+SQUARES = jnp.ones((5, 4, 4, 1))
+
+
+def pickled(plan):
+    return pickle.loads(pickle.dumps(plan))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_has_the_same_layers(copied):
+    """Though the primitives of a copied program are others."""
+    plan = cqjax.plan(pooled_loss)(POOLED, SQUARES)
+    flow = copied(plan).flow
+    assert [node.pooled for node in flow.nodes] == [0.25, 1.0]
+    assert flow == plan.flow and flow.unknown == plan.flow.unknown == ()
+
+
+def handed_down(params, x):
+    """Three carries, of which each trip moves one to the next; the last is read."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    z = jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", dimension_numbers=numbers)
+    a = jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    b = z.reshape(-1, 4, 2)[::4].reshape(a.shape)  # where its positions are is lost
+    carries = a, b, jnp.zeros_like(a)
+    (_, _, last), _ = jax.lax.scan(lambda c, _: ((c[0], c[0] * 1.0, c[1]), None), carries, None, 2)
+    return jnp.mean((last.reshape(len(x), -1) @ params["w"]) ** 2)
+
+
+def test_what_a_pass_sees_before_a_scan_has_settled_does_not_count():
+    """b's first value has lost its positions; the other's, that replace it, are a quarter."""
+    plan = cqjax.plan(handed_down)(POOLED, SQUARES)
+    assert [node.pooled for node in plan.flow.nodes] == [0.25, 1.0]
+
+
+def test_pooling_in_branches_for_platforms():
+    def pool(z):
+        return jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    def loss_fn(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        z = jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", dimension_numbers=numbers)
+        z = jax.lax.platform_dependent(z, cpu=pool, default=pool)
+        return jnp.mean((z.reshape(len(z), -1) @ params["w"]) ** 2)
+
+    plan = cqjax.plan(loss_fn)(POOLED, SQUARES)
+    assert [node.pooled for node in plan.flow.nodes] == [0.25, 1.0]

@@ -203,3 +203,46 @@ def test_a_weight_that_a_trip_replaces():
         "v": ("uncovered", ("is returned by a scan",)),
         "w": ("uncovered", ("is changed from trip to trip of a scan",)),
     }
+
+
+def no_trips(params, xs):
+    """Without trips, the loss is that of the first value: x w, and not x."""
+    first = xs[0] @ params["w"]
+    last = jax.lax.scan(lambda c, _: (jnp.zeros_like(c) + xs[0], None), first, None, length=0)[0]
+    return jnp.mean(last**2) + jnp.mean(xs[1] @ params["w"] @ params["v"])
+
+
+def no_trips_of_weights(params, xs):
+    first = 2 * params["w"]
+    last = jax.lax.scan(lambda c, _: (params["v"], None), first, None, length=0)[0]
+    return jnp.mean(xs[0] @ last) + jnp.mean(xs[1] @ params["w"])
+
+
+def test_a_scan_without_trips_returns_its_first_value():
+    _, grads, captures = cqjax.value_and_grad(no_trips, capture=cqjax.Rows)(PARAMS, XS)
+    assert {capture.block.exact for capture in captures.blocks} == {True}
+    rows = captures["w"][0].rows()
+    assert rows.x.shape == (1, 10, 4)
+    np.testing.assert_allclose(rows.x[0].T @ rows.dz[0], grads["w"], rtol=1e-5)
+    assert statuses(no_trips_of_weights)["w"][0] == "partly covered"
+
+
+def by_platform(params, xs):
+    """Of the results, one comes of the batch, the other of constants and of v."""
+
+    def both(x, ones, v):
+        return 2 * x, ones @ v
+
+    x, ones = xs[0], jnp.ones((1, 4))
+    x, row = jax.lax.platform_dependent(x, ones, params["v"], cpu=both, default=both)
+    return jnp.mean(x @ params["w"]) + jnp.mean((row @ params["w"]) ** 2)
+
+
+def test_branches_for_platforms():
+    """Taps cannot follow into them. What depends on the batch is known all the same."""
+    assert statuses(by_platform) == {
+        "v": ("uncovered", ("enters a branch for one platform",)),
+        "w": ("covered", ()),
+    }
+    (block,) = cqjax.plan(by_platform)(PARAMS, XS).blocks
+    assert [site.shared for site in block.sites] == [False, True]
