@@ -75,7 +75,7 @@ class Report:
     def __str__(self) -> str:
         """The report as a table, with a line for each of a stack's weights."""
         header = ("weight", "solver", "n", "d", *_NUMBERS.values())
-        rows = [row for label, layer in self.layers.items() for row in _rows(label, layer)]
+        rows = [row for label, layer in self.layers.items() for row in _table_rows(label, layer)]
         return "\n".join(lines(header, set(header[2:]), rows))
 
 
@@ -201,13 +201,15 @@ def _spectrum(layer: Layer) -> _Spectrum:
         return _Spectrum(jnp.sqrt(layer.second_moment()), None, None)
     if layer.capture.has_rows:
         left, values, right = jnp.linalg.svd(_inputs(layer), full_matrices=False)
-        return _Spectrum(_told(values, max(layer.block.rows, layer.size)), right.mT, left)
+        return _Spectrum(
+            _without_rounding(values, max(layer.block.rows, layer.size)), right.mT, left
+        )
     squares, right = jnp.linalg.eigh(layer.second_moment())
-    values = jnp.sqrt(_told(jnp.maximum(squares[:, ::-1], 0), layer.size))
+    values = jnp.sqrt(_without_rounding(jnp.maximum(squares[:, ::-1], 0), layer.size))
     return _Spectrum(values, right[:, :, ::-1], None)
 
 
-def _told(values: jax.Array, size: int) -> jax.Array:
+def _without_rounding(values: jax.Array, size: int) -> jax.Array:
     """Values (B, k) in descending order, with zeros for those within rounding error of zero."""
     least = size * jnp.finfo(values.dtype).eps * values[:, :1]
     return jnp.where(values <= least, 0, values)
@@ -250,17 +252,17 @@ def _residuals(
     if block.parts is not None or (spectrum.left is None and not block.exact):
         return unknown, unknown
     update = layer.update.joined
-    moved = spectrum.values[..., None] * _rotated(spectrum.right, update)
+    change = spectrum.values[..., None] * _rotated(spectrum.right, update)
     if spectrum.left is None:
         gradient = _rotated(spectrum.right, layer.gradient.joined)
         values = spectrum.values[..., None]
-        meant = -factor * jnp.where(values > 0, gradient / jnp.where(values > 0, values, 1), 0)
-        return unknown, _relative(moved, meant)
+        wanted = -factor * jnp.where(values > 0, gradient / jnp.where(values > 0, values, 1), 0)
+        return unknown, _relative(change, wanted)
     targets = -factor * layer.rows().dz.astype(update.dtype)
     reached = (spectrum.values > 0)[..., None]
-    meant = jnp.where(reached, _rotated(spectrum.left, targets), 0)
+    wanted = jnp.where(reached, _rotated(spectrum.left, targets), 0)
     outputs = jnp.einsum("bnd,bdo->bno", _inputs(layer), update, precision=HIGHEST)
-    return _relative(outputs, targets), _relative(moved, meant)
+    return _relative(outputs, targets), _relative(change, wanted)
 
 
 def _rotated(basis: jax.Array | None, matrix: jax.Array) -> jax.Array:
@@ -270,13 +272,13 @@ def _rotated(basis: jax.Array | None, matrix: jax.Array) -> jax.Array:
     return jnp.einsum("bmk,bmo->bko", basis, matrix, precision=HIGHEST)
 
 
-def _relative(moved: jax.Array, meant: jax.Array) -> jax.Array:
-    """‖moved − meant‖ / ‖meant‖, (B,), without overflow; 0 if both are zero."""
+def _relative(change: jax.Array, wanted: jax.Array) -> jax.Array:
+    """‖change − wanted‖ / ‖wanted‖, (B,), without overflow; 0 if both are zero."""
     # Divided by the largest entry first, since squares of entries above 1e19 overflow in float32.
-    largest = jnp.maximum(jnp.abs(meant).max((1, 2)), jnp.abs(moved).max((1, 2)))
-    scale = along(jnp.where(largest > 0, largest, 1), meant)
+    largest = jnp.maximum(jnp.abs(wanted).max((1, 2)), jnp.abs(change).max((1, 2)))
+    scale = along(jnp.where(largest > 0, largest, 1), wanted)
     difference, size = (
-        jnp.sqrt(jnp.sum(jnp.square(a / scale), (1, 2))) for a in (moved - meant, meant)
+        jnp.sqrt(jnp.sum(jnp.square(a / scale), (1, 2))) for a in (change - wanted, wanted)
     )
     return jnp.where(difference > 0, difference / size, 0 * size)
 
@@ -311,7 +313,7 @@ _NUMBERS = {
 """The headings of the table's columns, by the fields of a `LayerReport`."""
 
 
-def _rows(label: str, layer: LayerReport) -> Iterator[tuple[str, ...]]:
+def _table_rows(label: str, layer: LayerReport) -> Iterator[tuple[str, ...]]:
     """The table's rows for one label: one for each of its B weights."""
     block, members = layer.block, len(layer.condition)
     for i in range(members):

@@ -252,7 +252,7 @@ def masked_paths(tree: optax.Params, blocks: Iterable[Block]) -> set[str]:
 
     A mask may be a prefix of the parameters' tree: then it takes whole subtrees.
     """
-    taken = {path for path, leaf in by_path(tree, is_masked).items() if is_masked(leaf)}
+    masked = {path for path, leaf in by_path(tree, is_masked).items() if is_masked(leaf)}
     paths = (path for block in blocks for path in block.paths)
-    below = {path for path in paths if any(not t or path.startswith(f"{t}/") for t in taken)}
-    return taken | below
+    below = {path for path in paths if any(not m or path.startswith(f"{m}/") for m in masked)}
+    return masked | below
