@@ -198,6 +198,26 @@ def test_a_weight_handed_on_as_it_is():
     np.testing.assert_allclose(rows.x[0].T @ rows.dz[0], grads["w"], rtol=1e-5)
 
 
+def stacked_again(params, xs):
+    """Each trip has a weight of its own, and returns it."""
+    same = jax.jit(lambda w: w)
+
+    def body(total, trip):
+        w, x = trip
+        return total + jnp.mean(jnp.tanh(x @ w)), same(w)
+
+    total, ws = jax.lax.scan(body, 0.0, (params["ws"], xs))
+    return total + jnp.sum(ws**2)
+
+
+def test_weights_that_a_scan_returns():
+    """Their gradient is not only that of the products: with decay, say."""
+    params = {"ws": jnp.stack([W, W.T, W + 1])}
+    (parameter,) = cqjax.plan(stacked_again)(params, XS).parameters
+    assert parameter.status == "partly covered"
+    assert parameter.notes == ("is returned by a scan",)
+
+
 def test_a_weight_that_a_trip_replaces():
     assert statuses(exchanged) == {
         "v": ("uncovered", ("is returned by a scan",)),
