@@ -82,7 +82,10 @@ class Statistic:
             `site.form.output.pack(trip.dz)` is Z̄, (B, n, o).
           trip: what is known in the backward pass.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{cls.__name__} does not say what to take of {' + '.join(site.view.paths)}; expected a "
+            "class method take(cls, site, trip), as cqjax.Rows has"
+        )
 
     def fold(self, site: Site) -> Self:
         """The statistic after the loops around a site, in which its arrays have axes in front."""

@@ -109,6 +109,16 @@ def test_trips_kept_apart_must_be_merged():
         cqjax.plan(squared_error, capture=Apart)
 
 
+class Nothing(cqjax.Statistic):
+    """Does not say what it takes."""
+
+
+def test_a_statistic_that_takes_nothing():
+    params, x, y = problem(6, 4, 2)
+    with pytest.raises(NotImplementedError, match="^Nothing does not say what to take of w; "):
+        cqjax.value_and_grad(squared_error, capture=Nothing)(params, x, y)
+
+
 def test_captures_can_be_compared():
     params, x, y = problem(6, 4, 2)
     found = [cqjax.value_and_grad(squared_error)(params, x, y)[2] for _ in range(2)]
