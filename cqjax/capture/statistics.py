@@ -83,8 +83,8 @@ class Statistic:
           trip: what is known in the backward pass.
         """
         raise NotImplementedError(
-            f"{cls.__name__} does not say what to take of {' + '.join(site.view.paths)}; expected a "
-            "class method take(cls, site, trip), as cqjax.Rows has"
+            f"{cls.__name__} does not say what to take of {' + '.join(site.view.paths)}; expected "
+            "a class method take(cls, site, trip), as cqjax.Rows has"
         )
 
     def fold(self, site: Site) -> Self:
