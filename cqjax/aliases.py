@@ -1,16 +1,13 @@
 """The papers' optimizers, as chains of a transformation of cqjax and one of Optax's rules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import optax
 
-from cqjax.back_matching.chain import ChainLayer
-from cqjax.back_matching.transform import Factors, scale_by_back_matching
 from cqjax.capture.plan import Plan
 from cqjax.transforms.clip_by_output_change import clip_by_output_change
 from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
-from cqjax.transforms.layerwise_rates import scale_by_lsalr
 from cqjax.transforms.learning_rates import scale_by_learning_rates
 from cqjax.transforms.nlms import scale_by_nlms
 
@@ -88,13 +85,7 @@ def cadam(
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4. Kingma and Ba, Adam: a method for stochastic
       optimization (2015).
     """
-    solve = scale_by_consequentialism(
-        damping=damping,
-        relative_damping=relative_damping,
-        plan=plan,
-        update_every=update_every,
-        ema_decay=ema_decay,
-    )
+    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     # Consequentialism comes first, since it is cheapest for the gradient itself. The rule then sees
     # its update U in the place of the gradient. How far Adam's step moves the outputs is known when
     # it is made: so the limit comes last. Where a rule only adds up what it gets, the limit comes
@@ -156,13 +147,7 @@ def csgd(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), Eq. 63 and section 5.
     """
-    solve = scale_by_consequentialism(
-        damping=damping,
-        relative_damping=relative_damping,
-        plan=plan,
-        update_every=update_every,
-        ema_decay=ema_decay,
-    )
+    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates = optax.scale_by_learning_rate(learning_rate)
     return optax.chain(
         solve, *_limit(max_change, learning_rate), *_decay(weight_decay, mask), rates
@@ -205,13 +190,7 @@ def cmomentum(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
-    solve = scale_by_consequentialism(
-        damping=damping,
-        relative_damping=relative_damping,
-        plan=plan,
-        update_every=update_every,
-        ema_decay=ema_decay,
-    )
+    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum)
     limit = _limit(max_change, _accumulated(learning_rate, momentum))
     return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
@@ -253,13 +232,7 @@ def cnesterov(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
-    solve = scale_by_consequentialism(
-        damping=damping,
-        relative_damping=relative_damping,
-        plan=plan,
-        update_every=update_every,
-        ema_decay=ema_decay,
-    )
+    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov=True)
     limit = _limit(max_change, _accumulated(learning_rate, momentum))
     return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
@@ -300,13 +273,7 @@ def crmsprop(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), abstract and section 5.
     """
-    solve = scale_by_consequentialism(
-        damping=damping,
-        relative_damping=relative_damping,
-        plan=plan,
-        update_every=update_every,
-        ema_decay=ema_decay,
-    )
+    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = optax.scale_by_learning_rate(learning_rate), optax.scale_by_rms(decay, eps)
     return optax.chain(solve, rule, *_decay(weight_decay, mask), rates, *_limit(max_change))
 
@@ -330,98 +297,19 @@ def nlms(learning_rate: optax.ScalarOrSchedule, eps: float = 1e-3) -> Optimizer:
     return optax.chain(scale_by_nlms(eps), optax.sgd(learning_rate))
 
 
-def back_matching_sgd(
-    learning_rate: optax.ScalarOrSchedule,
-    momentum: float | None = 0.9,
-    nesterov: bool = True,
-    weight_decay: float = 0.0,
-    *,
-    plan: Plan | Sequence[ChainLayer] | None = None,
-    factors: Factors = "chain",
-    refresh_every: int = 100,
-    decay: float = 0.9,
+def _solve(
+    damping: Schedule,
+    relative_damping: Schedule,
+    plan: Plan | None,
+    update_every: int | None,
+    ema_decay: float | None,
 ) -> Optimizer:
-    """Momentum SGD with back-matching's layer-wise rates, in the order that the paper found best.
-
-    Weight decay comes first, so that each layer's rate applies to the decay too. Then come the
-    rates, and then momentum.
-
-    Args:
-      learning_rate: a number or a schedule. It is a fraction of SGD's, since the layers' rates are
-        relative to the top layer's: for LeNet on CIFAR-10 the paper has 0.02, and 0.1 for SGD.
-      momentum: decay of the accumulated update; None for none.
-      nesterov: whether the momentum is Nesterov's.
-      weight_decay: the multiple of the weights that is added to their gradient (the paper: 5e-4).
-      plan: as for `scale_by_back_matching`; so are the arguments below.
-      factors: "chain" or "measured".
-      refresh_every: the number of updates from one measurement to the next.
-      decay: that of the measurements' moving average.
-
-    Returns:
-      A transformation whose `update` takes `params`. Without a plan it also takes `captures`, and
-      with measured factors `value_fn`.
-
-    Examples:
-      >>> import cqjax, jax, jax.numpy as jnp, optax
-      >>> def loss_fn(params, x, y):
-      ...     return jnp.mean((jax.nn.relu(x @ params["w1"]) @ params["w2"] - y) ** 2)
-      >>> params = {"w1": jnp.eye(2), "w2": jnp.array([[0.1], [0.1]])}
-      >>> x, y = jnp.eye(2), jnp.ones((2, 1))
-      >>> tx = cqjax.back_matching_sgd(0.05, plan=cqjax.plan(loss_fn)(params, x, y))
-      >>> state = tx.init(params)
-      >>> for _ in range(20):
-      ...     updates, state = tx.update(jax.grad(loss_fn)(params, x, y), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{loss_fn(params, x, y):.1f}")
-      0.0
-
-    References:
-      Zhang, Chen and Liu (2018), Algorithm 1, sections 3.2 and 4.1.
-    """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        scale_by_back_matching(plan, factors=factors, refresh_every=refresh_every, decay=decay),
-        optax.sgd(learning_rate, momentum, nesterov),
-    )
-
-
-def lsalr(
-    learning_rate: optax.ScalarOrSchedule,
-    momentum: float | None = 0.9,
-    nesterov: bool = True,
-    weight_decay: float = 5e-4,
-) -> Optimizer:
-    """Momentum SGD with the layer-specific adaptive rates (LSALR) of Singh et al.
-
-    It has the settings with which Zhang, Chen and Liu compare their method. Weight decay comes
-    first: it is part of the gradient whose norm sets a layer's rate, and that rate applies to it.
-
-    Args:
-      learning_rate: η, a number or a schedule (Zhang, Chen and Liu: 0.1; Singh et al.: 0.006).
-      momentum: decay of the accumulated update; None for none.
-      nesterov: whether the momentum is Nesterov's.
-      weight_decay: the multiple of the weights that is added to their gradient.
-
-    Returns:
-      A transformation whose `update` takes `params`.
-
-    Examples:
-      >>> import cqjax, jax.numpy as jnp
-      >>> grads = {"near": jnp.array([3.0, 4.0]), "far": jnp.array([3e-6, 4e-6])}
-      >>> tx = cqjax.lsalr(0.1, momentum=None, weight_decay=0.0)
-      >>> updates, _ = tx.update(grads, tx.init(grads), grads)
-      >>> for layer in grads:
-      ...     print(layer, f"{-(updates[layer] / grads[layer])[0]:.3f}")
-      near 0.118
-      far 1.321
-
-    References:
-      Singh et al. (2015). Zhang, Chen and Liu (2018), section 4.1.
-    """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        scale_by_lsalr(),
-        optax.sgd(learning_rate, momentum, nesterov),
+    return scale_by_consequentialism(
+        damping=damping,
+        relative_damping=relative_damping,
+        plan=plan,
+        update_every=update_every,
+        ema_decay=ema_decay,
     )
 
 

@@ -45,6 +45,8 @@ class LayerReport:
       reachable_residual: (B,), the same for the parts of the outputs that some ΔW could move, which
         are their projections on the columns of X. XᵀX and the gradient suffice for it.
       fallbacks: () int32, the number of failed solves; None without a state.
+      clipped: () int32, how often `clip_by_output_change` shortened the update; None without a
+        state of it.
       block: the block: the uses of the weight in the loss, which share one solve.
     """
 
@@ -56,6 +58,7 @@ class LayerReport:
     residual: jax.Array | None
     reachable_residual: jax.Array | None
     fallbacks: jax.Array | None
+    clipped: jax.Array | None
     block: Block = dataclasses.field(metadata={"static": True})
 
 
@@ -119,7 +122,8 @@ def report(
       learning_rate: μ, which says how far the updates were meant to move the outputs.
       damping: λ of the solves.
       relative_damping: as in `cqjax.scale_by_consequentialism`.
-      opt_state: the optimizer's state for the same parameters, which counts failed solves.
+      opt_state: the optimizer's state for the same parameters, which counts failed solves and
+        shortened updates.
 
     Returns:
       A `Report`. Residuals are NaN for a weight that is solved for in diagonal blocks. They are NaN
@@ -162,7 +166,13 @@ def report(
         blocks = captures.blocks if isinstance(captures, Captures) else ()
         updates = {path: g for capture in blocks for path, g in capture.gradients.items()}
     layers = Layers(updates, captures, _NAME)
-    counts = {} if opt_state is None else _counts(layers, opt_state)
+    failed = {} if opt_state is None else _counts(layers, opt_state, "fallbacks")
+    clipped = {} if opt_state is None else _counts(layers, opt_state, "clipped")
+    if opt_state is not None and not failed:
+        raise ValueError(
+            f"{_NAME}: the opt_state counts no failed solves; expected that of an optimizer with "
+            "cqjax.scale_by_consequentialism in it"
+        )
     reports = {}
     for label, layer in layers.items():
         spectrum = _spectrum(layer)
@@ -176,7 +186,8 @@ def report(
             **_of_spectrum(layer, spectrum.values, jnp.broadcast_to(added, mean.shape)),
             residual=residual,
             reachable_residual=reachable,
-            fallbacks=counts.get(layer.block.view.paths[0]),
+            fallbacks=failed.get(layer.block.view.paths[0]),
+            clipped=clipped.get(layer.block.view.paths[0]),
             block=layer.block,
         )
     return Report(reports)
@@ -284,18 +295,15 @@ def _relative(change: jax.Array, wanted: jax.Array) -> jax.Array:
     return jnp.where(difference > 0, difference / size, 0 * size)
 
 
-def _counts(layers: Layers, opt_state: optax.OptState) -> dict[str, jax.Array]:
-    """The failed solves of each parameter, by path, summed over the members of a chain.
+def _counts(layers: Layers, opt_state: optax.OptState, name: str) -> dict[str, jax.Array]:
+    """The events of this name of each parameter, by path, summed over the members of a chain.
 
     Raises:
-      ValueError: the state has no such counts, or counts for other parameters.
+      ValueError: the state has counts for other parameters.
     """
-    found = [counts for _, counts in optax.tree.get_all_with_path(opt_state, "fallbacks")]
+    found = [counts for _, counts in optax.tree.get_all_with_path(opt_state, name)]
     if not found:
-        raise ValueError(
-            f"{_NAME}: the opt_state counts no failed solves; expected that of an optimizer with "
-            "cqjax.scale_by_consequentialism in it"
-        )
+        return {}
     for counts in found:
         layers.check_counts(counts)
     return dict(zip(layers.paths, jnp.sum(jnp.stack(found), 0), strict=True))
@@ -308,6 +316,7 @@ _NUMBERS = {
     "effective_rank": "eff. rank",
     "effective_dimension": "eff. dim.",
     "fallbacks": "fallbacks",
+    "clipped": "clipped",
     "residual": "residual",
     "reachable_residual": "reachable",
 }

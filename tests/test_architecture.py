@@ -20,6 +20,7 @@ FLOORS = (
     "transforms",
     "back_matching",
     "aliases",
+    "layerwise_aliases",
     "losses",
     "training",
     "nnx",
