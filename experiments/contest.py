@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from experiments.classification import Metric, accuracy, mean_loss
+from experiments.classification import Each, Metric, correct, cross_entropies, mean_of
 from experiments.data import Dataset, Split
 from experiments.page import median
 from experiments.runs import Runs
@@ -40,6 +40,12 @@ class Task(NamedTuple):
     """What is done to each batch's images."""
     watched: Mapping[str, Metric] = {}
     """Further metrics that are evaluated during a run."""
+    losses: Each = cross_entropies
+    """The loss is the mean of these."""
+    score: str = "test_accuracy"
+    """Name of the metric on the test examples."""
+    scores: Each = correct
+    """The score is the mean of these."""
 
 
 class Entrant(NamedTuple):
@@ -240,11 +246,12 @@ def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
 def _evaluation(task: Task, measured: int) -> tuple[Any, dict[str, Metric], dict[str, Metric]]:
     """The training images and labels; the metrics of tuning runs; the metrics of the others."""
     (images, labels), validation, test = task.parts
-    validating = {"validation_loss": mean_loss(task.model, *validation)}
+    model, losses = task.model, task.losses
+    validating = {"validation_loss": mean_of(model, losses, *validation)}
     evaluating = {
-        "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
+        "train_loss": mean_of(model, losses, images[:measured], labels[:measured]),
         **validating,
-        "test_accuracy": accuracy(task.model, *test),
+        task.score: mean_of(model, task.scores, *test),
         **task.watched,
     }
     return (jnp.asarray(images), jnp.asarray(labels)), validating, evaluating
