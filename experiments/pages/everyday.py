@@ -73,8 +73,8 @@ def _summary(settings: Any, results: Mapping[str, Any]) -> str:
         f"a decade apart, and up to {settings.extensions} more, one at a time, while the best rate "
         "was at the edge of those tried. The rate with the lowest validation loss in the end then "
         f"ran at {effort['seeds']} other seed{'s' * (effort['seeds'] > 1)}. At each seed all "
-        "optimizers share first weights and batches (medians, and ranges in brackets). The target is the training loss "
-        f"that {ADAM} has in the end, in the median."
+        "optimizers share first weights and batches (medians, and ranges in brackets). The target "
+        f"is the training loss that {ADAM} has in the end, in the median."
     )
 
 
