@@ -46,6 +46,10 @@ from cqjax.solves.layer import Layer as Layer
 from cqjax.solves.layers import Layers as Layers
 from cqjax.solves.layers import for_each_layer as for_each_layer
 from cqjax.solves.matrices import Matrices as Matrices
+from cqjax.transforms.clip_by_output_change import (
+    ClipByOutputChangeState as ClipByOutputChangeState,
+)
+from cqjax.transforms.clip_by_output_change import clip_by_output_change as clip_by_output_change
 from cqjax.transforms.conjugate_gradient import (
     ScaleByConjugateGradientState as ScaleByConjugateGradientState,
 )
@@ -60,6 +64,7 @@ from cqjax.transforms.consequentialism import (
 )
 from cqjax.transforms.extra_args import bind_extra_args as bind_extra_args
 from cqjax.transforms.layerwise_rates import scale_by_lsalr as scale_by_lsalr
+from cqjax.transforms.learning_rates import scale_by_learning_rates as scale_by_learning_rates
 from cqjax.transforms.multi_steps import MultiStepsState as MultiStepsState
 from cqjax.transforms.multi_steps import multi_steps as multi_steps
 from cqjax.transforms.nlms import scale_by_nlms as scale_by_nlms

@@ -1,48 +1,144 @@
 """The papers' optimizers, as chains of a transformation of cqjax and one of Optax's rules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import optax
 
 from cqjax.back_matching.chain import ChainLayer
 from cqjax.back_matching.transform import Factors, scale_by_back_matching
 from cqjax.capture.plan import Plan
+from cqjax.transforms.clip_by_output_change import clip_by_output_change
 from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
 from cqjax.transforms.layerwise_rates import scale_by_lsalr
+from cqjax.transforms.learning_rates import scale_by_learning_rates
 from cqjax.transforms.nlms import scale_by_nlms
 
 Optimizer = optax.GradientTransformationExtraArgs
+Mask = optax.Params | Callable[[optax.Params], Any] | None
+_Rule = optax.GradientTransformation
 
 
-def _chain(damping: Schedule, relative_damping: Schedule, rule: optax.GradientTransformation):
-    """Consequentialism, followed by one of Optax's rules."""
+def cadam(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Mask = None,
+    uncovered_learning_rate: optax.ScalarOrSchedule | None = None,
+    damping: Schedule = 0.0,
+    relative_damping: Schedule = 0.1,
+    max_change: float | None = 0.5,
+    plan: Plan | None = None,
+    update_every: int | None = None,
+    ema_decay: float | None = None,
+) -> Optimizer:
+    """C-Adam: Adam after consequentialism. It is the one to try first.
+
+    `scale_by_consequentialism` makes of each layer's gradient the update that moves the layer's
+    outputs where the loss wants them. `optax.scale_by_adam` averages these updates, and divides
+    them by the root of their mean square. What is not covered, such as the scales of normalisation
+    layers, gets plain Adam.
+
+    Args:
+      learning_rate: a number or a schedule. In docs/choosing.md 0.01 is the best rate, or near it,
+        for most networks.
+      b1: decay of the average of updates.
+      b2: decay of the average of squared updates.
+      eps: added to the root of that average.
+      weight_decay: the multiple of the weights that is added to the update before the rate, as in
+        `optax.adamw`. It is not preconditioned.
+      mask: which parameters decay, as in `optax.adamw`.
+      uncovered_learning_rate: the rate of the parameters that are not covered, a number or a
+        schedule. None for `learning_rate`.
+      damping: λ of `scale_by_consequentialism`.
+      relative_damping: as in `scale_by_consequentialism`.
+      max_change: the part of their root mean square by which the outputs of a layer may move in one
+        step, as `clip_by_output_change` measures it; None for no limit.
+      plan: as in `scale_by_consequentialism`, which needs it for the two options below.
+      update_every: updates from one inversion to the next, as in `scale_by_consequentialism`.
+      ema_decay: decay of an average of XᵀX, as in `scale_by_consequentialism`.
+
+    Returns:
+      A transformation whose `update` takes the parameters and the keyword argument `captures`.
+
+    Examples:
+      >>> import cqjax, jax, jax.numpy as jnp, optax
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean((jnp.tanh(x @ params["w1"]) @ params["w2"] - y) ** 2)
+      >>> k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"w1": jax.random.normal(k1, (4, 16)), "w2": jax.random.normal(k2, (16, 1)) / 4}
+      >>> x = jax.random.normal(k3, (64, 4))
+      >>> y = jnp.sin(x[:, :1])
+      >>> tx = cqjax.cadam()
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
+      ...     updates, state = tx.update(grads, state, params, captures=captures)
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> state = tx.init(params)
+      >>> for _ in range(100):
+      ...     params, state, loss = step(params, state)
+      >>> print(loss < 0.02)
+      True
+
+    References:
+      Paeedeh and Ghiasi-Shirazi (2020), section 5.4. Kingma and Ba, Adam: a method for stochastic
+      optimization (2015).
+    """
+    solve = scale_by_consequentialism(
+        damping=damping,
+        relative_damping=relative_damping,
+        plan=plan,
+        update_every=update_every,
+        ema_decay=ema_decay,
+    )
     # Consequentialism comes first, since it is cheapest for the gradient itself. The rule then sees
-    # its update U in the place of the gradient.
-    first = scale_by_consequentialism(damping, relative_damping=relative_damping)
-    return optax.chain(first, rule)
+    # its update U in the place of the gradient. How far Adam's step moves the outputs is known when
+    # it is made: so the limit comes last. Where a rule only adds up what it gets, the limit comes
+    # before it, so that one bad batch does not stay in the sum.
+    rates, rule = _rates(learning_rate, uncovered_learning_rate), optax.scale_by_adam(b1, b2, eps)
+    return optax.chain(solve, rule, *_decay(weight_decay, mask), rates, *_limit(max_change))
 
 
 def csgd(
     learning_rate: optax.ScalarOrSchedule,
-    damping: Schedule = 1e-3,
     *,
-    relative_damping: Schedule = 0.0,
+    weight_decay: float = 0.0,
+    mask: Mask = None,
+    damping: Schedule = 0.0,
+    relative_damping: Schedule = 0.1,
+    max_change: float | None = 0.1,
+    plan: Plan | None = None,
+    update_every: int | None = None,
+    ema_decay: float | None = None,
 ) -> Optimizer:
     r"""C-SGD: stochastic gradient descent with consequentialism, :math:`W \leftarrow W - \mu U`.
 
     U is the update of `scale_by_consequentialism`. It aims at each example's *virtual error*: for a
     row of a layer's output, N times the loss's gradient with respect to it, where N is the number
     of terms that the loss averages over. That is how much the example's own loss asks the output to
-    move.
+    move. The method is at its best in fully-connected layers with fewer rows than features.
 
     Args:
       learning_rate: μ, the fraction of each example's virtual error that a step removes from a
         layer's outputs; a number or a schedule.
-      damping: λ of `scale_by_consequentialism`.
+      weight_decay: the multiple of the weights that is added to the update before the rate. It is
+        neither preconditioned nor, with momentum, accumulated.
+      mask: which parameters decay, as in `optax.adamw`.
+      damping: λ of `scale_by_consequentialism`. The paper's 1e-3, for inputs in [0, 1], is
+        `damping=1e-3, relative_damping=0.0`.
       relative_damping: as in `scale_by_consequentialism`.
+      max_change: the part of their root mean square by which the outputs of a layer may move in one
+        step, as `clip_by_output_change` measures it; None for no limit.
+      plan: as in `scale_by_consequentialism`, which needs it for the two options below.
+      update_every: updates from one inversion to the next, as in `scale_by_consequentialism`.
+      ema_decay: decay of an average of XᵀX, as in `scale_by_consequentialism`.
 
     Returns:
-      A transformation whose `update` takes the keyword argument `captures`.
+      A transformation whose `update` takes the parameters and the keyword argument `captures`.
 
     Examples:
       >>> import cqjax, jax.numpy as jnp, optax
@@ -50,7 +146,7 @@ def csgd(
       ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
       >>> params = {"w": jnp.zeros((3, 1))}
       >>> x, y = jnp.eye(2, 3), jnp.array([[4.0], [8.0]])
-      >>> tx = cqjax.csgd(0.5, damping=0.0)
+      >>> tx = cqjax.csgd(0.5, relative_damping=0.0, max_change=None)
       >>> state = tx.init(params)
       >>> _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
       >>> updates, state = tx.update(grads, state, params, captures=captures)
@@ -60,110 +156,159 @@ def csgd(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), Eq. 63 and section 5.
     """
-    return _chain(damping, relative_damping, optax.sgd(learning_rate))
+    solve = scale_by_consequentialism(
+        damping=damping,
+        relative_damping=relative_damping,
+        plan=plan,
+        update_every=update_every,
+        ema_decay=ema_decay,
+    )
+    rates = optax.scale_by_learning_rate(learning_rate)
+    return optax.chain(
+        solve, *_limit(max_change, learning_rate), *_decay(weight_decay, mask), rates
+    )
 
 
 def cmomentum(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: float = 0.9,
-    damping: Schedule = 1e-3,
     *,
-    relative_damping: Schedule = 0.0,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    mask: Mask = None,
+    damping: Schedule = 0.0,
+    relative_damping: Schedule = 0.1,
+    max_change: float | None = 0.1,
+    plan: Plan | None = None,
+    update_every: int | None = None,
+    ema_decay: float | None = None,
 ) -> Optimizer:
-    """C-SGD with momentum: `optax.sgd(learning_rate, momentum)` after consequentialism.
+    """C-SGD with momentum: `optax.trace` after consequentialism.
+
+    With momentum β, an update that repeats adds up to 1 / (1 − β) times itself. So the rate that
+    acts is μ / (1 − β): ten times μ by default. The limit `max_change` is for this rate.
 
     Args:
       learning_rate: μ, a number or a schedule.
-      momentum: decay of the accumulated update.
+      momentum: β, decay of the accumulated update.
+      weight_decay: as in `csgd`; so are `mask` and all that follows.
+      mask: which parameters decay.
       damping: λ of `scale_by_consequentialism`.
       relative_damping: as in `scale_by_consequentialism`.
+      max_change: of `clip_by_output_change`; None for no limit.
+      plan: as in `scale_by_consequentialism`.
+      update_every: as in `scale_by_consequentialism`.
+      ema_decay: as in `scale_by_consequentialism`.
 
     Returns:
-      A transformation whose `update` takes the keyword argument `captures`.
+      A transformation whose `update` takes the parameters and the keyword argument `captures`.
 
     References:
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
-    return _chain(damping, relative_damping, optax.sgd(learning_rate, momentum))
+    solve = scale_by_consequentialism(
+        damping=damping,
+        relative_damping=relative_damping,
+        plan=plan,
+        update_every=update_every,
+        ema_decay=ema_decay,
+    )
+    rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum)
+    limit = _limit(max_change, _accumulated(learning_rate, momentum))
+    return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
 
 
 def cnesterov(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: float = 0.9,
-    damping: Schedule = 1e-3,
     *,
-    relative_damping: Schedule = 0.0,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    mask: Mask = None,
+    damping: Schedule = 0.0,
+    relative_damping: Schedule = 0.1,
+    max_change: float | None = 0.1,
+    plan: Plan | None = None,
+    update_every: int | None = None,
+    ema_decay: float | None = None,
 ) -> Optimizer:
-    """C-Nesterov: `optax.sgd(learning_rate, momentum, nesterov=True)` after consequentialism.
+    """C-Nesterov: `optax.trace` with Nesterov's momentum after consequentialism.
+
+    With momentum β, an update that repeats adds up to 1 / (1 − β) times itself. So the rate that
+    acts is μ / (1 − β): ten times μ by default. The limit `max_change` is for this rate.
 
     Args:
       learning_rate: μ, a number or a schedule.
-      momentum: decay of the accumulated update (the paper's experiments use 0.95).
+      momentum: β, decay of the accumulated update (the paper's experiments use 0.95).
+      weight_decay: as in `csgd`; so are `mask` and all that follows.
+      mask: which parameters decay.
       damping: λ of `scale_by_consequentialism`.
       relative_damping: as in `scale_by_consequentialism`.
+      max_change: of `clip_by_output_change`; None for no limit.
+      plan: as in `scale_by_consequentialism`.
+      update_every: as in `scale_by_consequentialism`.
+      ema_decay: as in `scale_by_consequentialism`.
 
     Returns:
-      A transformation whose `update` takes the keyword argument `captures`.
+      A transformation whose `update` takes the parameters and the keyword argument `captures`.
 
     References:
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
-    rule = optax.sgd(learning_rate, momentum, nesterov=True)
-    return _chain(damping, relative_damping, rule)
+    solve = scale_by_consequentialism(
+        damping=damping,
+        relative_damping=relative_damping,
+        plan=plan,
+        update_every=update_every,
+        ema_decay=ema_decay,
+    )
+    rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov=True)
+    limit = _limit(max_change, _accumulated(learning_rate, momentum))
+    return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
 
 
 def crmsprop(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     decay: float = 0.9,
     eps: float = 1e-8,
-    damping: Schedule = 1e-3,
-    *,
-    relative_damping: Schedule = 0.0,
+    weight_decay: float = 0.0,
+    mask: Mask = None,
+    damping: Schedule = 0.0,
+    relative_damping: Schedule = 0.1,
+    max_change: float | None = 0.5,
+    plan: Plan | None = None,
+    update_every: int | None = None,
+    ema_decay: float | None = None,
 ) -> Optimizer:
-    """C-RMSProp: `optax.rmsprop(learning_rate, decay, eps)` after consequentialism.
+    """C-RMSProp: `optax.scale_by_rms(decay, eps)` after consequentialism.
 
     Args:
       learning_rate: a number or a schedule.
       decay: of the average of squared updates.
       eps: added to the root of that average.
+      weight_decay: as in `csgd`; so are `mask` and all that follows.
+      mask: which parameters decay.
       damping: λ of `scale_by_consequentialism`.
       relative_damping: as in `scale_by_consequentialism`.
+      max_change: of `clip_by_output_change`; None for no limit.
+      plan: as in `scale_by_consequentialism`.
+      update_every: as in `scale_by_consequentialism`.
+      ema_decay: as in `scale_by_consequentialism`.
 
     Returns:
-      A transformation whose `update` takes the keyword argument `captures`.
+      A transformation whose `update` takes the parameters and the keyword argument `captures`.
 
     References:
       Paeedeh and Ghiasi-Shirazi (2020), abstract and section 5.
     """
-    return _chain(damping, relative_damping, optax.rmsprop(learning_rate, decay, eps))
-
-
-def cadam(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    damping: Schedule = 1e-3,
-    *,
-    relative_damping: Schedule = 0.0,
-) -> Optimizer:
-    """C-Adam: `optax.adam(learning_rate, b1, b2, eps)` after consequentialism.
-
-    Args:
-      learning_rate: a number or a schedule.
-      b1: decay of the average of updates.
-      b2: decay of the average of squared updates.
-      eps: added to the root of that average.
-      damping: λ of `scale_by_consequentialism`.
-      relative_damping: as in `scale_by_consequentialism`.
-
-    Returns:
-      A transformation whose `update` takes the keyword argument `captures`.
-
-    References:
-      Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
-    """
-    return _chain(damping, relative_damping, optax.adam(learning_rate, b1, b2, eps))
+    solve = scale_by_consequentialism(
+        damping=damping,
+        relative_damping=relative_damping,
+        plan=plan,
+        update_every=update_every,
+        ema_decay=ema_decay,
+    )
+    rates, rule = optax.scale_by_learning_rate(learning_rate), optax.scale_by_rms(decay, eps)
+    return optax.chain(solve, rule, *_decay(weight_decay, mask), rates, *_limit(max_change))
 
 
 def nlms(learning_rate: optax.ScalarOrSchedule, eps: float = 1e-3) -> Optimizer:
@@ -278,3 +423,28 @@ def lsalr(
         scale_by_lsalr(),
         optax.sgd(learning_rate, momentum, nesterov),
     )
+
+
+def _rates(
+    learning_rate: optax.ScalarOrSchedule, uncovered: optax.ScalarOrSchedule | None
+) -> _Rule:
+    """Minus the rate of covered parameters, and that of the others, if it is another."""
+    if uncovered is None:
+        return optax.scale_by_learning_rate(learning_rate)
+    return scale_by_learning_rates(learning_rate, uncovered)
+
+
+def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
+    """Decoupled weight decay, if there is any. A traced number may be some."""
+    none = isinstance(weight_decay, int | float) and weight_decay == 0
+    return [] if none else [optax.add_decayed_weights(weight_decay, mask)]
+
+
+def _limit(max_change: float | None, rate: optax.ScalarOrSchedule = 1.0) -> list[_Rule]:
+    """The trust region, if there is one, for updates that are taken at this rate."""
+    return [] if max_change is None else [clip_by_output_change(max_change, learning_rate=rate)]
+
+
+def _accumulated(rate: optax.ScalarOrSchedule, momentum: Any) -> optax.ScalarOrSchedule:
+    """The rate at which an update acts that momentum repeats."""
+    return (lambda count: rate(count) / (1 - momentum)) if callable(rate) else rate / (1 - momentum)

@@ -85,7 +85,7 @@ def report(
     learning_rate: Any = None,
     *,
     damping: Any = 0.0,
-    relative_damping: Any = 0.0,
+    relative_damping: Any = 0.1,
     opt_state: optax.OptState | None = None,
 ) -> Report:
     r"""Reports for each captured weight how well its solve can do, and how well its update did.
@@ -138,9 +138,10 @@ def report(
       >>> x, y = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), jnp.array([[6.0], [8.0]])
       >>> _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
       >>> for damping in (0.0, 1.0):
-      ...     tx = cqjax.csgd(0.5, damping)
-      ...     updates, _ = tx.update(grads, tx.init(params), captures=captures)
-      ...     report = cqjax.diagnostics.report(captures, updates, 0.5, damping=damping)
+      ...     given = {"damping": damping, "relative_damping": 0.0}
+      ...     tx = cqjax.csgd(0.5, **given, max_change=None)
+      ...     updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
+      ...     report = cqjax.diagnostics.report(captures, updates, 0.5, **given)
       ...     layer = report.layers["w"]
       ...     print(layer.condition, layer.effective_dimension, layer.residual.round(3))
       [4.] [2.] [0.]

@@ -100,7 +100,8 @@ def value_and_grad(
       >>> def loss_fn(model, x, y):
       ...     return 0.5 * jnp.mean(jnp.sum((model(x) - y) ** 2, -1))
       >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-      >>> optimizer = nnx.Optimizer(model, cqjax.csgd(1.0, damping=0.0), wrt=nnx.Param)
+      >>> tx = cqjax.csgd(1.0, relative_damping=0.0, max_change=None)
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> @nnx.jit
       ... def step(model, optimizer, x, y):
       ...     loss, grads, captures = cqjax.nnx.value_and_grad(loss_fn)(model, x, y)

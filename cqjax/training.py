@@ -27,7 +27,7 @@ class TrainState(train_state.TrainState):
       >>> state = TrainState.create(
       ...     apply_fn=model.apply,
       ...     params=model.init(jax.random.key(0), x)["params"],
-      ...     tx=cqjax.csgd(learning_rate=1.0, damping=1e-5),
+      ...     tx=cqjax.csgd(1.0, damping=1e-5, relative_damping=0.0, max_change=None),
       ... )
       >>> @jax.jit
       ... def step(state, x, y):

@@ -98,7 +98,9 @@ def _path(settings: LossSurface, method: str) -> Any:
 
     def path(rate: jax.Array) -> jax.Array:
         optimizer = {
-            "C-SGD": cqjax.csgd(rate, settings.damping),
+            "C-SGD": cqjax.csgd(
+                rate, damping=settings.damping, relative_damping=0.0, max_change=None
+            ),
             "SGD": optax.sgd(rate),
             "SGD with momentum": optax.sgd(rate, settings.momentum),
         }[method]

@@ -114,7 +114,7 @@ class Mlp(Contest):
             return at
 
         def ours(rate: float) -> Any:
-            optimizer = cqjax.csgd(rate, damping=damping)
+            optimizer = cqjax.csgd(rate, damping=damping, relative_damping=0.0, max_change=None)
             return optimizer, capturing_step(loss_fn, optimizer)
 
         def nesterov(rate: float) -> Any:

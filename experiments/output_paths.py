@@ -97,7 +97,9 @@ def _runs(settings: OutputPaths, method: str, size: int, keys: Any, t: Any) -> l
 
     def path(rate: jax.Array, key: jax.Array) -> jax.Array:
         optimizer = {
-            "C-SGD": cqjax.csgd(rate, settings.damping),
+            "C-SGD": cqjax.csgd(
+                rate, damping=settings.damping, relative_damping=0.0, max_change=None
+            ),
             "SGD": optax.sgd(rate),
             "NLMS": cqjax.nlms(rate, settings.damping),
         }[method]

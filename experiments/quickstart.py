@@ -139,7 +139,9 @@ def _train_all(settings: Quickstart, dataset: data.Dataset, console: Console) ->
     images, labels = dataset.train
     loss_fn = cross_entropy(model)
     sgd, adam = optax.sgd(settings.sgd_learning_rate), optax.adam(settings.adam_learning_rate)
-    csgd = cqjax.csgd(settings.csgd_learning_rate, damping=settings.damping)
+    csgd = cqjax.csgd(
+        settings.csgd_learning_rate, damping=settings.damping, relative_damping=0.0, max_change=None
+    )
     methods = {
         "sgd": (sgd, gradient_step(loss_fn, sgd)),
         "adam": (adam, gradient_step(loss_fn, adam)),

@@ -212,7 +212,7 @@ def consequential(
     name: str, rate: float, settings: Resnet20
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer of the source, in its C- form. The last layer has its own rate."""
-    update = cqjax.scale_by_consequentialism(settings.damping)
+    update = cqjax.scale_by_consequentialism(damping=settings.damping, relative_damping=0.0)
     members = [update, rule(name, rate, settings.momentum)]
     if settings.momentum_first:
         members.reverse()

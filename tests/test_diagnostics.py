@@ -19,7 +19,12 @@ quick_report = jax.jit(report)
 
 def step(args, damping=DAMPING, change=lambda u: u, loss=squared_error, **kwargs):
     """(captures, updates, state) of C-SGD, whose updates were changed."""
-    _, captures, updates, state = first_step(cqjax.csgd(MU, damping), loss, *args, **kwargs)
+    _, captures, updates, state = first_step(
+        cqjax.csgd(MU, damping=damping, relative_damping=0.0, max_change=None),
+        loss,
+        *args,
+        **kwargs,
+    )
     return captures, jax.tree.map(change, updates), state
 
 
@@ -207,7 +212,9 @@ def network():
 
 def test_counts_and_table_under_jit():
     params, x, y = network()
-    tx = optax.chain(cqjax.scale_by_consequentialism(DAMPING), optax.sgd(MU))
+    tx = optax.chain(
+        cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0), optax.sgd(MU)
+    )
 
     @jax.jit
     def run(params, state, x, y):

@@ -32,7 +32,7 @@ def test_updates_are_as_exact_as_on_a_cpu(solver, n, d):
     @jax.jit
     def update(params):
         _, grads, captures = cqjax.value_and_grad(loss_fn, solver=solver)(params, x, y)
-        tx = cqjax.scale_by_consequentialism(1e-1)
+        tx = cqjax.scale_by_consequentialism(damping=1e-1, relative_damping=0.0)
         return tx.update(grads, tx.init(params), params, captures=captures)
 
     updates, state = update({"w": w})
@@ -79,7 +79,9 @@ def test_kept_inverses_in_a_training_loop():
 
     plan = cqjax.plan(loss_fn)(params, x, y)
     tx = optax.chain(
-        cqjax.scale_by_consequentialism(1e-2, plan=plan, update_every=3, ema_decay=0.9),
+        cqjax.scale_by_consequentialism(
+            damping=1e-2, plan=plan, update_every=3, ema_decay=0.9, relative_damping=0.0
+        ),
         optax.sgd(0.3),
     )
 

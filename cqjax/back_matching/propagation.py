@@ -16,8 +16,8 @@ def back_matching_value_and_grad(
     has_aux: bool = False,
     *,
     weights: Literal["ridge", "plain"] = "ridge",
-    damping: float = 1e-3,
-    relative_damping: float = 0.0,
+    damping: float = 0.0,
+    relative_damping: float = 0.1,
     **options: Any,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""`jax.value_and_grad` by back-matching propagation: exact, without the paper's shortcuts.
@@ -81,7 +81,7 @@ def back_matching_value_and_grad(
       ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w1"] @ params["w2"] - y) ** 2, -1))
       >>> params = {"w1": jnp.eye(2), "w2": jnp.array([[3.0, 0.0], [0.0, 0.5]])}
       >>> x, y = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[6.0, 0.0], [0.0, 1.0]])
-      >>> value_and_grad = cqjax.back_matching_value_and_grad(loss_fn, damping=0.0)
+      >>> value_and_grad = cqjax.back_matching_value_and_grad(loss_fn, relative_damping=0.0)
       >>> loss, updates = value_and_grad(params, x, y)
       >>> w1 = params["w1"] - updates["w1"]  # as if it were the only layer to change
       >>> print(f"{loss:.4f} {loss_fn(params | {'w1': w1}, x, y):.4f}")
@@ -93,7 +93,7 @@ def back_matching_value_and_grad(
     """
     check_option(weights, ("ridge", "plain"), "weights")
     evaluate = value_and_grad(loss_fn, has_aux, signal="matched", **options)
-    solve = scale_by_consequentialism(damping, relative_damping=relative_damping)
+    solve = scale_by_consequentialism(damping=damping, relative_damping=relative_damping)
 
     @functools.wraps(loss_fn)
     def matched(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:

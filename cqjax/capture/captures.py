@@ -69,6 +69,25 @@ class Capture:
         )
         return functools.reduce(jnp.add, parts)
 
+    def squared_outputs(self, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """The sums of squares, over all rows, of the outputs of other weights with these inputs.
+
+        Args:
+          weight: k columns V of weights, (B, d, k).
+          bias: k biases c, (B, k), for the rows to which one is added; None for none.
+
+        Returns:
+          ‖XV + hc‖² of each column, (B, k).
+
+        Raises:
+          ValueError: neither rows nor their second moment were captured.
+        """
+        parts = (
+            statistic.squared_outputs(site, weight, bias, self.block.precision)
+            for site, statistic in zip(self.block.sites, self.sites, strict=True)
+        )
+        return functools.reduce(jnp.add, parts)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,

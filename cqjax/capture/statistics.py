@@ -17,6 +17,22 @@ from cqjax.program.sites import Site
 _pytree = jax.tree_util.register_dataclass
 
 
+def quadratic_form(moment: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """vᵀMv for each column v = [V; c] of V: (B, d, k) and c: (B, k), or of V alone: (B, k).
+
+    Args:
+      moment: M, (B, d, d) or (B, d+1, d+1); without c, a constant feature of M is left out. Or its
+        diagonal, (B, d).
+      weight: V.
+      bias: c, or None.
+    """
+    if moment.ndim == 2:
+        return jnp.einsum("bd,bdk->bk", moment, jnp.square(weight))
+    v = weight if bias is None else jnp.concatenate([weight, bias[:, None]], 1)
+    moment = moment[:, : v.shape[1], : v.shape[1]]
+    return jnp.einsum("bdk,bde,bek->bk", v, moment, v, precision=gram.HIGHEST)
+
+
 class Trip(NamedTuple):
     """What a tap sees of a site Z = XW in one trip of the loops around it.
 
@@ -113,6 +129,16 @@ class Statistic:
             f"{type(self).__name__} define second_moment"
         )
 
+    def squared_outputs(
+        self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
+    ) -> jax.Array:
+        """The sums of squares over the rows of XV + hc for columns V (B, d, k), c (B, k): (B, k).
+
+        Raises:
+          ValueError: neither the rows nor their second moment are known.
+        """
+        return quadratic_form(self.second_moment(site, precision), weight, bias)
+
 
 @_pytree
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +188,17 @@ class Rows(Statistic):
         del site
         return gram.inner(self.x, self.h, precision)
 
+    def squared_outputs(
+        self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
+    ) -> jax.Array:
+        """Those of these rows: a product with k columns costs less than XᵀX."""
+        del site
+        x = self.x.astype(weight.dtype)
+        z = jnp.einsum("bnd,bdk->bnk", x, weight, precision=precision)
+        if bias is not None and self.h is not None:
+            z += self.h[..., None].astype(z.dtype) * bias[:, None]
+        return jnp.square(z).sum(1)
+
 
 @_pytree
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +227,16 @@ class Inputs(Statistic):
         """XᵀX, of all devices."""
         assert not isinstance(site.form, Lookup)
         return devices.total(site.form.second_moment(self.x, self.h, precision), site.reduced)
+
+    def squared_outputs(
+        self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
+    ) -> jax.Array:
+        """Those of all devices."""
+        assert not isinstance(site.form, Lookup)
+        z = site.form.times(self.x, weight, precision)
+        if bias is not None and self.h is not None:
+            z += self.h.astype(z.dtype) * bias[:, None]
+        return devices.total(jnp.square(z).sum(1), site.reduced)
 
 
 @_pytree

@@ -70,6 +70,10 @@ class Product:
         column = None if h is None else jnp.broadcast_to(h, rows.shape[:2]).astype(rows.dtype)
         return gram.inner(rows, column, precision)
 
+    def times(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+        """XV, (B, n, k), for k columns V: (B, d, k)."""
+        return jnp.einsum("bnd,bdk->bnk", self.rows(x).astype(w.dtype), w, precision=precision)
+
     def moment_flops(self, shape: Shape, features: int) -> float:
         """Operations of `second_moment` for an input of this shape, the bias among the features."""
         del shape
@@ -117,6 +121,26 @@ class Convolution:
         """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
         examples = self._channels_last(x)
         return conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
+
+    def times(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+        """XV, (B, n, k), for k columns V: (B, d, k), as a convolution."""
+        examples, window = self._channels_last(x), self.window
+        groups, _, columns = w.shape
+        # The columns of the groups become output channels, of which each group has k.
+        kernel = jnp.moveaxis(w.reshape(groups, *window.shape, -1, columns), 0, -2)
+        space = "".join(map(chr, range(ord("a"), ord("a") + len(window.shape))))
+        z = lax.conv_general_dilated(
+            examples.astype(w.dtype),
+            kernel.reshape(*kernel.shape[:-2], groups * columns),
+            window.strides,
+            window.padding,
+            window.lhs_dilation,
+            window.rhs_dilation,
+            (f"N{space}C", f"{space}IO", f"N{space}C"),
+            groups,
+            precision=precision,
+        )
+        return jnp.moveaxis(z.reshape(-1, groups, columns), 1, 0)
 
     def moment_flops(self, shape: Shape, features: int) -> float:
         """Operations of `second_moment` for an input of this shape."""

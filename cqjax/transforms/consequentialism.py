@@ -48,9 +48,9 @@ class ScaleByConsequentialismState(NamedTuple):
 
 
 def scale_by_consequentialism(
-    damping: Schedule = 1e-3,
     *,
-    relative_damping: Schedule = 0.0,
+    damping: Schedule = 0.0,
+    relative_damping: Schedule = 0.1,
     plan: Plan | None = None,
     update_every: int | None = None,
     ema_decay: float | None = None,
@@ -99,11 +99,14 @@ def scale_by_consequentialism(
     each layer.
 
     Args:
-      damping: λ ≥ 0, in units of the squared length of an input row; a number or a schedule of the
-        update's count. The paper has 1e-3 for inputs in [0, 1], 1e-2 for standardised ones and
+      damping: the part of λ that is the same for all layers, at least 0, in units of the squared
+        length of an input row; a number or a schedule of the update's count. The paper's λ is
+        `damping=1e-3, relative_damping=0.0` for inputs in [0, 1], 1e-2 for standardised ones and
         3e-2 for convolutions.
-      relative_damping: added to λ, in units of the mean of those eigenvalues of XᵀX that may differ
-        from zero. So it carries over between layers, scales of inputs and batch sizes.
+      relative_damping: the part of λ that is in units of the mean of those eigenvalues of XᵀX that
+        may differ from zero; a number or a schedule. λ is the sum of the two parts. One value
+        carries over between layers, scales of inputs and batch sizes: docs/choosing.md shows what
+        .03 to 1 do. Below about .01 the solve fits the noise of a batch.
       plan: what will be captured, made by `cqjax.plan` of the same loss and arguments as
         `cqjax.value_and_grad`. The next three options need it.
       update_every: updates from one inversion of :math:`X^T X + \lambda I` to the next. In between
@@ -139,7 +142,9 @@ def scale_by_consequentialism(
       >>> x = jnp.array([[3.0, 1.0, 0.0], [1.0, 2.0, 1.0]])
       >>> y = jnp.array([[1.0], [-1.0]])
       >>> params = {"w": jnp.zeros((3, 1))}
-      >>> tx = optax.chain(cqjax.scale_by_consequentialism(damping=0.0), optax.sgd(1.0))
+      >>> tx = optax.chain(
+      ...     cqjax.scale_by_consequentialism(relative_damping=0.0), optax.sgd(1.0)
+      ... )
       >>> _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x, y)
       >>> updates, state = tx.update(grads, tx.init(params), params, captures=captures)
       >>> params = optax.apply_updates(params, updates)

@@ -27,7 +27,8 @@ def bind_extra_args(
       ...     return 0.5 * jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
       >>> x, y = jnp.eye(2), jnp.array([[4.0], [8.0]])
       >>> def lookahead(**extra_args):  # fast steps of 1/2, and half-way back after two of them
-      ...     inner = cqjax.bind_extra_args(cqjax.csgd(0.5, damping=0.0), **extra_args)
+      ...     exact = cqjax.csgd(0.5, relative_damping=0.0, max_change=None)
+      ...     inner = cqjax.bind_extra_args(exact, **extra_args)
       ...     return optax.lookahead(inner, sync_period=2, slow_step_size=0.5)
       >>> params = optax.LookaheadParams.init_synced({"w": jnp.zeros((2, 1))})
       >>> state = lookahead().init(params)

@@ -13,7 +13,7 @@ from jax import lax
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_positive
 from cqjax.capture.plan import Plan, check_plan
-from cqjax.capture.statistics import Rows
+from cqjax.capture.statistics import Rows, quadratic_form
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
 from cqjax.solves import kept
@@ -91,7 +91,8 @@ def multi_steps(
       >>> y = x @ jnp.array([[5.0], [-2.0]])
       >>> params = {"w": jnp.zeros((2, 1))}
       >>> whole = cqjax.plan(loss_fn)(params, x, y)
-      >>> tx = cqjax.multi_steps(cqjax.csgd(1.0, damping=0.0), 4, plan=whole)
+      >>> exact = cqjax.csgd(1.0, relative_damping=0.0, max_change=None)
+      >>> tx = cqjax.multi_steps(exact, 4, plan=whole)
       >>> state = tx.init(params)
       >>> for i in range(4):
       ...     one = x[i : i + 1], y[i : i + 1]
@@ -187,6 +188,9 @@ class _Sum(Capture):
 
     def second_moment(self) -> jax.Array:
         return self.moment
+
+    def squared_outputs(self, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        return quadratic_form(self.moment, weight, bias)
 
 
 def _sums(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates) -> list[_Sum]:

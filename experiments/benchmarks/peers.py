@@ -62,13 +62,19 @@ def _capturing(task: Task, tx: Any, compiles: int, solver: Any = "auto") -> Step
 
 def _csgd(task: Task, compiles: int) -> Stepper:
     """C-SGD, exact in every step."""
-    return _capturing(task, cqjax.csgd(RATE, task.workload.damping), compiles)
+    return _capturing(
+        task,
+        cqjax.csgd(RATE, damping=task.workload.damping, relative_damping=0.0, max_change=None),
+        compiles,
+    )
 
 
 def _every_10(task: Task, compiles: int) -> Stepper:
     """C-SGD that factorises in every tenth step."""
     plan = cqjax.plan(task.loss_fn, batch_size=len(task.batch[1]))(*task.start, *task.batch)
-    first = cqjax.scale_by_consequentialism(task.workload.damping, plan=plan, update_every=PERIOD)
+    first = cqjax.scale_by_consequentialism(
+        damping=task.workload.damping, plan=plan, update_every=PERIOD, relative_damping=0.0
+    )
     return _capturing(task, optax.chain(first, optax.sgd(RATE)), compiles)
 
 

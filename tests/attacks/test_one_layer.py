@@ -72,7 +72,7 @@ def program(solver, shape):
     """(params, batches, λ) -> (updates, counts)."""
 
     def run(params, batches, damping):
-        tx = cqjax.scale_by_consequentialism(damping)
+        tx = cqjax.scale_by_consequentialism(damping=damping, relative_damping=0.0)
         _, grads, captures = cqjax.value_and_grad(loss_fn, solver=solver, batch_size=shape[0])(
             params, batches
         )
@@ -147,7 +147,7 @@ def test_a_batch_of_one():
     """λ = 0 too: NLMS."""
     params, x, y = problem(1, 5, 2, bias=True)
     for solver, damping in (("dual", 0.0), ("dual", 1e-2), ("primal", 1e-2)):
-        tx = cqjax.scale_by_consequentialism(damping)
+        tx = cqjax.scale_by_consequentialism(damping=damping, relative_damping=0.0)
         _, _, updates, state = first_step(tx, squared_error, params, x, y, solver=solver)
         rows = np.append(np.asarray(x, np.float64)[0], 1.0)
         error = rows @ joined(params) - np.asarray(y)[0]
@@ -165,7 +165,7 @@ def test_a_layer_never_reached(solver):
         return jnp.mean(z**2)
 
     x = problem(7, 3, 2)[1]
-    tx = cqjax.scale_by_consequentialism(1e-2)
+    tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
     _, _, updates, state = first_step(tx, loss, params, x, solver=solver)
     assert not updates["branch"].any() and not updates["unused"].any()
     assert np.isfinite(updates["used"]).all() and updates["used"].any()
@@ -182,7 +182,7 @@ def test_a_dead_layer(solver):
     def loss(params, x, y):
         return squared_error(params["top"], jax.nn.relu(x @ params["w"] + params["b"]), y)
 
-    tx = cqjax.scale_by_consequentialism(1e-2)
+    tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
     _, _, updates, state = first_step(tx, loss, params, x, y, solver=solver)
     assert not updates["w"].any() and not updates["b"].any() and not updates["top"]["w"].any()
     want = 8 * np.mean(exactly(params["top"]["b"] - y), 0) / (8 + 1e-2)
@@ -196,7 +196,7 @@ def test_float16_cannot_hold_the_update(solver):
     params, x, y = problem(3, 5, 2)
     y = y.at[:, 0].set(60.0)
     args = jax.tree.map(lambda a: a.astype(jnp.float16), (params, x * 2e-4, y))
-    tx = cqjax.scale_by_consequentialism(1e-9)
+    tx = cqjax.scale_by_consequentialism(damping=1e-9, relative_damping=0.0)
     _, _, updates, state = first_step(tx, squared_error, *args, solver=solver)
     want = expected(*exactly(args), 1e-9)["w"]
     lost = np.abs(want) > 65504

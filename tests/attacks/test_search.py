@@ -34,7 +34,7 @@ def program(solver, loss=loss_fn):
 
     def run(params, x, y, damping):
         _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x, y)
-        tx = cqjax.scale_by_consequentialism(damping)
+        tx = cqjax.scale_by_consequentialism(damping=damping, relative_damping=0.0)
         updates, state = tx.update(grads, tx.init(params), params, captures=captures)
         return grads, updates, state.fallbacks
 

@@ -41,7 +41,7 @@ def make(dtype=jnp.float32):
 def chain(rate, **options):
     def optimizer(plan):
         given = options | {"plan": plan} if options else {}
-        return optax.chain(cqjax.scale_by_consequentialism(0.1, **given), optax.sgd(rate))
+        return optax.chain(cqjax.scale_by_consequentialism(damping=0.1, **given), optax.sgd(rate))
 
     return optimizer
 
@@ -58,7 +58,10 @@ OPTIMIZERS = {
     # name: (how statistics are captured, the optimizer of a plan)
     "dual": ({"solver": "dual"}, chain(0.05)),
     "primal": ({"solver": "primal"}, chain(0.05)),
-    "momentum": ({}, lambda plan: cqjax.cnesterov(0.01, damping=0.1)),
+    "momentum": (
+        {},
+        lambda plan: cqjax.cnesterov(0.01, damping=0.1, relative_damping=0.0, max_change=None),
+    ),
     "kept": ({"solver": "primal"}, chain(0.05, update_every=3)),
     "average": ({"solver": "primal"}, chain(0.05, ema_decay=0.5)),
     "kept average": ({}, chain(0.05, ema_decay=0.5, update_every=2, capture_every=2)),

@@ -108,7 +108,9 @@ def test_averages_do_not_invert_larger_matrices_either(solver):
     batches = [problem(8, 64, 2, seed=i)[1:] for i in range(3)]
     options = {"max_dim": 16, "solver": solver}
     plan = cqjax.plan(squared_error, **options)(params, *batches[0])
-    tx = cqjax.scale_by_consequentialism(DAMPING, plan=plan, ema_decay=0.9, update_every=2)
+    tx = cqjax.scale_by_consequentialism(
+        damping=DAMPING, plan=plan, ema_decay=0.9, update_every=2, relative_damping=0.0
+    )
     state, step = tx.init(params), stepper(squared_error, tx, **options)
     assert not state.moments and not state.inverses
     if solver == "auto":

@@ -25,7 +25,7 @@ def precisions(loss_fn, params, args, holds, **options):
     """Of the products that `holds(their shapes)`, and of the others, in an update."""
     fn = cqjax.value_and_grad(loss_fn, **options)
     _, grads, captures = jax.eval_shape(fn, params, *args)
-    tx = cqjax.scale_by_consequentialism(DAMPING)
+    tx = cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0)
     state = tx.init(params)
     jaxpr = jax.make_jaxpr(lambda g, c: tx.update(g, state, captures=c))(grads, captures)
     chosen, others = [], []
@@ -58,7 +58,7 @@ def test_precision_of_the_dual(precision):
     """XXᵀ and Xᵀ times the solution as asked; the solution at the highest."""
     args = problem(5, 13, 2)
     fn = cqjax.value_and_grad(squared_error, solver="dual", precision=precision)
-    tx = cqjax.scale_by_consequentialism(DAMPING)
+    tx = cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0)
 
     def update(params, x, y):
         _, grads, captures = fn(params, x, y)

@@ -40,7 +40,7 @@ def loss_fn(params, x, y):
     return jnp.mean(jnp.sum((Net().apply(params, x) - y) ** 2, -1))
 
 
-TX = cqjax.csgd(0.1, damping=1e-1)
+TX = cqjax.csgd(0.1, damping=1e-1, relative_damping=0.0, max_change=None)
 
 
 def step(params, state, x, y):

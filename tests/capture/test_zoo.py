@@ -44,7 +44,7 @@ class Evaluated(NamedTuple):
 def evaluated(name):
     """(params, args, {solver: Evaluated}), in float64, compiled as one program."""
     case = zoo.by_name(name)
-    tx = cqjax.scale_by_consequentialism(DAMPING)
+    tx = cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0)
 
     def evaluate(params, *args):
         results = {}
@@ -249,7 +249,7 @@ def test_primal_and_dual_agree_on_changed_updates(name):
 def test_scan_over_steps_and_vmap_over_seeds(name):
     """Two steps of two networks in one program equal the same steps one by one."""
     case = zoo.by_name(name)
-    tx = cqjax.csgd(0.05, damping=1.0)
+    tx = cqjax.csgd(0.05, damping=1.0, relative_damping=0.0, max_change=None)
     with jax.enable_x64(True):
         loss_fn, params, args = zoo.made(name, jnp.float64)
         fn = cqjax.value_and_grad(loss_fn, case.has_aux, **{"batch_size": SIZE, **case.kwargs})

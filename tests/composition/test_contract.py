@@ -32,11 +32,13 @@ def problem(dtype):
 
 def kept(**options):
     """`scale_by_consequentialism` with something in its state."""
-    return lambda plan: cqjax.scale_by_consequentialism(0.1, plan=plan, **options)
+    return lambda plan: cqjax.scale_by_consequentialism(damping=0.1, plan=plan, **options)
 
 
 MADE = {
-    "scale_by_consequentialism": lambda plan: cqjax.scale_by_consequentialism(0.1),
+    "scale_by_consequentialism": lambda plan: cqjax.scale_by_consequentialism(
+        damping=0.1, relative_damping=0.0
+    ),
     "update_every": kept(update_every=2),
     "ema_decay": kept(ema_decay=0.9),
     "both": kept(update_every=2, ema_decay=0.9, capture_every=3),
@@ -46,11 +48,11 @@ MADE = {
     "scale_by_lsalr": lambda plan: cqjax.scale_by_lsalr(),
     "fletcher_reeves": lambda plan: cqjax.scale_by_conjugate_gradient("fletcher_reeves"),
     "hestenes_stiefel": lambda plan: cqjax.scale_by_conjugate_gradient(),
-    "csgd": lambda plan: cqjax.csgd(0.1, 0.1),
-    "cmomentum": lambda plan: cqjax.cmomentum(0.1, damping=0.1),
+    "csgd": lambda plan: cqjax.csgd(0.1, damping=0.1, relative_damping=0.0),
+    "cmomentum": lambda plan: cqjax.cmomentum(0.1, damping=0.1, relative_damping=0.0),
     "cnesterov": lambda plan: cqjax.cnesterov(0.1, damping=0.1, relative_damping=0.1),
-    "crmsprop": lambda plan: cqjax.crmsprop(0.1, damping=0.1),
-    "cadam": lambda plan: cqjax.cadam(0.1, damping=0.1),
+    "crmsprop": lambda plan: cqjax.crmsprop(0.1, damping=0.1, relative_damping=0.0),
+    "cadam": lambda plan: cqjax.cadam(0.1, damping=0.1, relative_damping=0.0),
     "nlms": lambda plan: cqjax.nlms(0.1),
     "lsalr": lambda plan: cqjax.lsalr(0.1),
     "back_matching_sgd": lambda plan: cqjax.back_matching_sgd(0.1, plan=plan),
@@ -243,7 +245,7 @@ def test_an_injected_average_decays():
         "ema_decay": 0.9,
         "update_every": 2,
     }
-    plain = cqjax.scale_by_consequentialism(0.1, **options)
+    plain = cqjax.scale_by_consequentialism(damping=0.1, **options)
     make = optax.inject_hyperparams(cqjax.scale_by_consequentialism, static_args="update_every")
     want = run(plain, params, plain.init(params), batches)[1]
     injected = make(0.1, **options)

@@ -28,7 +28,7 @@ RULE = optax.sgd(RATE, momentum=0.9)
 
 
 def ours():
-    return cqjax.scale_by_consequentialism(DAMPING)
+    return cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0)
 
 
 def norm(tree):

@@ -78,17 +78,22 @@ def plans(loss_fn, params, batches, **options):
 
 
 INNER = {
-    "csgd": lambda plan: cqjax.csgd(RATE, DAMPING),
-    "relative": lambda plan: cqjax.csgd(RATE, 0.0, relative_damping=0.1),
+    "csgd": lambda plan: cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None),
+    "relative": lambda plan: cqjax.csgd(RATE, damping=0.0, relative_damping=0.1, max_change=None),
     "back-matching": lambda plan: optax.chain(
         cqjax.scale_by_back_matching(), optax.sgd(RATE, momentum=0.9)
     ),
     "across": lambda plan: optax.chain(
-        cqjax.scale_by_consequentialism(DAMPING, plan=plan, update_every=2, ema_decay=0.7),
+        cqjax.scale_by_consequentialism(
+            damping=DAMPING, plan=plan, update_every=2, ema_decay=0.7, relative_damping=0.0
+        ),
         optax.sgd(RATE),
     ),
     "kernels": lambda plan: optax.partition(
-        {"ours": cqjax.csgd(RATE, DAMPING), "adam": optax.adam(RATE)},
+        {
+            "ours": cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None),
+            "adam": optax.adam(RATE),
+        },
         lambda params: jax.tree.map(lambda p: "ours" if p.ndim == 2 else "adam", params),
     ),
 }
@@ -114,7 +119,7 @@ def test_separate_calls(name):
 def test_split_over_devices():
     """Each microbatch over two devices, by `shard_map`, with the plan of the whole batch on one."""
     params, batches = problem((8, 8))
-    tx = cqjax.csgd(RATE, DAMPING)
+    tx = cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None)
     split = cqjax.multi_steps(tx, 2, plan=plans(loss_fn, params, batches))
     kinds = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), axis_types=kinds, devices=jax.devices()[:2])
@@ -141,10 +146,17 @@ def test_what_is_not_finite_ends_with_its_batch():
     params, batches = problem((6, 6, 6, 6))
     bad = (batches[0][0].at[0, 0].set(jnp.nan), batches[0][1])
     plan = plans(loss_fn, params, batches[:2])
-    tx = cqjax.multi_steps(cqjax.csgd(RATE, DAMPING), 2, plan=plan)
+    tx = cqjax.multi_steps(
+        cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None), 2, plan=plan
+    )
     got, state = run(tx, loss_fn, params, [bad, *batches[1:]])
     assert jnp.sum(state.inner_state[0].fallbacks) > 0
-    want, _ = run(cqjax.csgd(RATE, DAMPING), loss_fn, got[1], [joined(batches[2:])])
+    want, _ = run(
+        cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None),
+        loss_fn,
+        got[1],
+        [joined(batches[2:])],
+    )
     assert_close(got[3], want[0])
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(got))
 
@@ -160,7 +172,7 @@ def test_lookups_shared_and_scanned_layers(reduction):
     options = {"loss_reduction": reduction}
     plan = plans(loss, params, batches, **options)
     assert [b.name for b in plan.blocks if b.shared] == ["position"]
-    tx = cqjax.scale_by_consequentialism(DAMPING)
+    tx = cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0)
     got, _ = run(cqjax.multi_steps(tx, 2, plan=plan), loss, params, batches, **options)
     want, _ = run(tx, loss, params, [joined(batches)], **options)
     if reduction == "sum":  # of what is not solved for, the mean over the microbatches
@@ -173,7 +185,7 @@ def test_lookups_shared_and_scanned_layers(reduction):
 def test_options_of_capture(options):
     params, batches = problem((5, 7))
     options = {**options, "solver": "primal"}
-    tx = cqjax.csgd(RATE, DAMPING)
+    tx = cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None)
     plan = plans(loss_fn, params, batches, **options)
     got, _ = run(cqjax.multi_steps(tx, 2, plan=plan), loss_fn, params, batches, **options)
     want, _ = run(tx, loss_fn, params, [joined(batches)], **options)
@@ -184,7 +196,9 @@ def test_options_of_capture(options):
 def linear(k, d):
     """The transformation and its step for a linear layer with a bias."""
     plan = cqjax.plan(squared_error)(*linear_layer.problem(k, d, 2, bias=True))
-    tx = cqjax.multi_steps(cqjax.scale_by_consequentialism(DAMPING), k, plan=plan)
+    tx = cqjax.multi_steps(
+        cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0), k, plan=plan
+    )
     return tx, stepper(squared_error, tx)
 
 
@@ -224,7 +238,10 @@ def test_in_the_loss(how, solver):
         jax.checkpoint(loss_fn), (1, 2), 4, optax.microbatching.AccumulationType.MEAN
     )
     micro = scanned if how == "scan" else by_optax
-    for tx in (cqjax.csgd(RATE, DAMPING), cqjax.nlms(RATE))[: 1 + (solver == "dual")]:
+    for tx in (
+        cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None),
+        cqjax.nlms(RATE),
+    )[: 1 + (solver == "dual")]:
         got, _ = run(tx, micro, params, [(x, y)], solver=solver)
         want, _ = run(tx, loss_fn, params, [(x, y)], solver=solver)
         assert_close(got, want)
@@ -234,7 +251,7 @@ def test_in_the_loss(how, solver):
 def test_how_far_off_the_last_rows_alone_are():
     """Four microbatches of eight: the update's error relative to its length."""
     params, batches = problem((8, 8, 8, 8))
-    tx = cqjax.scale_by_consequentialism(DAMPING)
+    tx = cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0)
 
     def update(tx, batches):
         new, _ = run(tx, loss_fn, params, batches)

@@ -71,7 +71,7 @@ def by_hand(tx, steps=2):
     return params, state
 
 
-TX = cqjax.cmomentum(0.1, damping=1.0)
+TX = cqjax.cmomentum(0.1, damping=1.0, relative_damping=0.0, max_change=None)
 
 
 def test_captures_are_forwarded():
@@ -97,7 +97,9 @@ def test_an_optimizer_without_captures_is_as_in_flax(eight_bit):
 
 def test_beside_a_collection_that_gradients_overwrite():
     """Layers that were captured get ours; the collection is its gradient; the rest has SGD."""
-    state = created(cqjax.csgd(0.1, 0.1), eight_bit=True)
+    state = created(
+        cqjax.csgd(0.1, damping=0.1, relative_damping=0.0, max_change=None), eight_bit=True
+    )
 
     def loss(params, x, y):
         return loss_fn(params, x, y, Net(eight_bit=True))
@@ -136,7 +138,13 @@ def test_fields_of_a_subclass():
 def test_extra_arguments():
     """A line search takes the loss's value, and a function for it."""
     model, search = Net(), optax.scale_by_backtracking_linesearch(15)
-    state = created(optax.chain(cqjax.scale_by_consequentialism(0.1), optax.scale(-1.0), search))
+    state = created(
+        optax.chain(
+            cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0),
+            optax.scale(-1.0),
+            search,
+        )
+    )
 
     @quickly
     def search_step(state):

@@ -26,7 +26,7 @@ RATE = 0.1
 
 
 def ours():
-    return cqjax.csgd(RATE, DAMPING)
+    return cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None)
 
 
 def descend(params, update, rate=RATE):
@@ -46,7 +46,7 @@ def test_masked(rows):
     """What is masked passes through; a masked bias is no coordinate of its weight."""
     params, (batch,) = problem((rows,))
     mask = {"a": {"w": True, "b": False}, "c": False, "gain": True}
-    tx = optax.masked(cqjax.scale_by_consequentialism(DAMPING), mask)
+    tx = optax.masked(cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0), mask)
     (got,), _ = train(optax.chain(tx, optax.sgd(RATE)), params, [batch])
     grads, _ = gradient(params, *batch)
     grads["a"]["w"] = alone("a", params, batch)
@@ -85,7 +85,9 @@ def test_injected_schedules():
 def test_schedules_without_injection():
     params, batches = problem()
     damping, rate = optax.linear_schedule(1.0, 0.2, 2), optax.exponential_decay(0.2, 1, 0.5)
-    got, _ = train(cqjax.csgd(rate, damping), params, batches)
+    got, _ = train(
+        cqjax.csgd(rate, damping=damping, relative_damping=0.0, max_change=None), params, batches
+    )
     assert_close(got, by_hand(optax.sgd(rate), params, batches, damping))
 
 
@@ -93,7 +95,12 @@ def test_apply_if_finite():
     """A batch with a NaN never happened, neither for the parameters nor for our state."""
     params, batches = problem()
     bad = (batches[0][0].at[0, 0].set(jnp.nan), batches[0][1])
-    tx = optax.apply_if_finite(cqjax.csgd(RATE, optax.linear_schedule(1.0, 0.2, 2)), 2)
+    tx = optax.apply_if_finite(
+        cqjax.csgd(
+            RATE, damping=optax.linear_schedule(1.0, 0.2, 2), relative_damping=0.0, max_change=None
+        ),
+        2,
+    )
     got, state = train(tx, params, [bad, batches[0], bad, *batches[1:]])
     assert_close(got[0], params)
     assert_close(got[2], got[1])
@@ -109,7 +116,10 @@ def test_every_second_step(wrapper):
     """Between them, the gradient itself, or nothing."""
     params, batches = problem()
     wrap = getattr(optax, wrapper)
-    first = wrap(cqjax.scale_by_consequentialism(DAMPING), lambda step: step % 2 == 0)
+    first = wrap(
+        cqjax.scale_by_consequentialism(damping=DAMPING, relative_damping=0.0),
+        lambda step: step % 2 == 0,
+    )
     visited, state = train(optax.chain(first, optax.sgd(RATE)), params, batches)
     for t, (got, batch) in enumerate(zip(visited, batches, strict=True)):
         update = direction(params, batch)
@@ -127,7 +137,12 @@ def test_lookahead(reset):
     params, batches = problem((6, 6, 6, 6))
 
     def wrapped(**extra_args):
-        inner = cqjax.bind_extra_args(cqjax.cmomentum(RATE, 0.9, DAMPING), **extra_args)
+        inner = cqjax.bind_extra_args(
+            cqjax.cmomentum(
+                RATE, momentum=0.9, damping=DAMPING, relative_damping=0.0, max_change=None
+            ),
+            **extra_args,
+        )
         return optax.lookahead(inner, 2, 0.5, reset_state=reset)
 
     @quickly

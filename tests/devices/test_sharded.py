@@ -107,7 +107,10 @@ def deep(width, number, spread_over):
     keys = jax.random.split(jax.random.key(0), number)
     params = [jax.random.normal(k, (width, width)) / width**0.5 for k in keys]
     x = jax.random.normal(jax.random.key(1), (8, width))
-    tx = optax.chain(cqjax.scale_by_consequentialism(0.1, spread_over=spread_over), optax.sgd(0.1))
+    tx = optax.chain(
+        cqjax.scale_by_consequentialism(damping=0.1, spread_over=spread_over, relative_damping=0.0),
+        optax.sgd(0.1),
+    )
 
     def loss(params, x):
         for weight in params:

@@ -233,7 +233,10 @@ def test_the_patch_route_is_another_way_to_the_same(monkeypatch):
 def test_pinv_is_c_sgd_without_damping(monkeypatch):
     monkeypatch.setattr(peers, "RATE", 0.5)
     stepper = one_step(TINY["mlp-32"], workloads.PINV)
-    task, tx = workloads.task(TINY["mlp-32"]), cqjax.csgd(0.5, damping=1e-6)
+    task, tx = (
+        workloads.task(TINY["mlp-32"]),
+        cqjax.csgd(0.5, damping=1e-6, relative_damping=0.0, max_change=None),
+    )
     csgd = timing.Training(capturing_step(task.loss_fn, tx), tx.init, task.start, task.batch)
     csgd()
     both = (jax.tree.leaves(training.state.params) for training in (stepper, csgd))

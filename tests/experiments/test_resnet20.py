@@ -174,7 +174,7 @@ def by_hand(batch_norm, bound, rate, seed, steps, ours):
         if ours:
             differentiate = cqjax.value_and_grad(loss_fn, has_aux=True, batch_size=128)
             (_, rest), grads, captures = differentiate(params, rest, x, y)
-            tx = cqjax.csgd(1.0, damping=0.03)
+            tx = cqjax.csgd(1.0, damping=0.03, relative_damping=0.0, max_change=None)
             grads, _ = tx.update(grads, tx.init(params), params, captures=captures)
             grads = jax.tree.map(jnp.negative, grads)
         else:

@@ -15,7 +15,7 @@ SOLVERS = {"primal": {"solver": "primal"}, "dual": {"solver": "dual"}}
 MATCHED = {"matched": {"signal": "matched"}}
 OPTIONS = {name: SOLVERS for name in CASES}
 OPTIONS |= {name: SOLVERS | MATCHED for name in ("conv", "scanned", "bridged")}
-TX = cqjax.scale_by_consequentialism(1e-2)
+TX = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
 
 
 def loss_fn(model, x, y):

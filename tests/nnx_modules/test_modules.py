@@ -121,7 +121,9 @@ def test_a_linear_layer_in_one_step_with_weights_that_keep_statistics():
     model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
     plan = cqjax.nnx.plan(loss_fn, loss_reduction="sum", solver="primal")(model, X, Y)
     tx = optax.chain(
-        cqjax.scale_by_consequentialism(1e-6, plan=plan, ema_decay=0.0, update_every=1),
+        cqjax.scale_by_consequentialism(
+            damping=1e-6, plan=plan, ema_decay=0.0, update_every=1, relative_damping=0.0
+        ),
         optax.scale(-1.0),
     )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -209,7 +211,7 @@ def test_replicas_by_vmap():
     @nnx.vmap(in_axes=(0, None, None), out_axes=0)
     def update(model, x, y):
         _, grads, captures = cqjax.nnx.value_and_grad(loss_fn)(model, x, y)
-        tx = cqjax.scale_by_consequentialism(1e-2)
+        tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
         return tx.update(nnx.as_pure(grads), tx.init(grads), captures=captures)[0]
 
     together = arrays_of(update(models, X, Y))
@@ -217,7 +219,7 @@ def test_replicas_by_vmap():
     for i in range(3):
         one = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
         _, grads, captures = cqjax.nnx.value_and_grad(loss_fn)(one, X, Y)
-        tx = cqjax.scale_by_consequentialism(1e-2)
+        tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
         alone, _ = tx.update(nnx.as_pure(grads), tx.init(grads), captures=captures)
         for path, value in arrays_of(alone).items():
             np.testing.assert_allclose(together[path][i], value, 1e-3, 1e-4, err_msg=path)

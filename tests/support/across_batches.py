@@ -48,7 +48,7 @@ def layer(sizes, d=5, *, bias=True):
 def transformation(params, batch, damping=DAMPING, **options):
     """`scale_by_consequentialism` with the plan of a linear layer."""
     plan = cqjax.plan(squared_error)(params, *batch)
-    return cqjax.scale_by_consequentialism(damping, plan=plan, **options)
+    return cqjax.scale_by_consequentialism(damping=damping, plan=plan, **options)
 
 
 @functools.cache

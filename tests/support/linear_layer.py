@@ -36,7 +36,7 @@ def first_step(tx, loss, params, *args, **kwargs):
 
 def direction(params, x, y, damping, solver="auto", change=None, **kwargs):
     """U of one layer, and the state; `change` is what happens to the gradient before."""
-    tx = cqjax.scale_by_consequentialism(damping, **kwargs)
+    tx = cqjax.scale_by_consequentialism(damping=damping, **kwargs)
 
     @jax.jit
     def run(params, x, y):

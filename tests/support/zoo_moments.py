@@ -157,7 +157,7 @@ def flat(tree):
 
 def updated(loss_fn, params, args, damping=DAMPING, **kwargs):
     """(gradients, updates), by path, in float64 NumPy."""
-    tx = cqjax.scale_by_consequentialism(damping)
+    tx = cqjax.scale_by_consequentialism(damping=damping, relative_damping=0.0)
 
     def run(params, *args):
         _, grads, captures = cqjax.value_and_grad(loss_fn, **kwargs)(params, *args)

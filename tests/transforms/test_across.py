@@ -50,7 +50,7 @@ def test_every_form_of_a_weight(name, options, sizes):
     loss_fn, params, args = case.make(jnp.float64)
     batches = ref.batches(case, args, sizes)
     plan = cqjax.plan(loss_fn)(params, *batches[0])
-    tx = cqjax.scale_by_consequentialism(DAMPING, plan=plan, ema_decay=DECAY, **options)
+    tx = cqjax.scale_by_consequentialism(damping=DAMPING, plan=plan, ema_decay=DECAY, **options)
     step, state = stepper(loss_fn, tx), tx.init(params)
     past, kept, spanned = {}, {}, {}
     for t, batch in enumerate(batches):
@@ -139,7 +139,9 @@ def test_what_costs_less_to_solve_than_to_keep_is_solved_exactly():
 
     batches = list(zip(few, many, strict=True))
     plan = cqjax.plan(loss, batch_size=40)(params, *batches[0])
-    tx = cqjax.scale_by_consequentialism(DAMPING, plan=plan, update_every=3)
+    tx = cqjax.scale_by_consequentialism(
+        damping=DAMPING, plan=plan, update_every=3, relative_damping=0.0
+    )
     step, state = stepper(loss, tx, batch_size=40), tx.init(params)
     assert set(state.inverses) == {"many/w"}
     for batch, inverse in zip(
@@ -203,7 +205,9 @@ def test_a_stack_loses_only_the_layer_that_is_not_finite():
     x = np.random.default_rng(1).normal(size=(3, 2, 9, 4))
     x[1, 1] *= 1e200  # its square overflows
     plan = cqjax.plan(loss, batch_size=9)(params, x[0])
-    tx = cqjax.scale_by_consequentialism(DAMPING, plan=plan, ema_decay=DECAY)
+    tx = cqjax.scale_by_consequentialism(
+        damping=DAMPING, plan=plan, ema_decay=DECAY, relative_damping=0.0
+    )
     step, state = stepper(loss, tx, batch_size=9), tx.init(params)
     for batch in x:
         grads, updates, state = step(params, state, batch)

@@ -51,7 +51,7 @@ def make(dtype=jnp.float32, seed=0):
 def chain(name, params, batches):
     batch = jax.tree.map(lambda a: a[0], batches)
     plan = cqjax.plan(loss_fn)(params, *batch)
-    scale = cqjax.scale_by_consequentialism(0.1, plan=plan, **OPTIONS[name])
+    scale = cqjax.scale_by_consequentialism(damping=0.1, plan=plan, **OPTIONS[name])
     return optax.chain(scale, optax.sgd(0.03, momentum=0.9))
 
 

@@ -10,11 +10,27 @@ from linear_layer import first_step
 import cqjax
 
 ALIASES = {
-    "csgd": (cqjax.csgd(0.1, 0.02), optax.sgd(0.1)),
-    "cmomentum": (cqjax.cmomentum(0.1, 0.8, 0.02), optax.sgd(0.1, 0.8)),
-    "cnesterov": (cqjax.cnesterov(0.1, 0.8, 0.02), optax.sgd(0.1, 0.8, nesterov=True)),
-    "crmsprop": (cqjax.crmsprop(0.1, 0.8, 1e-6, 0.02), optax.rmsprop(0.1, 0.8, 1e-6)),
-    "cadam": (cqjax.cadam(0.1, 0.8, 0.9, 1e-6, 0.02), optax.adam(0.1, 0.8, 0.9, 1e-6)),
+    "csgd": (cqjax.csgd(0.1, damping=0.02, relative_damping=0.0, max_change=None), optax.sgd(0.1)),
+    "cmomentum": (
+        cqjax.cmomentum(0.1, momentum=0.8, damping=0.02, relative_damping=0.0, max_change=None),
+        optax.sgd(0.1, 0.8),
+    ),
+    "cnesterov": (
+        cqjax.cnesterov(0.1, momentum=0.8, damping=0.02, relative_damping=0.0, max_change=None),
+        optax.sgd(0.1, 0.8, nesterov=True),
+    ),
+    "crmsprop": (
+        cqjax.crmsprop(
+            0.1, decay=0.8, eps=1e-6, damping=0.02, relative_damping=0.0, max_change=None
+        ),
+        optax.rmsprop(0.1, 0.8, 1e-6),
+    ),
+    "cadam": (
+        cqjax.cadam(
+            0.1, b1=0.8, b2=0.9, eps=1e-6, damping=0.02, relative_damping=0.0, max_change=None
+        ),
+        optax.adam(0.1, 0.8, 0.9, 1e-6),
+    ),
 }
 
 
@@ -88,9 +104,11 @@ def test_learning_rates_can_be_schedules(data):
 
 def test_masked_parameters_are_left_alone(data):
     mask = {"a": True, "b": False, "c": False}
-    tx = optax.masked(cqjax.scale_by_consequentialism(0.02), mask)
+    tx = optax.masked(cqjax.scale_by_consequentialism(damping=0.02, relative_damping=0.0), mask)
     grads, _, updates, _ = first_step(tx, loss_fn, *data)
-    _, _, whole, _ = first_step(cqjax.scale_by_consequentialism(0.02), loss_fn, *data)
+    _, _, whole, _ = first_step(
+        cqjax.scale_by_consequentialism(damping=0.02, relative_damping=0.0), loss_fn, *data
+    )
     np.testing.assert_allclose(updates["a"], whole["a"], rtol=1e-5)
     np.testing.assert_array_equal(updates["c"], grads["c"])
 
@@ -105,7 +123,10 @@ def test_a_masked_bias_is_no_coordinate():
         return jnp.mean(jnp.sum((x @ params["w"] + params["b"]) ** 2, -1))
 
     tx = optax.partition(
-        {"ours": cqjax.scale_by_consequentialism(0.1), "plain": optax.identity()},
+        {
+            "ours": cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0),
+            "plain": optax.identity(),
+        },
         {"w": "ours", "b": "plain"},
     )
     for solver in ("dual", "primal"):
@@ -116,19 +137,32 @@ def test_a_masked_bias_is_no_coordinate():
 
 
 def test_inject_hyperparams(data):
-    tx = optax.inject_hyperparams(cqjax.csgd)(0.1, damping=0.02)
+    tx = optax.inject_hyperparams(cqjax.csgd)(
+        0.1, damping=0.02, relative_damping=0.0, max_change=None
+    )
     params, state = run(tx, data)
-    assert_close(params, run(cqjax.csgd(0.1, 0.02), data)[0])
+    assert_close(
+        params, run(cqjax.csgd(0.1, damping=0.02, relative_damping=0.0, max_change=None), data)[0]
+    )
     assert state.hyperparams["damping"] == np.float32(0.02)
 
 
 def test_apply_if_finite_and_gradient_clipping(data):
-    plain = run(cqjax.csgd(0.1, 0.02), data)[0]
-    guarded = optax.apply_if_finite(cqjax.csgd(0.1, 0.02), 3)
+    plain = run(cqjax.csgd(0.1, damping=0.02, relative_damping=0.0, max_change=None), data)[0]
+    guarded = optax.apply_if_finite(
+        cqjax.csgd(0.1, damping=0.02, relative_damping=0.0, max_change=None), 3
+    )
     assert_close(run(guarded, data)[0], plain)
-    unclipped = optax.chain(optax.clip_by_global_norm(1e9), cqjax.csgd(0.1, 0.02))
+    unclipped = optax.chain(
+        optax.clip_by_global_norm(1e9),
+        cqjax.csgd(0.1, damping=0.02, relative_damping=0.0, max_change=None),
+    )
     assert_close(run(unclipped, data)[0], plain)
-    after = optax.chain(cqjax.scale_by_consequentialism(0.02), optax.clip(0.01), optax.sgd(1.0))
+    after = optax.chain(
+        cqjax.scale_by_consequentialism(damping=0.02, relative_damping=0.0),
+        optax.clip(0.01),
+        optax.sgd(1.0),
+    )
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), run(after, data, 1)[0], data[0])
     assert max(jax.tree.leaves(moved)) <= 0.0101
 

@@ -42,7 +42,7 @@ def test_weights(name):
     def run(params, x, y):
         fn = cqjax.back_matching_value_and_grad(loss_fn, damping=0.1)
         _, grads, captures = cqjax.value_and_grad(loss_fn, signal="matched")(params, x, y)
-        tx = cqjax.scale_by_consequentialism(0.1)
+        tx = cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0)
         updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
         return fn(params, x, y), grads, updates
 

@@ -33,7 +33,7 @@ def test_updates_that_are_no_longer_the_gradient(change, solver, bias):
 def test_gradient_and_update_jitted_apart(changed):
     """Nothing tells at trace time whether the updates are the gradient: a comparison does."""
     args = problem(4, 7, 2, bias=True)
-    tx = cqjax.scale_by_consequentialism(1e-2)
+    tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
     _, grads, captures = jax.jit(cqjax.value_and_grad(squared_error))(*args)
     change = CHANGES["decayed"] if changed else lambda g: g
     update = jax.jit(lambda g, s, c: tx.update(change(g), s, captures=c))
@@ -65,7 +65,7 @@ def test_a_loss_term_on_the_weights_is_part_of_the_update():
         return squared_error(params, x, y) + 0.05 * jnp.sum(params["w"] ** 2)
 
     incoming = jax.tree.map(np.asarray, jax.grad(loss)(params, x, y))
-    tx = cqjax.scale_by_consequentialism(1e-2)
+    tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
     for solver in ("dual", "primal"):
         _, _, updates, _ = first_step(tx, loss, params, x, y, solver=solver)
         assert_close(updates, expected(params, x, y, 1e-2, incoming))
@@ -84,7 +84,7 @@ def test_entries_outside_every_site_keep_their_gradient():
             + jnp.sum(params["w"][:, 4:] ** 3)
         )
 
-    tx = cqjax.scale_by_consequentialism(1e-2)
+    tx = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
     grads, captures, updates, _ = first_step(tx, loss, params, x)
     assert len(captures["w"]) == 2
     a = np.asarray(x)
@@ -120,7 +120,10 @@ def test_a_layer_that_fails_does_not_touch_the_others(solver):
         return squared_error(params[0], a, y) + squared_error(params[1], b, y)
 
     x = bad[1].at[0, 0].set(np.inf)
-    tx, params = cqjax.scale_by_consequentialism(1e-2), [good[0], bad[0]]
+    tx, params = (
+        cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0),
+        [good[0], bad[0]],
+    )
     _, _, updates, state = first_step(tx, loss, params, good[1], x, good[2], solver=solver)
     assert_close(updates[0], expected(*good, 1e-2))
     assert np.isfinite(updates[1]["w"]).all() and state.fallbacks.sum() == 1

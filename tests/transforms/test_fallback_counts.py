@@ -10,7 +10,7 @@ from linear_layer import first_step, problem, squared_error
 import cqjax
 
 NAMES = ("first", "second", "third")
-TX = cqjax.scale_by_consequentialism(1e-2)
+TX = cqjax.scale_by_consequentialism(damping=1e-2, relative_damping=0.0)
 
 
 def loss_fn(params, batches):

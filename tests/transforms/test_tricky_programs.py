@@ -62,7 +62,7 @@ def test_tricky_programs(name, solver):
     params = {key: jnp.asarray(rng.normal(size=shape)) for key, shape in shapes.items()}
     x, loss = jnp.asarray(rng.normal(size=(5, 4))), TRICKY[name]
     handed = {k: jnp.asarray(rng.normal(size=shape)) for k, shape in shapes.items()}
-    tx = cqjax.scale_by_consequentialism(0.1)
+    tx = cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0)
 
     @jax.jit
     def run(params, x, handed):
@@ -130,7 +130,7 @@ def test_a_skipped_partner_makes_a_weight_inexact():
     def loss(p, x):
         return sq(x @ p["w"]) + sq(jnp.tanh(x) @ jnp.concatenate([p["w"], p["v"]], 1))
 
-    tx = cqjax.scale_by_consequentialism(0.1)
+    tx = cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0)
     grads, _, updates, _ = first_step(tx, loss, params, x, skip="v", solver="dual")
     a = np.asarray(x)
     want = 5 * np.linalg.solve(a.T @ a + 0.1 * np.eye(4), np.asarray(grads["w"]))
