@@ -1,7 +1,7 @@
 """Who competes on the everyday work. All have the same schedule, and its peak is their rate."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
@@ -36,7 +36,6 @@ def everyone(work: Work, grids: Mapping[str, Sequence[float]]) -> list[Entrant]:
     Returns:
       The entrants. Those with the optimizer's rate in its state share one program for all rates.
     """
-    uncovered = _uncovered(work)
     shape = optax.warmup_cosine_decay_schedule(
         0.0, 1.0, max(1, round(WARM_UP * work.pace.steps)), work.pace.steps
     )
@@ -63,66 +62,20 @@ def everyone(work: Work, grids: Mapping[str, Sequence[float]]) -> list[Entrant]:
         return Entrant(name, lambda *rates: (at(*rates), step), grids[option], "ours", given=given)
 
     def cadam(rate: Rate, others: Rate) -> Any:
-        return consequential("cadam", rate, uncovered, others)
+        return cqjax.cadam(rate, uncovered_learning_rate=others)
 
-    tuned = ours(OURS, "cadam", cadam, ADAM)
-    untuned = consequential("cadam", RATE, uncovered)
+    tuned, untuned = ours(OURS, "cadam", cadam, ADAM), cqjax.cadam()
     its_step = capturing_step(work.loss_fn, untuned, terms=work.terms)
     return [
         plain(ADAM, "adam", "baseline", lambda rate, _: optax.adam(rate)),
         plain("Nesterov", "nesterov", "other", lambda rate, _: optax.sgd(rate, 0.9, True)),
         plain("Muon", "muon", "other", muon, ADAM),
-        ours("C-SGD", "csgd", lambda rate, _: consequential("csgd", rate)),
-        ours("C-Nesterov", "cnesterov", lambda rate, _: consequential("cnesterov", rate)),
+        ours("C-SGD", "csgd", lambda rate, _: cqjax.csgd(rate)),
+        ours("C-Nesterov", "cnesterov", lambda rate, _: cqjax.cnesterov(rate)),
         tuned,
         Entrant(AT_DEFAULT_RATE, lambda rate: tuned.at(rate, rate), [RATE], "untuned"),
         Entrant(DEFAULTS, lambda rate: (untuned, its_step), [RATE], "untuned"),
     ]
-
-
-def consequential(
-    kind: Literal["csgd", "cnesterov", "cadam"],
-    rate: Rate,
-    uncovered: Callable[[Any], Any] | None = None,
-    others: Rate = None,
-) -> Any:
-    """One of the library's optimizers, at its defaults.
-
-    Args:
-      kind: Its name in cqjax.
-      rate: Its learning rate.
-      uncovered: Takes parameters to whether each keeps its gradient.
-      others: The learning rate of these parameters, if it is another.
-
-    Returns:
-      The optimizer.
-    """
-    rules = {"csgd": optax.sgd, "cnesterov": _nesterov, "cadam": optax.adam}
-    update = cqjax.scale_by_consequentialism(0.0, relative_damping=0.1)
-    if others is None or uncovered is None:
-        return optax.chain(update, rules[kind](rate))
-
-    def labels(params: Any) -> Any:
-        return jax.tree.map(lambda at: "others" if at else "ours", uncovered(params))
-
-    each: dict[Any, Any] = {"ours": rules[kind](rate), "others": rules[kind](others)}
-    return optax.chain(update, optax.partition(each, labels))
-
-
-def _nesterov(rate: Rate) -> Any:
-    return optax.sgd(rate, 0.9, True)
-
-
-def _uncovered(work: Work) -> Callable[[Any], Any]:
-    """Takes parameters to whether each keeps its gradient, by the plan of the work's loss."""
-    batch = (array[: work.pace.batch_size] for array in work.task.parts.train)
-    plan = cqjax.plan(work.loss_fn, has_aux=True, batch_size=work.terms)
-    paths = plan(*work.task.start(0), *batch).uncovered()
-
-    def labels(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda keys, _: _path(keys) in paths, params)
-
-    return labels
 
 
 def muon(rate: Rate, others: Rate) -> Any:

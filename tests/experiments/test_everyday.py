@@ -164,7 +164,7 @@ def test_the_schedule_rises_and_falls_and_uncovered_parameters_have_adams_rate()
     by_name = {entrant.name: entrant for entrant in entrants.everyone(work, grids)}
     params, state = work.task.start(0)
     x, y = (array[:16] for array in work.task.parts.train)
-    optimizer, _ = by_name["C-Adam"].at(0.1, 0.01)
+    optimizer, _ = by_name["C-Adam"].at(1e-3, 1e-4)
     differentiate = cqjax.value_and_grad(work.loss_fn, has_aux=True, batch_size=work.terms)
     _, grads, captures = jax.jit(differentiate)(params, state, x, y)
     opt_state, lengths = optimizer.init(params), []
@@ -178,10 +178,10 @@ def test_the_schedule_rises_and_falls_and_uncovered_parameters_have_adams_rate()
         lengths.append({k: np.abs(v).max() for k, v in updates.items() if k == "positions"})
         lengths[-1]["head"] = np.abs(updates["head"]["kernel"]).max()
     assert lengths[0]["head"] == 0  # 15 of 300 steps of warm-up
-    assert lengths[6]["head"] == pytest.approx(0.1 * 6 / 15, rel=1e-2)
-    assert lengths[15]["head"] == pytest.approx(0.1, rel=1e-2)
+    assert lengths[6]["head"] == pytest.approx(1e-3 * 6 / 15, rel=1e-2)
+    assert lengths[15]["head"] == pytest.approx(1e-3, rel=1e-2)
     uncovered = cqjax.plan(work.loss_fn, has_aux=True, batch_size=work.terms)(params, state, x, y)
-    rate = 0.01 if "positions" in uncovered.uncovered() else 0.1
+    rate = 1e-4 if "positions" in uncovered.uncovered() else 1e-3
     assert lengths[15]["positions"] == pytest.approx(rate, rel=1e-2)
 
 
