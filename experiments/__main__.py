@@ -9,6 +9,7 @@ from experiments.benchmarks.bench import Bench
 from experiments.checkpoints import ResumeError
 from experiments.conjugate_gradient import ConjugateGradient
 from experiments.data import DataError
+from experiments.everyday.experiment import Everyday
 from experiments.index import Index
 from experiments.lecture import Lecture
 from experiments.lenet import LeNet
@@ -31,6 +32,7 @@ EXPERIMENTS = {
     "vgg": Vgg,
     "lecture": Lecture,
     "conjugate_gradient": ConjugateGradient,
+    "everyday": Everyday,
     "bench": Bench,
     "index": Index,
 }

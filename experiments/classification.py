@@ -1,4 +1,4 @@
-"""A classifier's first weights, its loss, and how well it does on some images."""
+"""A network's first weights, its loss, and how well it does on some examples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,9 @@ EVALUATION_BATCH = 1000  # images at once
 LossFn = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """Takes parameters, the network's state, images and labels to the mean loss and the next state."""
 
+Each = Callable[[jax.Array, jax.Array], jax.Array]
+"""Takes outputs and what they should be to a value for each term of the loss's mean."""
+
 Metric = Callable[[Any, Any], float]
 """Takes parameters and the network's state to a number."""
 
@@ -24,41 +27,47 @@ def initialise(model: Any, seed: int, images: np.ndarray | jax.Array) -> tuple[A
     return params, state
 
 
-def cross_entropy(model: Any, **call: Any) -> LossFn:
-    """The mean cross-entropy of a Flax network's logits; `call` goes to its `__call__`."""
+def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The cross-entropy of each label."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether each label has the greatest logit."""
+    return logits.argmax(axis=-1) == labels
+
+
+def mean_over_batch(model: Any, of: Each, **call: Any) -> LossFn:
+    """The loss that is the mean of a Flax network's values; `call` goes to its `__call__`."""
 
     def loss_fn(
         params: Any, model_state: Any, images: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, Any]:
-        logits, model_state = model.apply(
+        outputs, model_state = model.apply(
             {"params": params, **model_state}, images, mutable=["batch_stats"], **call
         )
-        return _losses(logits, labels).mean(), model_state
+        return of(outputs, labels).mean(), model_state
 
     return loss_fn
 
 
+def cross_entropy(model: Any, **call: Any) -> LossFn:
+    """The mean cross-entropy of a Flax network's logits; `call` goes to its `__call__`."""
+    return mean_over_batch(model, cross_entropies, **call)
+
+
 def mean_loss(model: Any, images: np.ndarray, labels: np.ndarray) -> Metric:
     """The metric that is the mean cross-entropy on some images."""
-    return _mean(model, _losses, images, labels)
+    return mean_of(model, cross_entropies, images, labels)
 
 
 def accuracy(model: Any, images: np.ndarray, labels: np.ndarray) -> Metric:
     """The metric that is the fraction of some images that are classified correctly."""
-    return _mean(model, lambda logits, labels: logits.argmax(axis=-1) == labels, images, labels)
+    return mean_of(model, correct, images, labels)
 
 
-def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def _mean(
-    model: Any,
-    of: Callable[[jax.Array, jax.Array], jax.Array],
-    images: np.ndarray,
-    labels: np.ndarray,
-) -> Metric:
-    """The metric that is the mean of a function of logits and labels over some images."""
+def mean_of(model: Any, of: Each, images: np.ndarray, labels: np.ndarray) -> Metric:
+    """The metric that is the mean of a function of outputs and labels over some examples."""
     cuts = range(EVALUATION_BATCH, len(labels), EVALUATION_BATCH)
     batches = [
         (jnp.asarray(some_images), jnp.asarray(their_labels))

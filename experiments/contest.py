@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from experiments.classification import Metric, accuracy, mean_loss
+from experiments.classification import Each, Metric, correct, cross_entropies, mean_of
 from experiments.data import Dataset, Split
 from experiments.page import median
 from experiments.runs import Runs
@@ -40,21 +40,31 @@ class Task(NamedTuple):
     """What is done to each batch's images."""
     watched: Mapping[str, Metric] = {}
     """Further metrics that are evaluated during a run."""
+    losses: Each = cross_entropies
+    """The loss is the mean of these."""
+    score: str = "test_accuracy"
+    """Name of the metric on the test examples."""
+    scores: Each = correct
+    """The score is the mean of these."""
 
 
 class Entrant(NamedTuple):
     """An optimizer, and the learning rates that are tried for it."""
 
     name: str
-    at: Callable[[float], tuple[optax.GradientTransformation, Step]]
-    """Takes a rate to the optimizer and its step."""
+    at: Callable[..., tuple[optax.GradientTransformation, Step]]
+    """Takes a rate, and those that won for the entrants before that are named in `given`, to the
+    optimizer and its step. Where only the step is timed, it gets its own rate alone."""
     rates: Sequence[float]
-    role: Literal["ours", "baseline", "other", "variant", "timed"] = "baseline"
+    role: Literal["ours", "baseline", "other", "variant", "timed", "untuned"] = "baseline"
     """The best baseline sets the target. All variants are tuned, but only the best of them then
-    runs. An entrant that is "timed" takes no part: only its step is timed."""
+    runs. An entrant that is "timed" takes no part: only its step is timed. One that is "untuned"
+    runs at its first rate, without tuning runs."""
     task: Task | None = None
     """What this entrant learns, if its network or its inputs are not those of the contest's task.
     It has the same number of images."""
+    given: Sequence[str] = ()
+    """The entrants before it whose rates it is told."""
 
     def with_cached_steps(self) -> "Entrant":
         """The same, but it returns the same step each time for a rate: it is compiled once."""
@@ -75,6 +85,9 @@ class Effort(NamedTuple):
     batch_size: int
     measured: int
     """The training loss is that of the first so many training images."""
+    extensions: int = 0
+    """While the winner is the least or the greatest of its rates, one more is tried beyond it, up
+    to so many times: half a decade away."""
 
     def costs(self, entrants: Sequence[Entrant], seconds: Mapping[str, float]) -> list[float]:
         """Seconds of each run of a contest, in order.
@@ -87,7 +100,8 @@ class Effort(NamedTuple):
           Seconds of the tuning runs, then of the runs at the best rate, last the best variant's.
         """
         slowest = max(seconds.values())
-        tuning = [seconds.get(e.name, slowest) for e in entrants for _ in e.rates]
+        tuned = [e for e in entrants if e.role != "untuned"]
+        tuning = [seconds.get(e.name, slowest) for e in tuned for _ in e.rates]
         whole = [seconds[e.name] for e in entrants if e.role != "variant"] * self.seeds
         if any(e.role == "variant" for e in entrants):
             whole += [slowest] * self.seeds
@@ -107,7 +121,8 @@ def hold(
     """Tune all entrants with equal effort, then let them run from the same starts.
 
     A tuning run takes `effort.tuning_steps` steps at one rate. The rate whose run ends with the
-    lowest validation loss wins. A loss that is not a number loses. Then, at each seed, all entrants
+    lowest validation loss wins. A loss that is not a number loses. All grids are extended by the
+    same rule (`effort.extensions`). Then, at each seed, all entrants
     start from the same weights and see the same batches. The target is the lowest final training
     loss of the baselines, in the median over the seeds.
 
@@ -125,11 +140,13 @@ def hold(
     Raises:
       ValueError: If some entrant has more rates than another.
     """
-    if len({len(entrant.rates) for entrant in entrants}) > 1:
-        counts = {entrant.name: len(entrant.rates) for entrant in entrants}
+    counts = {entrant.name: len(entrant.rates) for entrant in entrants if entrant.role != "untuned"}
+    if len(set(counts.values())) > 1:
         raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
     tasks = {entrant.name: entrant.task or task for entrant in entrants}
     evaluated = {id(its): _evaluation(its, effort.measured) for its in tasks.values()}
+    tuned: dict[str, list[tuple[float, History]]] = {}
+    rates: dict[str, float] = {}
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
         kind = "tuning" if tuning else f"seed {seed}"
@@ -139,7 +156,7 @@ def hold(
         examples, validating, evaluating = evaluated[id(its)]
         return runs.train(
             label,
-            *entrant.at(rate),
+            *entrant.at(rate, *(rates[name] for name in entrant.given)),
             its.start(seed),
             examples,
             shuffled_batches(seed, len(examples[1]), effort.batch_size, steps),
@@ -148,11 +165,16 @@ def hold(
             augment=its.augment,
         )
 
-    tuned = {
-        entrant.name: [(rate, run(entrant, rate, effort.seed, True)) for rate in entrant.rates]
-        for entrant in entrants
-    }
-    rates = {name: winner(tried) for name, tried in tuned.items()}
+    for entrant in entrants:
+        name, tried = entrant.name, []
+        further = () if entrant.role == "untuned" else entrant.rates
+        while further and len(tried) < len(entrant.rates) + effort.extensions:
+            if tried:
+                runs.expect_another()
+            tried += [(rate, run(entrant, rate, effort.seed, True)) for rate in further]
+            further = beyond(tried)
+        tuned[name] = tried
+        rates[name] = winner(tried) if tried else entrant.rates[0]
     seeds = range(effort.seed + 1, effort.seed + 1 + effort.seeds)
     variants = [entrant for entrant in entrants if entrant.role == "variant"]
     running = [entrant for entrant in entrants if entrant not in variants]
@@ -167,11 +189,14 @@ def hold(
     target = _target({name: ran[name] for name in baselines})
 
     def results(name: str) -> dict[str, Any]:
+        its = tasks[name]
         runs = [
-            {"seed": seed, **history.summary(), "to_target": reached(history, target)}
+            {"seed": seed, **history.summary(), "to_target": reached(history, target, its.score)}
             for seed, history in zip(seeds, ran.get(name, ()), strict=name in ran)
         ]
-        return _tuning(tuned[name]) | ({"runs": runs} if runs else {})
+        return {"tuning": _tuning(tuned[name]), "rate": rates[name]} | (
+            {"runs": runs} if runs else {}
+        )
 
     return {
         "images": dict(zip(Parts._fields, (len(part.labels) for part in task.parts), strict=True))
@@ -190,24 +215,34 @@ def winner(tried: Sequence[tuple[float, History]]) -> float:
     return min(tried, key=_loss)[0]
 
 
+def beyond(tried: Sequence[tuple[float, History]]) -> list[float]:
+    """The rate half a decade beyond the winner, if this is the least or greatest of several."""
+    order = sorted(tried, key=lambda one: one[0])
+    best = winner(order)
+    way = {order[-1][0]: 1, order[0][0]: -1}.get(best, 0)
+    return [float(f"{10 ** (round(2 * math.log10(best)) / 2 + way / 2):.0e}")] if way else []
+
+
 def _loss(tried: tuple[float, History]) -> float:
     """The validation loss at the end of a tuning run. It is infinite if it is not a number."""
     value = tried[1].last("validation_loss")
     return math.inf if math.isnan(value) else value
 
 
-def reached(history: History, target: Mapping[str, Any]) -> dict[str, float] | None:
+def reached(
+    history: History, target: Mapping[str, Any], score: str = "test_accuracy"
+) -> dict[str, float] | None:
     """The first evaluation with a training loss not above the target's, if there is one."""
     first = history.metrics["train_loss"].first_at_most(target["train_loss"])
     if first is None:
         return None
     step, seconds = first
-    curve = history.metrics["test_accuracy"]
+    curve = history.metrics[score]
     return {
         "step": step,
         "seconds": seconds,
         "seconds_with_compilation": history.compile_seconds + seconds,
-        "test_accuracy": curve.value[curve.step.index(step)],
+        score: curve.value[curve.step.index(step)],
     }
 
 
@@ -221,30 +256,28 @@ def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
     return {"entrant": best, "train_loss": losses[best]}
 
 
-def _tuning(tried: Sequence[tuple[float, History]]) -> dict[str, Any]:
-    """The tuning runs, and the rate that won."""
-    return {
-        "tuning": [
-            {
-                "rate": rate,
-                "validation_loss": history.last("validation_loss"),
-                "seconds": history.train_seconds,
-                "compile_seconds": history.compile_seconds,
-            }
-            for rate, history in tried
-        ],
-        "rate": winner(tried),
-    }
+def _tuning(tried: Sequence[tuple[float, History]]) -> list[dict[str, float]]:
+    """The tuning runs."""
+    return [
+        {
+            "rate": rate,
+            "validation_loss": history.last("validation_loss"),
+            "seconds": history.train_seconds,
+            "compile_seconds": history.compile_seconds,
+        }
+        for rate, history in tried
+    ]
 
 
 def _evaluation(task: Task, measured: int) -> tuple[Any, dict[str, Metric], dict[str, Metric]]:
     """The training images and labels; the metrics of tuning runs; the metrics of the others."""
     (images, labels), validation, test = task.parts
-    validating = {"validation_loss": mean_loss(task.model, *validation)}
+    model, losses = task.model, task.losses
+    validating = {"validation_loss": mean_of(model, losses, *validation)}
     evaluating = {
-        "train_loss": mean_loss(task.model, images[:measured], labels[:measured]),
+        "train_loss": mean_of(model, losses, images[:measured], labels[:measured]),
         **validating,
-        "test_accuracy": accuracy(task.model, *test),
+        task.score: mean_of(model, task.scores, *test),
         **task.watched,
     }
     return (jnp.asarray(images), jnp.asarray(labels)), validating, evaluating

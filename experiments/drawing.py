@@ -17,6 +17,9 @@ STYLES = (
     {"color": "#88CCEE", "marker": "v", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
     {"color": "#222222", "marker": "P", "linestyle": (0, (8, 3))},
     {"color": "#AA4499", "marker": "X", "linestyle": "-"},
+    {"color": "#999933", "marker": "<", "linestyle": (0, (5, 2))},
+    {"color": "#44AA99", "marker": ">", "linestyle": (0, (3, 1, 1, 1))},
+    {"color": "#882255", "marker": "*", "linestyle": (0, (1, 1))},
 )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from experiments import contest, data, options, pipeline, report
 from experiments.checkpoints import Session, check_tensorboard
 from experiments.contest import Effort, Entrant, Task
-from experiments.data import Dataset
+from experiments.data import Dataset, Split
 from experiments.page import publish
 from experiments.runs import Runs
 
@@ -67,10 +67,11 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Contest(Experiment):
+class Contests(Experiment):
     """An experiment that tunes optimizers with equal effort and then compares them.
 
-    Each such experiment declares its name, its presets, and the `contests` that it holds.
+    Each such experiment declares its name, its presets, the `contests` that it holds, and the
+    `effort` of each.
     """
 
     name: ClassVar[str]
@@ -81,17 +82,11 @@ class Contest(Experiment):
     sets the options below that are not given."""
     dataset: data.AnyName | None = None
     """The data set: digits for smoke, CIFAR-10 for the other presets."""
-    epochs: float | None = None
-    """Epochs of each run."""
-    tuning_epochs: float | None = None
-    """Epochs of each tuning run."""
     tries: int | None = None
     """Number of tuning runs of each optimizer. They take the first of its learning rates."""
     seeds: int | None = None
     """Number of runs of each optimizer at its best rate. Tuning runs have the seed --seed, these
     runs the seeds after it."""
-    batch_size: int = 32
-    """Images of a batch."""
     measured: int | None = None
     """The training loss is measured on the first so many training images."""
     data_dir: Path | None = None
@@ -106,8 +101,7 @@ class Contest(Experiment):
           ValueError: If there is one; the message names the option.
         """
         super().__post_init__()
-        options.require(self, options.AT_LEAST_ONE, "tries", "seeds", "batch_size", "measured")
-        options.require(self, options.POSITIVE, "epochs", "tuning_epochs")
+        options.require(self, options.AT_LEAST_ONE, "tries", "seeds", "measured")
 
     def require_rates(self, *optimizers: str) -> None:
         """Refuse learning rates of these optimizers that are bad, or fewer than the tuning runs.
@@ -143,6 +137,18 @@ class Contest(Experiment):
         """
         raise NotImplementedError
 
+    def effort(self, title: str, train: Split) -> Effort:
+        """How much is done for each entrant of a contest.
+
+        Args:
+          title: The contest's.
+          train: What it trains on.
+
+        Raises:
+          NotImplementedError: Each experiment has its own.
+        """
+        raise NotImplementedError
+
     def run(self) -> None:
         """Tune, train, draw, and judge the source's claims.
 
@@ -171,27 +177,21 @@ class Contest(Experiment):
         Raises:
           DataError: If a batch has more images than there are.
         """
-        assert self.epochs and self.tuning_epochs and self.seeds and self.measured
         contests = {
             title: (task, [entrant.with_cached_steps() for entrant in entrants])
             for title, (task, entrants) in self.contests(dataset).items()
         }
-        train = next(iter(contests.values()))[0].parts.train
-        replace(dataset, train=train).check_batch_size(self.batch_size)
-        per_epoch = len(train.labels) // self.batch_size
-        effort = Effort(
-            max(1, round(self.epochs * per_epoch)),
-            max(1, round(self.tuning_epochs * per_epoch)),
-            self.seeds,
-            self.seed,
-            self.batch_size,
-            self.measured,
-        )
+        efforts = {
+            title: self.effort(title, task.parts.train) for title, (task, _) in contests.items()
+        }
+        for title, (task, _) in contests.items():
+            replace(dataset, train=task.parts.train).check_batch_size(efforts[title].batch_size)
         timings, held, costs = {}, {}, []
         for title, (task, entrants) in contests.items():
             prefix = f"{title}: " * (len(contests) > 1)
             timed = [entrant for entrant in entrants if entrant.role != "variant"]
-            measured = pipeline.measure(console, prefix, task, timed, self.batch_size, self.seed)
+            effort = efforts[title]
+            measured = pipeline.measure(console, prefix, task, timed, effort.batch_size, self.seed)
             racing = [entrant for entrant in entrants if entrant.role != "timed"]
             timings[title], held[title] = measured, (prefix, task, racing, effort)
             costs += effort.costs(racing, measured["seconds_per_step"])
@@ -200,3 +200,38 @@ class Contest(Experiment):
                 title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
         return {"dataset": dataset.summary(), "contests": results}
+
+
+@dataclass(frozen=True)
+class Contest(Contests):
+    """Contests in which all learn from the same images for as many epochs."""
+
+    epochs: float | None = None
+    """Epochs of each run."""
+    tuning_epochs: float | None = None
+    """Epochs of each tuning run."""
+    batch_size: int = 32
+    """Images of a batch."""
+
+    def __post_init__(self):
+        """Refuse values that cannot be meant.
+
+        Raises:
+          ValueError: If there is one; the message names the option.
+        """
+        super().__post_init__()
+        options.require(self, options.AT_LEAST_ONE, "batch_size")
+        options.require(self, options.POSITIVE, "epochs", "tuning_epochs")
+
+    def effort(self, title: str, train: Split) -> Effort:
+        """How much is done for each entrant of a contest."""
+        assert self.epochs and self.tuning_epochs and self.seeds and self.measured
+        per_epoch = len(train.labels) // self.batch_size
+        return Effort(
+            max(1, round(self.epochs * per_epoch)),
+            max(1, round(self.tuning_epochs * per_epoch)),
+            self.seeds,
+            self.seed,
+            self.batch_size,
+            self.measured,
+        )

@@ -138,12 +138,15 @@ class TransformerBlock(nn.Module):
 
     heads: int = 8
     """Heads of the attention."""
+    causal: bool = False
+    """Whether each position attends only to itself and those before it."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Take sequences `(n, length, width)` to sequences of the same shape."""
         width = x.shape[-1]
-        x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x))
+        mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
+        x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
         return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
 
 

@@ -57,10 +57,16 @@ class Runs(ExitStack):
           costs: What each run will cost, in order: its steps, or an estimate of its seconds.
         """
         super().__init__()
-        self._console, self._session, self._costs = console, self.enter_context(session), costs
+        self._console, self._session = console, self.enter_context(session)
+        self._costs = [*costs]
         self._progress, self._finished = self.enter_context(progress_bars(console)), 0
         done = f"     0/{len(costs)} runs"
         self._whole = self._progress.add_task("all", total=sum(costs), done=done, status="")
+
+    def expect_another(self) -> None:
+        """One more run like the last one comes next, which was not foreseen."""
+        self._costs.insert(self._finished, self._costs[self._finished - 1])
+        self._progress.update(self._whole, total=sum(self._costs))
 
     def train(
         self,

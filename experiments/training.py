@@ -143,11 +143,22 @@ def capturing_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformationExtraArgs,
     solver: Literal["auto", "primal", "dual"] = "auto",
+    terms: int | None = None,
 ) -> Step:
-    """A step that also hands the optimizer what cqjax captures."""
+    """A step that also hands the optimizer what cqjax captures.
+
+    Args:
+      loss_fn: The loss.
+      optimizer: The optimizer.
+      solver: Which solutions the plan may take.
+      terms: How many terms the loss averages over. By default it is the number of labels.
+
+    Returns:
+      The step.
+    """
 
     def differentiate(*args: Any) -> Any:
-        size = len(args[-1])
+        size = len(args[-1]) if terms is None else terms
         its = cqjax.value_and_grad(loss_fn, has_aux=True, solver=solver, batch_size=size)
         value, grads, captures = its(*args)
         return value, grads, {"captures": captures}

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.contest import Effort, Entrant, Parts, Task, held_out, hold, reached, winner
+from experiments.contest import (
+    Effort,
+    Entrant,
+    Parts,
+    Task,
+    beyond,
+    held_out,
+    hold,
+    reached,
+    winner,
+)
 from experiments.data import Dataset, Split
 from experiments.models import MLP
 from experiments.training import Curve, History
@@ -50,7 +60,10 @@ class Runs:
     """Has the outcomes ready, and remembers what it was asked for."""
 
     def __init__(self, tuning, final):
-        self.tuning, self.final, self.calls = tuning, final, []
+        self.tuning, self.final, self.calls, self.more = tuning, final, [], 0
+
+    def expect_another(self):
+        self.more += 1
 
     def train(
         self, label, optimizer, step, start, examples, batches, metrics, at_end=None, **options
@@ -59,6 +72,7 @@ class Runs:
             SimpleNamespace(
                 label=label,
                 at=optimizer,
+                step=step,
                 start=start,
                 examples=examples,
                 batches=batches,
@@ -219,6 +233,34 @@ def test_an_entrant_may_learn_something_else_and_the_best_variant_runs_last():
     logits = other.model.apply({"params": params}, 2 * PARTS.train.images[:6])
     expected = -jax.nn.log_softmax(logits)[np.arange(6), PARTS.train.labels[:6]].mean()
     assert measured == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_grids_go_on_beyond_their_edges_and_winners_are_told():
+    """A's best rate is the third that is added, which is the last; B's is in the middle at once."""
+    entrants = [
+        entrant("A", rates=(0.01, 0.003, 0.03)),
+        Entrant("B", lambda rate, its: (("B", rate), its), (0.3, 0.1, 1.0), "other", given=["A"]),
+        Entrant("C", lambda rate: (("C", rate), None), (5.0,), "untuned"),
+    ]
+    tuning = {("A", rate): rate for rate in (0.03, 0.01, 0.003, 1e-3, 3e-4, 1e-4)}
+    tuning |= {("B", 0.1): 3.0, ("B", 0.3): 1.0, ("B", 1.0): NAN}
+    runs = Runs(tuning, {name: iter(FINAL["A"]) for name in "ABC"})
+    task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({}, {}))
+    held = hold(runs, "", task, entrants, EFFORT._replace(extensions=3))["entrants"]
+    tried = {name: [at["rate"] for at in its["tuning"]] for name, its in held.items()}
+    assert tried == {"A": [0.01, 0.003, 0.03, 1e-3, 3e-4, 1e-4], "B": [0.3, 0.1, 1.0], "C": []}
+    assert {name: its["rate"] for name, its in held.items()} == {"A": 1e-4, "B": 0.3, "C": 5.0}
+    assert runs.more == 3 and {call.step for call in runs.calls if call.at[0] == "B"} == {1e-4}
+    assert len(held["C"]["runs"]) == 3
+    costs = EFFORT.costs(entrants, {"A": 1.0, "B": 1.0, "C": 2.0})
+    assert len(costs) == 6 + 9 and sum(costs) == 6 * 5 + 3 * 20 * 4
+
+
+def test_half_a_decade_beyond_an_edge():
+    assert beyond([(0.003, tuned(2.0)), (0.01, tuned(1.0))]) == [0.03]
+    assert beyond([(0.03, tuned(NAN)), (0.3, tuned(NAN))]) == [0.01]
+    assert beyond([(0.1, tuned(1.0)), (1.0, tuned(0.5))]) == [3.0]
+    assert beyond([(1.0, tuned(3.0)), (0.3, tuned(0.5)), (0.1, tuned(0.6))]) == []
 
 
 def test_who_diverges_loses():

@@ -1,0 +1,1 @@
+"""Six kinds of everyday work, and the optimizers that compete on them."""

@@ -1,0 +1,106 @@
+"""Who competes on the everyday work. All have the same schedule, and its peak is their rate."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+import cqjax
+from experiments.contest import Entrant
+from experiments.everyday.networks import FIRST, HEAD
+from experiments.everyday.work import Work
+from experiments.training import capturing_step, gradient_step
+
+ADAM = "Adam"
+OURS = "C-Adam"
+DEFAULTS = "C-Adam, defaults"
+AT_DEFAULT_RATE = "C-Adam, untuned"
+RATE = 1e-2  # cadam's default
+WARM_UP = 0.05  # of the steps
+
+Rate = Any
+"""A number, or a schedule."""
+Make = Callable[[Rate, Rate], Any]
+"""Takes a rate, and one for the parameters that the method is not for, to an optimizer."""
+
+
+def everyone(work: Work, grids: Mapping[str, Sequence[float]]) -> list[Entrant]:
+    """All entrants, Adam first: the others are told its best rate.
+
+    Args:
+      work: What they learn.
+      grids: The rates that are tried for each at first, by its option's name.
+
+    Returns:
+      The entrants. Those with the optimizer's rate in its state share one program for all rates.
+    """
+    shape = optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, max(1, round(WARM_UP * work.pace.steps)), work.pace.steps
+    )
+
+    def scheduled(make: Make) -> Callable[..., Any]:
+        """A function that takes a rate and Adam's to the optimizer, with both in its state."""
+
+        def inner(rate: Any, others: Any) -> Any:
+            return make(lambda count: rate * shape(count), lambda count: others * shape(count))
+
+        def at(rate: float, others: float = 1e-3) -> Any:
+            return optax.inject_hyperparams(inner)(rate=rate, others=others)
+
+        return at
+
+    def plain(name: str, option: str, role: Any, make: Make, *given: str) -> Entrant:
+        at = scheduled(make)
+        step = gradient_step(work.loss_fn, at(1.0))
+        return Entrant(name, lambda *rates: (at(*rates), step), grids[option], role, given=given)
+
+    def ours(name: str, option: str, make: Make, *given: str) -> Entrant:
+        at = scheduled(make)
+        step = capturing_step(work.loss_fn, at(1.0), terms=work.terms)
+        return Entrant(name, lambda *rates: (at(*rates), step), grids[option], "ours", given=given)
+
+    def cadam(rate: Rate, others: Rate) -> Any:
+        return cqjax.cadam(rate, uncovered_learning_rate=others)
+
+    tuned, untuned = ours(OURS, "cadam", cadam, ADAM), cqjax.cadam()
+    its_step = capturing_step(work.loss_fn, untuned, terms=work.terms)
+    return [
+        plain(ADAM, "adam", "baseline", lambda rate, _: optax.adam(rate)),
+        plain("Nesterov", "nesterov", "other", lambda rate, _: optax.sgd(rate, 0.9, True)),
+        plain("Muon", "muon", "other", muon, ADAM),
+        ours("C-SGD", "csgd", lambda rate, _: cqjax.csgd(rate)),
+        ours("C-Nesterov", "cnesterov", lambda rate, _: cqjax.cnesterov(rate)),
+        tuned,
+        Entrant(AT_DEFAULT_RATE, lambda rate: tuned.at(rate, rate), [RATE], "untuned"),
+        Entrant(DEFAULTS, lambda rate: (untuned, its_step), [RATE], "untuned"),
+    ]
+
+
+def muon(rate: Rate, others: Rate) -> Any:
+    """Muon for hidden weights as matrices, and Adam for the others, as its users have it."""
+    return optax.contrib.muon(
+        rate, adam_learning_rate=others, muon_weight_dimension_numbers=matrices
+    )
+
+
+def matrices(params: Any) -> Any:
+    """Which axes of each hidden weight are a matrix's; None for all other parameters.
+
+    The others are embeddings, normalisations, biases, the last layer, and a first convolution.
+    """
+
+    def of(keys: Any, parameter: jax.Array) -> MuonDimensionNumbers | None:
+        *layers, name = _path(keys).split("/")
+        if name != "kernel" or layers[-1] in (HEAD, FIRST):
+            return None
+        axes = tuple(range(parameter.ndim))
+        inputs = axes[:1] if layers[-1] in ("query", "key", "value") else axes[:-1]
+        return MuonDimensionNumbers(inputs, axes[len(inputs) :])
+
+    return jax.tree.map_with_path(of, params)
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
