@@ -1,5 +1,6 @@
 """Who competes on the everyday work. All have the same schedule, and its peak is their rate."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,15 @@ Make = Callable[[Rate, Rate], Any]
 """Takes a rate, and one for the parameters that the method is not for, to an optimizer."""
 
 
-def everyone(work: Work, grids: Mapping[str, Sequence[float]]) -> list[Entrant]:
+def everyone(
+    work: Work, grids: Mapping[str, Sequence[float]], dampings: Sequence[float] = ()
+) -> list[Entrant]:
     """All entrants, Adam first: the others are told its best rate.
 
     Args:
       work: What they learn.
-      grids: The rates that are tried for each at first, by its option's name.
+      grids: The rates that are tried at first for each that takes part, by its option's name.
+      dampings: Relative dampings with which C-Adam takes part once more.
 
     Returns:
       The entrants. Those with the optimizer's rate in its state share one program for all rates.
@@ -51,28 +55,34 @@ def everyone(work: Work, grids: Mapping[str, Sequence[float]]) -> list[Entrant]:
 
         return at
 
-    def plain(name: str, option: str, role: Any, make: Make, *given: str) -> Entrant:
+    def entrant(name: str, option: str, role: Any, make: Make, *given: str) -> list[Entrant]:
+        if option not in grids:
+            return []
         at = scheduled(make)
-        step = gradient_step(work.loss_fn, at(1.0))
-        return Entrant(name, lambda *rates: (at(*rates), step), grids[option], role, given=given)
+        if role == "ours":
+            step = capturing_step(work.loss_fn, at(1.0), terms=work.terms)
+        else:
+            step = gradient_step(work.loss_fn, at(1.0))
+        return [Entrant(name, lambda *rates: (at(*rates), step), grids[option], role, given=given)]
 
-    def ours(name: str, option: str, make: Make, *given: str) -> Entrant:
-        at = scheduled(make)
-        step = capturing_step(work.loss_fn, at(1.0), terms=work.terms)
-        return Entrant(name, lambda *rates: (at(*rates), step), grids[option], "ours", given=given)
+    def cadam(**options: Any) -> Make:
+        return lambda rate, others: cqjax.cadam(rate, uncovered_learning_rate=others, **options)
 
-    def cadam(rate: Rate, others: Rate) -> Any:
-        return cqjax.cadam(rate, uncovered_learning_rate=others)
-
-    tuned, untuned = ours(OURS, "cadam", cadam, ADAM), cqjax.cadam()
+    (tuned,), untuned = entrant(OURS, "cadam", "ours", cadam(), ADAM), cqjax.cadam()
     its_step = capturing_step(work.loss_fn, untuned, terms=work.terms)
+    damped = (
+        entrant(f"{OURS}, {damping:g}", "cadam", "ours", cadam(relative_damping=damping), ADAM)
+        for damping in dampings
+    )
     return [
-        plain(ADAM, "adam", "baseline", lambda rate, _: optax.adam(rate)),
-        plain("Nesterov", "nesterov", "other", lambda rate, _: optax.sgd(rate, 0.9, True)),
-        plain("Muon", "muon", "other", muon, ADAM),
-        ours("C-SGD", "csgd", lambda rate, _: cqjax.csgd(rate)),
-        ours("C-Nesterov", "cnesterov", lambda rate, _: cqjax.cnesterov(rate)),
+        *entrant(ADAM, "adam", "baseline", lambda rate, _: optax.adam(rate)),
+        *entrant("Nesterov", "nesterov", "other", lambda rate, _: optax.sgd(rate, 0.9, True)),
+        *entrant("Muon", "muon", "other", muon, ADAM),
+        *entrant("C-SGD", "csgd", "ours", lambda rate, _: cqjax.csgd(rate)),
+        *entrant("C-Nesterov", "cnesterov", "ours", lambda rate, _: cqjax.cnesterov(rate)),
+        *entrant("C-Muon", "cmuon", "ours", cmuon, ADAM),
         tuned,
+        *itertools.chain(*damped),
         Entrant(AT_DEFAULT_RATE, lambda rate: tuned.at(rate, rate), [RATE], "untuned"),
         Entrant(DEFAULTS, lambda rate: (untuned, its_step), [RATE], "untuned"),
     ]
@@ -83,6 +93,16 @@ def muon(rate: Rate, others: Rate) -> Any:
     return optax.contrib.muon(
         rate, adam_learning_rate=others, muon_weight_dimension_numbers=matrices
     )
+
+
+def cmuon(rate: Rate, others: Rate) -> Any:
+    """Muon after consequentialism, which its own weights alone get (docs/composition.md)."""
+
+    def muons(params: Any) -> Any:
+        numbers = matrices(params)
+        return jax.tree.map(lambda _, at: at is not None, params, numbers)
+
+    return optax.chain(optax.masked(cqjax.scale_by_consequentialism(), muons), muon(rate, others))
 
 
 def matrices(params: Any) -> Any:

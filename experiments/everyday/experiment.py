@@ -15,7 +15,7 @@ from experiments.everyday.work import ALL, Size, examples, pace
 from experiments.experiment import Contests
 
 KINDS = ("language", "autoencoder", "cnn", "coordinates", "tabular", "mlp")
-TUNED = ("adam", "nesterov", "muon", "csgd", "cnesterov", "cadam")
+TUNED = ("adam", "nesterov", "muon", "csgd", "cnesterov", "cmuon", "cadam")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class Everyday(Contests):
         Literal["language", "autoencoder", "cnn", "coordinates", "tabular", "mlp"], ...
     ] = KINDS
     """The kinds of work."""
+    optimizers: tuple[
+        Literal["adam", "nesterov", "muon", "csgd", "cnesterov", "cmuon", "cadam"], ...
+    ] = TUNED
+    """Who takes part: Adam, C-Adam and others."""
+    dampings: tuple[float, ...] = ()
+    """Let C-Adam take part once more with each of these relative dampings."""
     extensions: int | None = None
     """While the best rate is at the edge of those tried, try one more beyond it, up to so many."""
     length: float | None = None
@@ -73,6 +79,8 @@ class Everyday(Contests):
     """Learning rates to try for C-SGD at first."""
     cnesterov_rates: tuple[float, ...] = (0.01, 0.003, 0.03)
     """Learning rates to try for C-Nesterov at first."""
+    cmuon_rates: tuple[float, ...] = (0.03, 0.01, 0.1)
+    """Learning rates to try for Muon after consequentialism at first."""
     cadam_rates: tuple[float, ...] = (0.01, 0.003, 0.03)
     """Learning rates to try for C-Adam at first."""
     output: Path = Path("results/everyday")
@@ -88,8 +96,10 @@ class Everyday(Contests):
         options.require(self, options.AT_LEAST_ONE, "evaluated", "characters", "side", "rows")
         options.require(self, options.POSITIVE, "length")
         options.require(self, options.NOT_NEGATIVE, "extensions")
+        options.require(self, options.POSITIVE, "dampings")
         options.require_distinct(self, "kinds")
-        self.require_rates(*TUNED)
+        options.require_distinct(self, "optimizers", "adam", "cadam")
+        self.require_rates(*self.optimizers)
 
     def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
         """A contest for each kind of work.
@@ -100,9 +110,12 @@ class Everyday(Contests):
         Returns:
           By kind, what is learnt, and who takes part.
         """
-        grids = {name: self.rates(name) for name in TUNED}
+        grids = {name: self.rates(name) for name in self.optimizers}
         works = {kind: ALL[kind](self._size(), dataset) for kind in self.kinds}
-        return {kind: (work.task, entrants.everyone(work, grids)) for kind, work in works.items()}
+        return {
+            kind: (work.task, entrants.everyone(work, grids, self.dampings))
+            for kind, work in works.items()
+        }
 
     def effort(self, title: str, train: Split) -> Effort:
         """How much is done for each entrant of a contest. A tuning run is a whole run."""
