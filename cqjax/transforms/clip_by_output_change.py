@@ -150,12 +150,12 @@ def _factor(
     squares = layer.capture.squared_outputs(columns, constant)
     moved, now, start = jnp.split(squares, (combine.shape[1], 2 * combine.shape[1]), -1)
     own = jnp.maximum(now.sum(-1), block.outputs * start.mean(-1))
-    moved = jnp.square(rate) * moved.sum(-1)
+    moved = jnp.square(jnp.asarray(rate, moved.dtype)) * moved.sum(-1)
     if block.parts is not None:
         own, moved = (a.reshape(-1, block.parts).sum(-1) for a in (own, moved))
-    allowed = jnp.square(max_change) * own
+    allowed = jnp.square(jnp.asarray(max_change, own.dtype)) * own
     within = moved <= allowed  # not so where a length is NaN: then the factor is, too
-    return jnp.where(within, 1, jnp.sqrt(allowed / jnp.where(within, 1, moved)))
+    return jnp.sqrt(jnp.where(within, 1, allowed) / jnp.where(within, 1, moved))
 
 
 def _combinations(signs: jax.Array, outputs: int, dtype: Any) -> jax.Array:

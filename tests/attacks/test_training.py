@@ -41,7 +41,10 @@ def make(dtype=jnp.float32):
 def chain(rate, **options):
     def optimizer(plan):
         given = options | {"plan": plan} if options else {}
-        return optax.chain(cqjax.scale_by_consequentialism(damping=0.1, **given), optax.sgd(rate))
+        return optax.chain(
+            cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0, **given),
+            optax.sgd(rate),
+        )
 
     return optimizer
 

@@ -364,5 +364,5 @@ def test_loops_and_arrays_without_entries(loss, params):
     value, grads, captures = cqjax.value_and_grad(loss, batch_size=5)(params, x)
     assert value == loss(params, x)
     tx = cqjax.csgd(0.1)
-    updates, _ = tx.update(grads, tx.init(params), captures=captures)
+    updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))

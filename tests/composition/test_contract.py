@@ -32,7 +32,9 @@ def problem(dtype):
 
 def kept(**options):
     """`scale_by_consequentialism` with something in its state."""
-    return lambda plan: cqjax.scale_by_consequentialism(damping=0.1, plan=plan, **options)
+    return lambda plan: cqjax.scale_by_consequentialism(
+        damping=0.1, relative_damping=0.0, plan=plan, **options
+    )
 
 
 MADE = {
@@ -245,10 +247,10 @@ def test_an_injected_average_decays():
         "ema_decay": 0.9,
         "update_every": 2,
     }
-    plain = cqjax.scale_by_consequentialism(damping=0.1, **options)
+    plain = cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0, **options)
     make = optax.inject_hyperparams(cqjax.scale_by_consequentialism, static_args="update_every")
     want = run(plain, params, plain.init(params), batches)[1]
-    injected = make(0.1, **options)
+    injected = make(damping=0.1, relative_damping=0.0, **options)
     got, state = run(injected, params, injected.init(params), batches)[1:3]
     np.testing.assert_allclose(state.hyperparams["ema_decay"], 0.9, rtol=1e-6)
     assert_close(got, want, rtol=2e-4)

@@ -75,7 +75,9 @@ def test_injected_schedules():
     """Damping and rate are what their schedules say, and are in the state."""
     params, batches = problem()
     damping, rate = optax.linear_schedule(1.0, 0.2, 2), optax.exponential_decay(0.2, 1, 0.5)
-    tx = optax.inject_hyperparams(cqjax.csgd)(rate, damping)
+    tx = optax.inject_hyperparams(cqjax.csgd)(
+        rate, damping=damping, relative_damping=0.0, max_change=None
+    )
     got, state = train(tx, params, batches)
     np.testing.assert_allclose(state.hyperparams["damping"], 0.2)
     np.testing.assert_allclose(state.hyperparams["learning_rate"], 0.05)

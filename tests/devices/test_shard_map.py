@@ -84,7 +84,10 @@ def test_consequentialism_across_batches(options):
     here = {"plan": plan_of(dense_mean, params, batch)} if kept else {}
     alone = {"plan": cqjax.plan(dense_loss)(params, *batch)} if kept else {}
     txs = [
-        optax.chain(cqjax.scale_by_consequentialism(damping=0.1, **options | own), optax.sgd(0.5))
+        optax.chain(
+            cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0, **options | own),
+            optax.sgd(0.5),
+        )
         for own in (here, alone)
     ]
     got = trained(mapped(steps_of(dense_mean, txs[0]), 2), txs[0], params, batch)

@@ -45,10 +45,12 @@ def layer(sizes, d=5, *, bias=True):
     return params, [problem(n, d, 2, seed=i)[1:] for i, n in enumerate(sizes)]
 
 
-def transformation(params, batch, damping=DAMPING, **options):
+def transformation(params, batch, damping=DAMPING, relative_damping=0.0, **options):
     """`scale_by_consequentialism` with the plan of a linear layer."""
     plan = cqjax.plan(squared_error)(params, *batch)
-    return cqjax.scale_by_consequentialism(damping=damping, plan=plan, **options)
+    return cqjax.scale_by_consequentialism(
+        damping=damping, relative_damping=relative_damping, plan=plan, **options
+    )
 
 
 @functools.cache

@@ -30,7 +30,9 @@ def problem():
 
 def _consequentialism(**options):
     def make(plan):
-        scale = cqjax.scale_by_consequentialism(damping=0.1, plan=plan, **options)
+        scale = cqjax.scale_by_consequentialism(
+            damping=0.1, relative_damping=0.0, plan=plan, **options
+        )
         return optax.chain(scale, optax.sgd(0.05, momentum=0.9))
 
     return make

@@ -34,9 +34,9 @@ def first_step(tx, loss, params, *args, **kwargs):
     return run(params, *args)
 
 
-def direction(params, x, y, damping, solver="auto", change=None, **kwargs):
+def direction(params, x, y, damping, solver="auto", change=None, relative_damping=0.0):
     """U of one layer, and the state; `change` is what happens to the gradient before."""
-    tx = cqjax.scale_by_consequentialism(damping=damping, **kwargs)
+    tx = cqjax.scale_by_consequentialism(damping=damping, relative_damping=relative_damping)
 
     @jax.jit
     def run(params, x, y):

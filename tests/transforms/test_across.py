@@ -50,7 +50,8 @@ def test_every_form_of_a_weight(name, options, sizes):
     loss_fn, params, args = case.make(jnp.float64)
     batches = ref.batches(case, args, sizes)
     plan = cqjax.plan(loss_fn)(params, *batches[0])
-    tx = cqjax.scale_by_consequentialism(damping=DAMPING, plan=plan, ema_decay=DECAY, **options)
+    given = {"damping": DAMPING, "relative_damping": 0.0, "ema_decay": DECAY}
+    tx = cqjax.scale_by_consequentialism(plan=plan, **given, **options)
     step, state = stepper(loss_fn, tx), tx.init(params)
     past, kept, spanned = {}, {}, {}
     for t, batch in enumerate(batches):

@@ -51,7 +51,9 @@ def make(dtype=jnp.float32, seed=0):
 def chain(name, params, batches):
     batch = jax.tree.map(lambda a: a[0], batches)
     plan = cqjax.plan(loss_fn)(params, *batch)
-    scale = cqjax.scale_by_consequentialism(damping=0.1, plan=plan, **OPTIONS[name])
+    scale = cqjax.scale_by_consequentialism(
+        damping=0.1, relative_damping=0.0, plan=plan, **OPTIONS[name]
+    )
     return optax.chain(scale, optax.sgd(0.03, momentum=0.9))
 
 
@@ -223,7 +225,8 @@ def test_injected_hyperparameters(name):
     params, (batch,) = layer((40,))
     plan = cqjax.plan(squared_error)(params, *batch)
     inject = optax.inject_hyperparams(cqjax.scale_by_consequentialism, static_args=STATIC)
-    tx = inject(damping=optax.linear_schedule(1.0, 5.0, 4), plan=plan, **OPTIONS[name])
+    given = {"damping": optax.linear_schedule(1.0, 5.0, 4), "relative_damping": 0.0}
+    tx = inject(**given, plan=plan, **OPTIONS[name])
     assert ("ema_decay" in tx.init(params).hyperparams) == ("ema_decay" in OPTIONS[name])
     batches, results = run_in(tx)
     want = wanted(results, batches, name, damping=lambda t, xx: 1.0 + t)

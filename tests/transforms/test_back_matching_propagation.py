@@ -40,7 +40,7 @@ def test_weights(name):
 
     @jit
     def run(params, x, y):
-        fn = cqjax.back_matching_value_and_grad(loss_fn, damping=0.1)
+        fn = cqjax.back_matching_value_and_grad(loss_fn, damping=0.1, relative_damping=0.0)
         _, grads, captures = cqjax.value_and_grad(loss_fn, signal="matched")(params, x, y)
         tx = cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0)
         updates, _ = tx.update(grads, tx.init(params), params, captures=captures)
@@ -76,7 +76,9 @@ def test_captures_hold_the_matched_signal(name):
 )
 def test_float32(name, weights):
     loss_fn, *inputs = arrays(name, jnp.float32)
-    fn = cqjax.back_matching_value_and_grad(loss_fn, weights=weights, damping=0.1)
+    fn = cqjax.back_matching_value_and_grad(
+        loss_fn, weights=weights, damping=0.1, relative_damping=0.0
+    )
     _, grads = jit(fn)(*inputs)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
     want = expected(name, damping=0.1 if weights == "ridge" else None)[1]
@@ -176,7 +178,9 @@ def test_least_squares():
     da = np.stack([solve(by_input[:, i][:, None], db.T)[0] for i in range(12)], 1)
     want["shift"] = da.reshape(shift.shape) / n
 
-    fn = cqjax.back_matching_value_and_grad(conv_net, damping=0.0, batch_size=n)
+    fn = cqjax.back_matching_value_and_grad(
+        conv_net, damping=0.0, relative_damping=0.0, batch_size=n
+    )
     _, grads = jit(fn)(jax.tree.map(jnp.asarray, params), x, y)
     assert_close(grads, want)
 

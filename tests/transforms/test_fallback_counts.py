@@ -93,7 +93,9 @@ def test_partition():
 
 def test_injected_hyperparameters():
     params, batches = make("second")
-    tx = optax.inject_hyperparams(cqjax.scale_by_consequentialism)(damping=1e-2)
+    tx = optax.inject_hyperparams(cqjax.scale_by_consequentialism)(
+        damping=1e-2, relative_damping=0.0
+    )
     state = step_of(tx)(params, tx.init(params), batches)
     assert at(state.inner_state.fallbacks) == [0, 1, 0]
 
