@@ -231,12 +231,12 @@ class Inputs(Statistic):
     def squared_outputs(
         self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
     ) -> jax.Array:
-        """Those of all devices."""
+        """An estimate by some of the rows, of all devices."""
         assert not isinstance(site.form, Lookup)
         z = site.form.times(self.x, weight, precision)
         if bias is not None and self.h is not None:
             z += self.h.astype(z.dtype) * bias[:, None]
-        return devices.total(jnp.square(z).sum(1), site.reduced)
+        return devices.total(site.form.output.shape[1] * jnp.square(z).mean(1), site.reduced)
 
 
 @_pytree

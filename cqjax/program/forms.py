@@ -21,6 +21,9 @@ from cqjax.program.layout import Layout
 
 Shape = tuple[int, ...]
 
+SAMPLED_ROWS, SAMPLED_EXAMPLES = 512, 16
+"""What `times` looks at, where there is more: rows of a product, examples of a convolution."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -71,8 +74,10 @@ class Product:
         return gram.inner(rows, column, precision)
 
     def times(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-        """XV, (B, n, k), for k columns V: (B, d, k)."""
-        return jnp.einsum("bnd,bdk->bnk", self.rows(x).astype(w.dtype), w, precision=precision)
+        """XV, (B, m, k), for k columns V, (B, d, k), and m of the rows: about `SAMPLED_ROWS`."""
+        rows = self.rows(x)
+        rows = rows[:, :: _stride(rows.shape[1], SAMPLED_ROWS)]
+        return jnp.einsum("bnd,bdk->bnk", rows.astype(w.dtype), w, precision=precision)
 
     def moment_flops(self, shape: Shape, features: int) -> float:
         """Operations of `second_moment` for an input of this shape, the bias among the features."""
@@ -123,8 +128,12 @@ class Convolution:
         return conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
 
     def times(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-        """XV, (B, n, k), for k columns V: (B, d, k), as a convolution."""
+        """XV, (B, m, k), for k columns V, (B, d, k), and m of the rows, by a convolution.
+
+        The rows are those of about `SAMPLED_EXAMPLES` examples.
+        """
         examples, window = self._channels_last(x), self.window
+        examples = examples[:: _stride(len(examples), SAMPLED_EXAMPLES)]
         groups, _, columns = w.shape
         # The columns of the groups become output channels, of which each group has k.
         kernel = jnp.moveaxis(w.reshape(groups, *window.shape, -1, columns), 0, -2)
@@ -244,6 +253,11 @@ def _product(equation: Equation, weight: int) -> Form:
         axes=tuple((i,) for i in range(len(z))),
         inputs=Layout(x, (batch_x, rows, features_x)),
     )
+
+
+def _stride(number: int, wanted: int) -> int:
+    """The distance at which about so many are left. It is odd: positions in texts are even."""
+    return max(1, number // wanted) | 1
 
 
 def _other_axes(shape: Shape, *known: tuple[int, ...]) -> tuple[int, ...]:

@@ -55,9 +55,10 @@ def clip_by_output_change(
 
     The lengths are estimated by 8 random combinations of the outputs, with factors of ±1. Their
     mean square is right, and its relative standard error is at most one half. For layers with up to
-    8 outputs the lengths are exact. So the cost is a product of X with 24 columns, where the layer
-    itself has three with all its outputs. Where only XᵀX was captured, it serves instead. For a
-    weight whose XᵀX is in diagonal blocks, the blocks' squares are added up.
+    8 outputs there is no such error. Of many rows some are looked at, evenly spaced: about 512, or
+    in a convolution those of 16 examples. So the cost is a product of few rows with 24 columns.
+    Where only XᵀX was captured, it serves instead. For a weight whose XᵀX is in diagonal blocks,
+    the blocks' squares are added up.
 
     The state counts for each layer how often its update was shortened. At a well-chosen rate that
     is never, or in the first few steps.
