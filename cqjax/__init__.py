@@ -33,6 +33,7 @@ from cqjax.capture.statistics import Counts as Counts
 from cqjax.capture.statistics import Gram as Gram
 from cqjax.capture.statistics import Inputs as Inputs
 from cqjax.capture.statistics import Rows as Rows
+from cqjax.capture.statistics import SketchedGram as SketchedGram
 from cqjax.capture.statistics import Statistic as Statistic
 from cqjax.capture.statistics import Trip as Trip
 from cqjax.capture.value_and_grad import plan as plan

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cqjax.linalg import devices, gram
-from cqjax.program.forms import Lookup
+from cqjax.program.forms import Lookup, Product
 from cqjax.program.sites import Site
 
 _pytree = jax.tree_util.register_dataclass
@@ -267,6 +267,38 @@ class Gram(Statistic):
         """XᵀX."""
         del site, precision
         return self.xx
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class SketchedGram(Gram):
+    """XᵀX of sums of rows with random signs: of many tokens, nearly XᵀX at a part of its cost.
+
+    A layer of d features and n rows, n ≥ 8d, has about 4d such sums (`linalg.gram.sketched`). Their
+    XᵀX takes 8d³ operations where that of all rows takes 2nd². It is right in the mean, and it
+    differs from one batch to the next. That is why it does less harm than an inverse that
+    `update_every` keeps: errors that change average out, those that stay add up. Convolutions, and
+    layers with fewer rows, have what `Gram` has. docs/speed.md says what it costs in loss.
+
+    Pass it as `capture=` to `cqjax.value_and_grad`.
+
+    Attributes:
+      xx: as in `Gram`.
+    """
+
+    rows_per_feature: ClassVar[int] = 4
+
+    @classmethod
+    def take(cls, site: Site, trip: Trip) -> "Gram | Inputs":
+        """XᵀX of one trip."""
+        form, wanted = site.form, cls.rows_per_feature * site.form.weight.shape[1]
+        if not isinstance(form, Product) or form.inputs.shape[1] < 2 * wanted:
+            return Gram.take(site, trip)
+        rows = form.rows(trip.x)
+        if trip.h is not None:  # the constant feature gets the signs, too
+            h = jnp.broadcast_to(trip.h, (*rows.shape[:2], 1)).astype(rows.dtype)
+            rows = jnp.concatenate([rows, h], -1)
+        return cls(gram.inner(gram.sketched(rows, wanted), None, trip.precision))
 
 
 @_pytree

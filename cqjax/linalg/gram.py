@@ -55,6 +55,31 @@ def inner(
     return _contract("bnd,bne->bde", x, precision)
 
 
+def sketched(x: jax.Array, rows: int) -> jax.Array:
+    """Fewer rows with nearly the same XᵀX: sums of rows, with random signs.
+
+    Where the signs are independent, the mean of the result's second moment is XᵀX (a count sketch:
+    Charikar, Chen and Farach-Colton, 2002). They are the same in each call. So the errors of
+    different batches are independent only as far as these are in random order.
+
+    Args:
+      x: B matrices X of n rows, (B, n, d).
+      rows: the number m of rows that are wanted.
+
+    Returns:
+      Between m and 2m rows, (B, ., d), or X where it has fewer than 2m.
+    """
+    batch, number, features = x.shape
+    together = number // rows
+    if together < 2:
+        return x
+    signs = jax.random.rademacher(jax.random.key(0), (number, 1), x.dtype)
+    length = -(-number // together)
+    # The rows of a sum are far apart: neighbours are often alike, as the positions of one text.
+    x = jnp.pad(signs * x, ((0, 0), (0, together * length - number), (0, 0)))
+    return x.reshape(batch, together, length, features).sum(1)
+
+
 def _contract(subscripts: str, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
     return jnp.einsum(
         subscripts,
