@@ -10,6 +10,7 @@ from experiments.checkpoints import ResumeError
 from experiments.conjugate_gradient import ConjugateGradient
 from experiments.data import DataError
 from experiments.index import Index
+from experiments.kept import Kept
 from experiments.lecture import Lecture
 from experiments.lenet import LeNet
 from experiments.loss_surface import LossSurface
@@ -31,6 +32,7 @@ EXPERIMENTS = {
     "vgg": Vgg,
     "lecture": Lecture,
     "conjugate_gradient": ConjugateGradient,
+    "kept": Kept,
     "bench": Bench,
     "index": Index,
 }
