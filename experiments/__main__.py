@@ -11,6 +11,7 @@ from experiments.conjugate_gradient import ConjugateGradient
 from experiments.data import DataError
 from experiments.everyday.experiment import Everyday
 from experiments.index import Index
+from experiments.kept import Kept
 from experiments.lecture import Lecture
 from experiments.lenet import LeNet
 from experiments.loss_surface import LossSurface
@@ -33,6 +34,7 @@ EXPERIMENTS = {
     "lecture": Lecture,
     "conjugate_gradient": ConjugateGradient,
     "everyday": Everyday,
+    "kept": Kept,
     "bench": Bench,
     "index": Index,
 }
