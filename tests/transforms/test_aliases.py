@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from across_batches import quickly
 from linear_layer import first_step
 
 import cqjax
@@ -217,7 +218,7 @@ def train(tx, data, steps=4):
         updates, state = tx.update(grads, state, params, captures=captures)
         return (optax.apply_updates(params, updates), state), None
 
-    return jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0])((params, tx.init(params)))
+    return quickly(lambda c: jax.lax.scan(step, c, length=steps)[0])((params, tx.init(params)))
 
 
 def documented(name, solve, max_change=0.03, rates=None):

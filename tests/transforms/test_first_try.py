@@ -174,7 +174,7 @@ def accuracies(tx):
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
         return jnp.mean(model.apply(params, x[train:]).argmax(-1) == y[train:])
 
-    return jax.jit(jax.vmap(trained))(jax.random.split(jax.random.key(0), SEEDS))
+    return quickly(jax.vmap(trained))(jax.random.split(jax.random.key(0), SEEDS))
 
 
 def test_in_front_of_a_chain_that_is_tuned_for_sgd():
