@@ -117,7 +117,7 @@ def task(request):
 
 
 def after_training(tx, task):
-    """The losses on the first batch before and after, and whether all between were finite."""
+    """The losses of all steps; the first and the last are of the same batch."""
     loss_fn, params, data = task
 
     @quickly
@@ -136,8 +136,10 @@ def after_training(tx, task):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_at_defaults(name, task):
+    """Nor does it rise much in between: unbounded, the autoencoder's did under C-Nesterov."""
     losses = after_training(OPTIMIZERS[name], task)
     assert np.isfinite(losses).all() and losses[-1] < losses[0], losses
+    assert max(losses) < 1.5 * losses[0], losses
 
 
 # The README's chain.
