@@ -1,5 +1,7 @@
 """Errors of options, chains of layers and statistics: what was got, expected, and is to be done."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -37,6 +39,16 @@ def updated(tx, **kwargs):
     return tx.update(PARAMS, tx.init(PARAMS), **{"params": PARAMS} | kwargs)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Nothing(cqjax.Statistic):
+    """A statistic from which no length of outputs follows."""
+
+    @classmethod
+    def take(cls, site, trip):
+        return cls()
+
+
 MEASURED = {"factors": "measured", "plan": plan()}
 
 ERRORS = {
@@ -68,6 +80,17 @@ ERRORS = {
     "no parameters": (
         lambda: updated(scale_by_back_matching(plan()), params=None),
         r"scale_by_back_matching: no parameters; call update\(grads, state, params\)",
+    ),
+    "a bound without parameters": (
+        lambda: updated(cqjax.clip_by_output_change(), params=None),
+        r"clip_by_output_change: no parameters .*call update\(grads, state, params, captures=cap",
+    ),
+    "a bound without rows or their second moment": (
+        lambda: updated(
+            cqjax.clip_by_output_change(),
+            captures=cqjax.value_and_grad(chained, capture=Nothing)(PARAMS, X)[2],
+        ),
+        "the second moment of a was not captured, only Nothing; pass capture=cqjax.Gram",
     ),
     "no loss to measure with": (
         lambda: updated(scale_by_back_matching(**MEASURED)),

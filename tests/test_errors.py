@@ -26,6 +26,8 @@ def captured(args, loss=loss_fn, **kwargs):
 TRANSFORMATIONS = {
     "scale_by_consequentialism": cqjax.scale_by_consequentialism(),
     "scale_by_nlms": cqjax.scale_by_nlms(),
+    "scale_by_learning_rates": cqjax.scale_by_learning_rates(0.1, 0.1),
+    "clip_by_output_change": cqjax.clip_by_output_change(),
 }
 
 
@@ -45,7 +47,7 @@ def test_captures_of_another_kind(args, method):
     name, tx = method
     grads, _ = captured(args)
     with pytest.raises(TypeError, match=f"{name}: captures is a dict; expected"):
-        tx.update(grads, tx.init(args[0]), captures={})
+        tx.update(grads, tx.init(args[0]), args[0], captures={})
 
 
 def test_captures_of_other_parameters(args, method):
@@ -53,7 +55,7 @@ def test_captures_of_other_parameters(args, method):
     _, captures = captured(args, solver="dual")
     grads = {"kernel": jnp.ones((3, 2))}
     with pytest.raises(ValueError, match=f"{name}: the captures have a parameter w, .*kernel"):
-        tx.update(grads, tx.init(grads), captures=captures)
+        tx.update(grads, tx.init(grads), grads, captures=captures)
 
 
 def test_captures_of_other_shapes(args, method):
@@ -61,7 +63,7 @@ def test_captures_of_other_shapes(args, method):
     _, captures = captured(args, solver="dual")
     grads = {"w": jnp.ones((5, 2))}
     with pytest.raises(ValueError, match=rf"{name}: w has shape \(5, 2\).*\(3, 2\) in the capt"):
-        tx.update(grads, tx.init(grads), captures=captures)
+        tx.update(grads, tx.init(grads), grads, captures=captures)
 
 
 def test_captures_of_a_vmapped_call(args, method):
@@ -69,7 +71,7 @@ def test_captures_of_a_vmapped_call(args, method):
     fn = cqjax.value_and_grad(loss_fn, solver="dual")
     _, grads, captures = jax.vmap(fn, in_axes=(None, 0))(args[0], jnp.ones((6, 4, 3)))
     with pytest.raises(ValueError, match=rf"{name}: w has shape \(6, 3, 2\).*jax.vmap"):
-        tx.update(grads, tx.init(args[0]), captures=captures)
+        tx.update(grads, tx.init(args[0]), args[0], captures=captures)
 
 
 def test_a_batch_size_that_cannot_be_inferred(method):
@@ -77,7 +79,7 @@ def test_a_batch_size_that_cannot_be_inferred(method):
     args = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)), jnp.ones(7)
     grads, captures = captured(args, lambda p, x, _: loss_fn(p, x), solver="dual")
     with pytest.raises(ValueError, match=f"{name}: the batch size could not.*batch_size="):
-        tx.update(grads, tx.init(args[0]), captures=captures)
+        tx.update(grads, tx.init(args[0]), args[0], captures=captures)
 
 
 def test_half_a_joined_weight_masked(method):
@@ -90,7 +92,7 @@ def test_half_a_joined_weight_masked(method):
     grads, captures = captured((params, jnp.ones((4, 3))), loss, solver="dual")
     masked = optax.masked(tx, {"a": True, "b": False})
     with pytest.raises(ValueError, match=f"{name}: of the parameters a, b.*b are masked"):
-        masked.update(grads, masked.init(params), captures=captures)
+        masked.update(grads, masked.init(params), params, captures=captures)
 
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
@@ -101,6 +103,13 @@ def test_bad_damping(argument, damping):
     for alias in (cqjax.csgd, cqjax.cmomentum, cqjax.cnesterov, cqjax.crmsprop, cqjax.cadam):
         with pytest.raises(ValueError, match=argument):
             alias(0.1, **{argument: damping})
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("argument", ["max_change", "learning_rate"])
+def test_bad_bounds(argument, value):
+    with pytest.raises(ValueError, match=rf"^{argument}=.*expected a finite number, zero or more"):
+        cqjax.clip_by_output_change(**{argument: value})
 
 
 def test_bad_eps():

@@ -45,6 +45,8 @@ MADE = {
     "ema_decay": kept(ema_decay=0.9),
     "both": kept(update_every=2, ema_decay=0.9, capture_every=3),
     "scale_by_nlms": lambda plan: cqjax.scale_by_nlms(0.1),
+    "clip_by_output_change": lambda plan: cqjax.clip_by_output_change(0.1),
+    "scale_by_learning_rates": lambda plan: cqjax.scale_by_learning_rates(0.1, 0.01),
     "scale_by_back_matching": lambda plan: cqjax.scale_by_back_matching(plan),
     "measured": lambda plan: cqjax.scale_by_back_matching(plan, factors="measured"),
     "scale_by_lsalr": lambda plan: cqjax.scale_by_lsalr(),
@@ -202,14 +204,17 @@ def test_replicas_through_scan(name):
 
 
 DAMPINGS = {"damping": 0.1, "relative_damping": 0.2}
+OF_ALIASES = {**DAMPINGS, "weight_decay": 0.01, "max_change": 0.2}
 NUMBERS = {
     "scale_by_consequentialism": DAMPINGS,
     "scale_by_nlms": {"eps": 0.1},
-    "csgd": {"learning_rate": 0.1, **DAMPINGS},
-    "cmomentum": {"learning_rate": 0.1, "momentum": 0.8, **DAMPINGS},
-    "cnesterov": {"learning_rate": 0.1, "momentum": 0.8, **DAMPINGS},
-    "crmsprop": {"learning_rate": 0.1, "decay": 0.8, "eps": 1e-3, **DAMPINGS},
-    "cadam": {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, **DAMPINGS},
+    "clip_by_output_change": {"max_change": 0.1, "learning_rate": 2.0},
+    "scale_by_learning_rates": {"covered": 0.1, "uncovered": 0.01},
+    "csgd": {"learning_rate": 0.1, **OF_ALIASES},
+    "cmomentum": {"learning_rate": 0.1, "momentum": 0.8, **OF_ALIASES},
+    "cnesterov": {"learning_rate": 0.1, "momentum": 0.8, **OF_ALIASES},
+    "crmsprop": {"learning_rate": 0.1, "decay": 0.8, "eps": 1e-3, **OF_ALIASES},
+    "cadam": {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, **OF_ALIASES},
     "nlms": {"learning_rate": 0.1, "eps": 0.1},
     "lsalr": {"learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01},
     "scale_by_back_matching": {"refresh_every": 2, "decay": 0.8},

@@ -80,6 +80,7 @@ def plans(loss_fn, params, batches, **options):
 INNER = {
     "csgd": lambda plan: cqjax.csgd(RATE, damping=DAMPING, relative_damping=0.0, max_change=None),
     "relative": lambda plan: cqjax.csgd(RATE, damping=0.0, relative_damping=0.1, max_change=None),
+    "bounded": lambda plan: cqjax.cmomentum(RATE, max_change=0.02),
     "back-matching": lambda plan: optax.chain(
         cqjax.scale_by_back_matching(), optax.sgd(RATE, momentum=0.9)
     ),

@@ -46,6 +46,17 @@ def test_network_of_all_kinds(solver):
     assert_close(trained(mapped(sharded), TX, params, batch, 1), want)
 
 
+@pytest.mark.parametrize("solver", ["dual", "primal"])
+def test_a_bound_on_the_change_of_outputs(solver):
+    """It is for the rows of all devices together, and so is the count."""
+    params, batch = problem()
+    tx = cqjax.csgd(0.5, max_change=0.05)
+    want = trained(quickly(steps_of(loss_fn, tx, solver=solver)), tx, params, batch, 2)
+    got = trained(mapped(steps_of(mean_loss, tx, solver=solver)), tx, params, batch, 2)
+    assert_close(got, want)
+    assert want[1][1].clipped.sum() > 2
+
+
 def dense_loss(params, x, y):
     for layer in params:
         x = jnp.tanh(x @ layer["w"] + layer["b"])

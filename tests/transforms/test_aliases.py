@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from across_batches import quickly
 from linear_layer import first_step
 
 import cqjax
@@ -179,3 +180,116 @@ def test_state_does_not_change_its_structure(data):
     state, after = tx.init(data[0]), first_step(tx, loss_fn, *data)[-1]
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
+# What the aliases pass on, against the chains that they are documented as.
+
+SOLVE = {"damping": 0.02, "relative_damping": 0.05}
+DECAYING = {"weight_decay": 0.3, "mask": {"a": True, "c": False, "gain": True}}
+RULES = {  # options, Optax's rule, and the rate at which an update acts in the end
+    "csgd": ({}, optax.identity(), 0.1),
+    "cmomentum": ({"momentum": 0.8}, optax.trace(0.8), 0.5),
+    "cnesterov": ({"momentum": 0.8}, optax.trace(0.8, nesterov=True), 0.5),
+    "crmsprop": ({"decay": 0.8, "eps": 1e-3}, optax.scale_by_rms(0.8, 1e-3), None),
+    "cadam": ({"b1": 0.8, "b2": 0.9, "eps": 1e-3}, optax.scale_by_adam(0.8, 0.9, 1e-3), None),
+}
+
+
+def gained(params, x, y):
+    hidden = jnp.tanh(x @ params["a"]) * params["gain"]
+    return jnp.mean(jnp.sum((hidden @ params["c"] - y) ** 2, -1))
+
+
+@pytest.fixture(scope="module")
+def many(data):
+    """With a gain, and enough rows to keep an inverse of."""
+    params, x, y = data
+    tile = np.random.default_rng(1).normal(size=(12, 1))
+    x, y = (jnp.asarray(np.concatenate([t * a for t in tile]), jnp.float32) for a in (x, y))
+    return {"a": params["a"], "c": params["c"], "gain": jnp.ones(4)}, x, y
+
+
+def train(tx, data, steps=4):
+    params, *batch = data
+
+    def step(carry, _):
+        params, state = carry
+        _, grads, captures = cqjax.value_and_grad(gained)(params, *batch)
+        updates, state = tx.update(grads, state, params, captures=captures)
+        return (optax.apply_updates(params, updates), state), None
+
+    return quickly(lambda c: jax.lax.scan(step, c, length=steps)[0])((params, tx.init(params)))
+
+
+def documented(name, solve, max_change=0.03, rates=None):
+    """The solve, the rule, what decays, the rate, and the limit where it belongs."""
+    _, rule, acting = RULES[name]
+    limit = cqjax.clip_by_output_change(max_change, learning_rate=acting or 1.0)
+    decay = optax.masked(optax.add_decayed_weights(0.3), DECAYING["mask"])
+    before, after = ([limit], []) if acting else ([], [limit])
+    return optax.chain(solve, *before, rule, decay, rates or optax.scale(-0.1), *after)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_the_documented_chain(name, kept, many):
+    """The bound comes before a rule that adds up, and last otherwise; decay is not solved for."""
+    plan = cqjax.plan(gained)(*many)
+    more = {"plan": plan, "update_every": 2, "ema_decay": 0.5} if kept else {}
+    given, *_ = RULES[name]
+    ours = getattr(cqjax, name)(0.1, **given, **SOLVE, **DECAYING, **more, max_change=0.03)
+    chain = documented(name, cqjax.scale_by_consequentialism(**SOLVE, **more))
+    got, state = train(ours, many)
+    want, expected = train(chain, many)
+    assert_close(got, want)
+    limits = [s for s in state if hasattr(s, "clipped")]
+    assert len(limits) == 1 and limits[0].clipped.sum() > 0
+    assert bool(state[0].inverses) == bool(state[0].moments) == kept
+    assert_close(state[0], expected[0])
+
+
+@pytest.mark.parametrize("uncovered", [0.02, optax.linear_schedule(0.02, 0.0, 3)])
+def test_another_rate_for_what_is_not_covered(uncovered, many):
+    ours = cqjax.cadam(0.1, uncovered_learning_rate=uncovered, max_change=None)
+    rates = {"covered": optax.scale(-0.1), "rest": optax.scale_by_learning_rate(uncovered)}
+    labels = {"a": "covered", "c": "covered", "gain": "rest"}
+    solve, rule = cqjax.scale_by_consequentialism(), optax.scale_by_adam()
+    chain = optax.chain(solve, rule, optax.partition(rates, labels))
+    got, want = train(ours, many)[0], train(chain, many)[0]
+    assert_close(got, want)
+    assert not np.allclose(got["gain"], train(cqjax.cadam(0.1, max_change=None), many)[0]["gain"])
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        (cqjax.cadam(), cqjax.cadam(1e-2, max_change=0.5, relative_damping=0.1, damping=0.0)),
+        (cqjax.csgd(0.1), cqjax.csgd(0.1, max_change=0.1, relative_damping=0.1, damping=0.0)),
+        (cqjax.cnesterov(0.1), cqjax.cnesterov(0.1, max_change=0.1, relative_damping=0.1)),
+        (cqjax.crmsprop(0.1), cqjax.crmsprop(0.1, max_change=0.5, relative_damping=0.1)),
+    ],
+)
+def test_defaults(short, full, many):
+    for a, b in zip(*(jax.tree.leaves(train(tx, many)) for tx in (short, full)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_rate_that_is_a_schedule_bounds_too(many):
+    """The bound has the schedule's rate at each step, over 1 - β."""
+    schedule = optax.linear_schedule(0.1, 0.4, 3)
+    ours = cqjax.cmomentum(schedule, momentum=0.8, max_change=0.03)
+    chain = optax.chain(
+        cqjax.scale_by_consequentialism(),
+        cqjax.clip_by_output_change(0.03, learning_rate=lambda n: schedule(n) / 0.2),
+        optax.trace(0.8),
+        optax.scale_by_learning_rate(schedule),
+    )
+    assert_close(train(ours, many)[0], train(chain, many)[0])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_nothing_but_the_rate_has_a_place(name):
+    with pytest.raises(TypeError, match="positional argument"):
+        getattr(cqjax, name)(0.1, 0.9)
+    with pytest.raises(TypeError, match="positional argument"):
+        cqjax.scale_by_consequentialism(*[1e-3])

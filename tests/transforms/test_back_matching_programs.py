@@ -21,6 +21,7 @@ from flax import traverse_util
 
 import cqjax
 
+DAMPED = {"damping": 0.1, "relative_damping": 0.0}
 pytestmark = pytest.mark.usefixtures("float64")
 
 
@@ -86,9 +87,7 @@ def test_however_the_program_is_written(name):
 def test_vmap_over_seeds(name, weights):
     loss_fn, *_ = arrays(name, jnp.float64)
     seeds = [arrays(name, jnp.float64, seed)[1:] for seed in range(3)]
-    fn = cqjax.back_matching_value_and_grad(
-        loss_fn, weights=weights, damping=0.1, relative_damping=0.0
-    )
+    fn = cqjax.back_matching_value_and_grad(loss_fn, weights=weights, **DAMPED)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *seeds)
     values, grads = jit(jax.vmap(fn))(*stacked)
     for seed in range(3):
@@ -100,7 +99,7 @@ def test_vmap_over_seeds(name, weights):
 
 def test_training_in_a_scan():
     loss_fn, params, x, y = mlp_problem()
-    fn = cqjax.back_matching_value_and_grad(loss_fn, damping=0.1, relative_damping=0.0)
+    fn = cqjax.back_matching_value_and_grad(loss_fn, **DAMPED)
 
     def step(params, _):
         value, grads = fn(params, x, y)
@@ -128,9 +127,7 @@ def test_a_scan_over_layers(wrap, weights):
     layers = [layer for i in range(3) for layer in (ref.Dense(str(i)), ref.tanh())]
     stacked = {"kernel": w, "bias": b}
     parts = {f"{i}/{k}": a[i] for i in range(3) for k, a in stacked.items()}
-    fn = cqjax.back_matching_value_and_grad(
-        loss_fn, weights=weights, damping=0.1, relative_damping=0.0
-    )
+    fn = cqjax.back_matching_value_and_grad(loss_fn, weights=weights, **DAMPED)
     _, grads = jit(fn)(jax.tree.map(jnp.asarray, stacked), x, y)
     _, want, *_ = reference(layers, parts, x, y, 0.1 if weights == "ridge" else None)
     want = {k: np.stack([want[f"{i}/{k}"] for i in range(3)]) for k in stacked}
@@ -181,9 +178,7 @@ def test_a_weight_used_twice():
     total = parts["0/kernel"] + parts["1/kernel"]
     assert_close(grads, {"w": total}, 1e-10)
     rows = np.concatenate([x, np.tanh(x @ w)])
-    _, grads = jit(cqjax.back_matching_value_and_grad(loss_fn, damping=0.1, relative_damping=0.0))(
-        {"w": w}, x, y
-    )
+    _, grads = jit(cqjax.back_matching_value_and_grad(loss_fn, **DAMPED))({"w": w}, x, y)
     want = 5 * np.linalg.solve(rows.T @ rows + 0.1 * np.eye(3), total)
     assert_close(grads, {"w": want}, 1e-8)
 
@@ -250,9 +245,7 @@ def test_selection_and_reduction():
     plain, ridge = (reference(mlp_reference(), params, x, y, d)[1] for d in (None, 0.1))
 
     def check(solved, loss_fn=loss_fn, scale=1.0, **options):
-        fn = cqjax.back_matching_value_and_grad(
-            loss_fn, damping=0.1, relative_damping=0.0, **options
-        )
+        fn = cqjax.back_matching_value_and_grad(loss_fn, **DAMPED, **options)
         _, grads = jit(fn)(params, x, y)
         want = {p: ridge[p] if solved in p else scale * plain[p] for p in plain}
         assert_close(flatten(grads), want, 1e-8)
@@ -309,9 +302,7 @@ def test_auxiliary_results():
 )
 def test_16_bits(name, weights, dtype):
     loss_fn, *inputs = arrays(name, dtype)
-    fn = cqjax.back_matching_value_and_grad(
-        loss_fn, weights=weights, damping=0.1, relative_damping=0.0
-    )
+    fn = cqjax.back_matching_value_and_grad(loss_fn, weights=weights, **DAMPED)
     value, grads = jit(fn)(*inputs)
     want, gradients, _ = expected(name, damping=0.1 if weights == "ridge" else None)
     np.testing.assert_allclose(float(value), want, rtol=0.05)
