@@ -192,7 +192,8 @@ def cmomentum(
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum)
-    limit = _limit(max_change, _accumulated(learning_rate, momentum))
+    acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
+    limit = _limit(max_change, acting)
     return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
 
 
@@ -234,7 +235,8 @@ def cnesterov(
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov=True)
-    limit = _limit(max_change, _accumulated(learning_rate, momentum))
+    acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
+    limit = _limit(max_change, acting)
     return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
 
 
@@ -334,5 +336,14 @@ def _limit(max_change: float | None, rate: optax.ScalarOrSchedule = 1.0) -> list
 
 
 def _accumulated(rate: optax.ScalarOrSchedule, momentum: Any) -> optax.ScalarOrSchedule:
-    """The rate at which an update acts that momentum repeats."""
+    """The rate at which an update acts that momentum repeats.
+
+    Raises:
+      ValueError: without end, it has none.
+    """
+    if isinstance(momentum, int | float) and momentum >= 1:
+        raise ValueError(
+            f"momentum={momentum}: expected less than 1, since updates then add up without end, "
+            "and max_change bounds what they add up to; or pass max_change=None"
+        )
     return (lambda count: rate(count) / (1 - momentum)) if callable(rate) else rate / (1 - momentum)

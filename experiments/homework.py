@@ -91,7 +91,7 @@ def optimizer(method: str, rate: Any) -> optax.GradientTransformation:
         "SGD": optax.sgd(rate),
         "momentum": optax.sgd(rate, momentum=0.9),
         "Adam": optax.adam(rate),
-        "C-SGD": cqjax.csgd(rate),
+        "C-SGD": cqjax.csgd(rate, damping=1e-3, relative_damping=0.0, max_change=None),
     }[method]
 
 

@@ -23,14 +23,14 @@ DEFAULTS = {  # one epoch; five epochs. The rates are the best of those tried fo
         "sgd_learning_rate": 0.03,
         "adam_learning_rate": 1e-4,
         "csgd_learning_rate": 0.05,
-        "cadam_learning_rate": 1e-3,
+        "cadam_learning_rate": 1e-4,
     },
     "digits": {
         "steps": 225,
         "sgd_learning_rate": 0.05,
         "adam_learning_rate": 2e-4,
         "csgd_learning_rate": 0.2,
-        "cadam_learning_rate": 1e-3,
+        "cadam_learning_rate": 3e-4,
     },
 }
 MEASURED = 20_000  # the training loss is measured on the first so many training images
@@ -77,7 +77,7 @@ class Quickstart(Experiment):
     damping: float = 1e-3
     """C-SGD's damping, lambda in the paper's Eq. 63. C-Adam has the library's defaults."""
     cadam_learning_rate: float | None = None
-    """C-Adam's learning rate; 0.001 if not given."""
+    """C-Adam's learning rate; 1e-4 on Fashion-MNIST and 3e-4 on digits if not given."""
     dataset: data.DatasetName = "auto"
     """The data set. auto is Fashion-MNIST if its files are found, and digits otherwise."""
     data_dir: Path | None = None

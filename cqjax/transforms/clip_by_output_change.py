@@ -45,7 +45,8 @@ def clip_by_output_change(
     ΔW is multiplied by what makes the two sides equal. Here c is `max_change`, and μ the rate at
     which the update is taken: 1 where the transformation is the last in a chain. :math:`W_0` stands
     for a layer at its start: its entries are ±1/√d for d features, as large as LeCun's
-    initialisation has them. So a layer may start from zero. The inputs X are those of the loss's
+    initialisation has them, or ±1/√o for a table whose rows have o entries. So a layer may start
+    from zero. The inputs X are those of the loss's
     last evaluation: that the layers below change too is left out.
 
     There are two places for it. Last in a chain, it bounds the step that is taken, whatever made
@@ -139,8 +140,9 @@ def _factor(
     """What a layer's update is multiplied by: (B,), or (B / parts,)."""
     block, (step, bias) = layer.block, layer.update
     combine = _combinations(signs, block.outputs, step.dtype)
-    features = block.features * (block.parts or 1)
-    start = signs[: block.features].astype(step.dtype) / features**0.5
+    # A table starts with 1 / √(its row's length): of d entries, a one-hot row reads but one.
+    size = block.outputs if block.statistic.diagonal else block.features * (block.parts or 1)
+    start = signs[: block.features].astype(step.dtype) / size**0.5
     start = jnp.broadcast_to(start, (len(step), *start.shape))
     columns = jnp.concatenate([step @ combine, weights.weight @ combine, start], -1)
     constant = None

@@ -49,7 +49,7 @@ def _compare(n: int, d: int, effort: timing.Effort) -> dict[str, Any]:
     x, y = (jax.random.normal(key, (n, d)) for key in keys[:2])
     params = {"w": jax.random.normal(keys[2], (d, d)) / d**0.5}
     (block,) = cqjax.plan(_loss, batch_size=n)(params, None, x, y).blocks
-    tx, samples = cqjax.csgd(timing.RATE), {}
+    tx, samples = cqjax.csgd(timing.RATE, max_change=None), {}
     for solver in SOLVERS:
         step = capturing_step(_loss, tx, solver)
         training = timing.Training(step, tx.init, (params, None), (x, y))

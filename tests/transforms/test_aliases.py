@@ -293,3 +293,10 @@ def test_nothing_but_the_rate_has_a_place(name):
         getattr(cqjax, name)(0.1, 0.9)
     with pytest.raises(TypeError, match="positional argument"):
         cqjax.scale_by_consequentialism(*[1e-3])
+
+
+@pytest.mark.parametrize("alias", [cqjax.cmomentum, cqjax.cnesterov])
+def test_endless_momentum_is_refused(alias):
+    with pytest.raises(ValueError, match=r"momentum=1.0: expected less than 1"):
+        alias(0.1, momentum=1.0)
+    alias(0.1, momentum=1.0, max_change=None)
