@@ -4,7 +4,6 @@ The question is this library's own. The page is `experiments.pages.kept`, and th
 `experiments.kept_methods`.
 """
 
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from rich.console import Console
 import cqjax
 from experiments import kept_methods, options
 from experiments.data import DataError
+from experiments.everyday import sources
 from experiments.page import publish
 from experiments.scans import stages, timed
 
 CHARACTERS = 1_000_000  # of source code, of which the last tenth is for validation
-SYMBOLS = 96  # printable ASCII, and the end of a line
 WIDTH, HEADS, LENGTH = 64, 4, 64
 METHODS = ("Adam", *kept_methods.METHODS)
 PRESETS = options.presets(
@@ -103,20 +102,11 @@ def text() -> tuple[np.ndarray, np.ndarray]:
     Raises:
       DataError: If this Python has no sources.
     """
-    folder, found, size = Path(sysconfig.get_paths()["stdlib"]), [], 0
-    for file in sorted(folder.glob("*.py")):
-        found.append(np.frombuffer(file.read_bytes(), np.uint8))
-        size += len(found[-1])
-        if size >= CHARACTERS:
-            break
-    if size < CHARACTERS:
-        raise DataError(f"{folder}: expected a megabyte of Python sources, found {size:,} bytes")
-    characters = np.concatenate(found)[:CHARACTERS]
-    end = characters == ord("\n")
-    numbers = np.where(end, SYMBOLS - 1, characters - np.int32(ord(" ")))
-    numbers = numbers[end | ((characters >= ord(" ")) & (characters <= ord("~")))]
-    cut = len(numbers) * 9 // 10
-    return numbers[:cut], numbers[cut:]
+    symbols = sources.text(CHARACTERS)
+    if len(symbols) < CHARACTERS:
+        raise DataError(f"expected a megabyte of Python sources, found {len(symbols):,} characters")
+    cut = len(symbols) * 9 // 10
+    return symbols[:cut], symbols[cut:]
 
 
 def sequences(characters: np.ndarray, seed: int, *shape: int) -> np.ndarray:
@@ -147,11 +137,11 @@ def initial(key: jax.Array, blocks: int) -> dict[str, Any]:
         }
 
     return {
-        "characters": normal(0.5, SYMBOLS, WIDTH),
+        "characters": normal(0.5, sources.SYMBOLS, WIDTH),
         "positions": normal(0.1, LENGTH, WIDTH),
         "blocks": [block() for _ in range(blocks)],
         "norm": norm(),
-        "head": normal(WIDTH**-0.5, WIDTH, SYMBOLS),
+        "head": normal(WIDTH**-0.5, WIDTH, sources.SYMBOLS),
     }
 
 
