@@ -14,6 +14,7 @@ README = ROOT / "README.md"
 
 DOCUMENTS = (
     README,
+    ROOT / "docs" / "choosing.md",
     ROOT / "docs" / "composition.md",
     ROOT / "docs" / "diagnostics.md",
     ROOT / "docs" / "speed.md",

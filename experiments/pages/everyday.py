@@ -1,7 +1,6 @@
 """What this library says of everyday work, and what was measured."""
 
 from collections.abc import Callable, Mapping
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -141,28 +140,41 @@ def diverged(contest: Contest, name: str) -> int:
 
 
 def behind(held: Held) -> list[str]:
-    """Where another optimizer does better than one of ours, in the median. ∞ means never."""
+    """Where others do better than C-Adam, and where our other optimizers lose to Adam. Medians."""
+    others = ("baseline", "other")
     lines = []
     for title, contest in held.items():
-        by_role: dict[str, list[str]] = {}
-        for name, entrant in contest["entrants"].items():
-            by_role.setdefault(entrant["role"], []).append(name)
-        others = by_role.get("baseline", []) + by_role.get("other", [])
-        for ours, name in product(by_role.get("ours", []), others):
+        for name in _of(contest, *others):
             lost = [
                 f"{words} {spread(theirs, '.4g')} in the end, not {spread(its, '.4g')}"
                 for metric, words in LOSSES.items()
-                for theirs, its in [[last(contest, n, metric) for n in (name, ours)]]
+                for theirs, its in [[last(contest, n, metric) for n in (name, OURS)]]
                 if median(theirs) < median(its)
             ] + [
                 f"the target after {spread(theirs, form)} {words}, not {spread(its, form)}"
                 for key, (words, form) in NEEDED.items()
-                for theirs, its in [[to_target(contest, n, key) for n in (name, ours)]]
+                for theirs, its in [[to_target(contest, n, key) for n in (name, OURS)]]
                 if median(theirs) < median(its)
             ]
             if lost:
-                lines.append(f"{title}: {name} is ahead of {ours}: {'; '.join(lost)}.")
+                lines.append(f"{title}: {name} is ahead of {OURS}: {'; '.join(lost)}.")
+    names = dict.fromkeys(name for contest in held.values() for name in _of(contest, "ours"))
+    for name in names:
+        where = [
+            title
+            for title, contest in held.items()
+            if name in contest["entrants"] and name != OURS and not _ahead(contest, name)
+        ]
+        if where:
+            lines.append(
+                f"{name} ends with a higher validation loss than tuned {ADAM}: {', '.join(where)}."
+            )
     return lines
+
+
+def _of(contest: Contest, *roles: str) -> list[str]:
+    """The entrants with these roles."""
+    return [name for name, entrant in contest["entrants"].items() if entrant["role"] in roles]
 
 
 def _edges(held: Held) -> list[str]:
