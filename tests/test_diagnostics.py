@@ -231,13 +231,14 @@ def test_counts_and_table_under_jit():
         "a": 1,
         "b": 1,
     }
+    assert [layer.clipped for layer in found.layers.values()] == [None, None]
     header, rule, *lines = str(found).splitlines()
     assert header.split()[:4] == ["weight", "solver", "n", "d"] and set(rule) == {"-", " "}
     assert [line.split()[:4] for line in lines] == [
         ["a", "primal", "9", "3"],
         ["b", "primal", "9", "4"],
     ]
-    assert [line.split()[-3] for line in lines] == ["1", "1"]
+    assert [line.split()[-4] for line in lines] == ["1", "1"]
     assert lines[0].split()[4] == f"{float(found.layers['a'].condition[0]):.3g}"
     assert jax.tree.map(lambda a: a, found).layers["a"].block == found.layers["a"].block
 
@@ -267,3 +268,13 @@ def test_bad_input():
         report({}, updates)
     with pytest.raises(ValueError, match="report: the captures have a parameter w, which is not"):
         report(captures, {"kernel": updates["w"]}, MU)
+
+
+def test_shortened_updates_are_counted():
+    params, x, y = network()
+    tx = cqjax.csgd(1e3)
+    _, grads, captures = cqjax.value_and_grad(two_layers)(params, x, y)
+    updates, state = tx.update(grads, tx.init(params), params, captures=captures)
+    found = report(captures, updates, opt_state=state)
+    assert [int(layer.clipped) for layer in found.layers.values()] == [1, 1]
+    assert [line.split()[-3] for line in str(found).splitlines()[2:]] == ["1", "1"]

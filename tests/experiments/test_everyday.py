@@ -21,7 +21,7 @@ from experiments.page import median
 from experiments.pages import everyday as pages
 
 SIZE = Size(0.03, 8, 20_000, 32, 400, 100)
-NAMES = ["Adam", "Nesterov", "Muon", "C-SGD", "C-Nesterov", "C-Adam"]
+NAMES = ["Adam", "Nesterov", "Muon", "C-SGD", "C-Nesterov", "C-Muon", "C-Adam"]
 UNTUNED = ["C-Adam, untuned", "C-Adam, defaults"]
 HELD = ["tabular", "mlp"]
 
@@ -239,7 +239,7 @@ def test_the_page_and_the_figures(ran):
     assert "take `relative_damping=1`, weight decay, or fewer steps" in page
     for file in ("steps.png", "seconds.png"):
         check_figure(folder / file, panels=2)
-    assert "52/52 runs" in printed
+    assert "60/60 runs" in printed
     contest = content["results"]["contests"]["mlp"]
     ends = {
         n: median([run["validation_loss"] for run in e["runs"]])

@@ -142,9 +142,11 @@ def test_at_defaults(name, task):
     assert max(losses) < 1.5 * losses[0], losses
 
 
-@pytest.mark.parametrize("damping", [{}, {"damping": 1e-3, "relative_damping": 0.0}])
-def test_kept_inverses_are_bounded_too(damping):
-    """With the paper's damping, losses rose to 1e21 in 66 steps: now the bound holds them."""
+@pytest.mark.parametrize(
+    ("damping", "highest"), [({}, 1.0), ({"damping": 1e-3, "relative_damping": 0.0}, 2.0)]
+)
+def test_kept_inverses_are_bounded_too(damping, highest):
+    """With the paper's damping, losses rose to 1e21 in 66 steps: the bound holds them near one."""
     model, loss_fn, data = classified(Dense((64, 32, 10)))
     params = {"params": model.init(jax.random.key(0), data[0][:BATCH])["params"]}
     x, y = (jnp.asarray(a)[: 4 * BATCH] for a in data)
@@ -165,7 +167,7 @@ def test_kept_inverses_are_bounded_too(damping):
         at = np.random.default_rng(number).choice(len(data[0]), len(x))
         params, state, loss = step(params, state, *(jnp.asarray(a)[at] for a in data))
         losses.append(float(loss))
-    assert np.isfinite(losses).all() and max(losses) == losses[0], losses
+    assert np.isfinite(losses).all() and max(losses) <= highest * losses[0], losses
 
 
 # The README's chain.
