@@ -33,7 +33,8 @@ def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart") / "new" / "folder"
     with redirect_stdout(io.StringIO()) as printed:
         main([*TINY, f"--steps={STEPS}", f"--sgd-learning-rate={RATE}",
-              "--adam-learning-rate=0.003", f"--output={output}"])  # fmt: skip
+              "--adam-learning-rate=0.003", "--cadam-learning-rate=0.01",
+              f"--output={output}"])  # fmt: skip
     return json.loads((output / "results.json").read_text()), output, printed.getvalue()
 
 
@@ -92,7 +93,7 @@ def test_prints_the_data_set_the_progress_and_the_table(run):
     assert "Data: digits (scikit-learn), 1,437 training and 360 test images" in printed
     assert f"{STEPS}/{STEPS} steps" in printed and "steps/s" in printed
     assert str(output / "results.json") in printed
-    for name, label in {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD"}.items():
+    for name, label in {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD", "cadam": "C-Adam"}.items():
         numbers = results["results"][name]
         row = next(line for line in printed.splitlines() if line.split()[:2] == [label, str(STEPS)])
         assert f"{numbers['seconds']:.1f}" in row
