@@ -72,6 +72,8 @@ class Capture:
     def squared_outputs(self, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """The sums of squares, over all rows, of the outputs of other weights with these inputs.
 
+        Where activations were captured as they are (`Inputs`), some of many rows stand for all.
+
         Args:
           weight: k columns V of weights, (B, d, k).
           bias: k biases c, (B, k), for the rows to which one is added; None for none.

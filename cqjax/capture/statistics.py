@@ -278,7 +278,7 @@ class SketchedGram(Gram):
     XᵀX takes 8d³ operations where that of all rows takes 2nd². It is right in the mean, and it
     differs from one batch to the next. That is why it does less harm than an inverse that
     `update_every` keeps: errors that change average out, those that stay add up. Convolutions, and
-    layers with fewer rows, have what `Gram` has. docs/speed.md says what it costs in loss.
+    layers with fewer rows, have what `Gram` has. docs/choosing.md has what such sums cost in loss.
 
     Pass it as `capture=` to `cqjax.value_and_grad`.
 
