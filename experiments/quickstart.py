@@ -33,7 +33,7 @@ DEFAULTS = {  # one epoch; five epochs. The rates are the best of those tried fo
         "cadam_learning_rate": 3e-4,
     },
 }
-MEASURED = 20_000  # the training loss is measured on the first so many training images
+MEASURED = 5_000  # the training loss is measured on the first so many training images
 LABELS = {"sgd": "SGD", "adam": "Adam", "csgd": "C-SGD", "cadam": "C-Adam"}
 # Paul Tol's high-contrast colours and black: told apart by colour-blind readers and in grey.
 STYLES = (("#004488", "o"), ("#DDAA33", "s"), ("#BB5566", "^"), ("#000000", "D"))

@@ -27,7 +27,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     """The library's claims, judged by the results."""
     held: Held = results["contests"]
     claims = _claims(held)
-    if set(held) != set(KINDS) or settings.length < 1:
+    if set(held) != set(KINDS) or settings.length < 1 or settings.tries < 3:  # nobody is tuned
         claims = [claim._replace(holds="open") for claim in claims]
     return Page(
         "Six kinds of everyday work",
