@@ -177,7 +177,7 @@ def report(
     for label, layer in layers.items():
         spectrum = _spectrum(layer)
         squares = jnp.square(spectrum.values)
-        mean = ridge.mean_eigenvalue(squares, min(layer.block.rows, layer.size))
+        mean = ridge.mean_eigenvalue(squares, layer.rank(layer.size))
         added = damping + relative_damping * mean
         residual = reachable = None
         if learning_rate is not None:

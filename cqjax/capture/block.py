@@ -3,17 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from cqjax.capture.statistics import Statistic, Trip
-from cqjax.linalg import gram
+from cqjax.linalg import devices, gram
+from cqjax.program import row_weights
 from cqjax.program.forms import Lookup
 from cqjax.program.layout import Layout
 from cqjax.program.sites import Bias, Site
+from cqjax.program.steps import Position
 from cqjax.program.taps import Tap
 from cqjax.program.views import View
 
@@ -82,6 +84,22 @@ class Block:
     def rows(self) -> int:
         """n, over all sites, trips and devices."""
         return sum(site.rows for site in self.sites)
+
+    def number(self, weights: Mapping[Position, jax.Array]) -> jax.Array | None:
+        """How many rows are examples, by the weights of those sites that have some: (), or (B,).
+
+        None where all are.
+        """
+        if weights.keys().isdisjoint(site.position for site in self.sites):
+            return None
+        total = jnp.zeros(())
+        for site in self.sites:
+            number: Any = site.rows
+            if site.position in weights:
+                part = row_weights.counted(site.form, weights[site.position])
+                number = devices.total(part * site.shared_trips, site.reduced)
+            total += number
+        return total
 
     @property
     def rows_with_bias(self) -> int:
@@ -193,14 +211,31 @@ class Block:
             arrays |= view.transpose(_unpack(view, layout, bias), shapes)
         return arrays
 
-    def tap(self, site: Site) -> Tap:
-        """Takes what is captured of one of its sites."""
+    def tap(self, site: Site, weights: jax.Array | None, examples: int | jax.Array | None) -> Tap:
+        """Takes what is captured of one of its sites.
+
+        Args:
+          site: the site.
+          weights: 1 for its rows that are examples, else 0, as in `row_weights`; None if all are.
+          examples: how many there are; None where that is not plain.
+        """
+        # Beside rows of the examples' own, one that they share stands for as many.
+        mixed = site.shared and not self.shared and examples is not None
 
         def take(x: jax.Array, dz: jax.Array) -> Statistic:
+            factors = weights
+            if mixed:
+                copies = jnp.sqrt(jnp.asarray(examples, dz.dtype))
+                dz = dz / copies
+                ones = jnp.ones(row_weights.shape(site.form), dz.dtype)
+                factors = copies * (ones if factors is None else factors)
             h = None
             if self.bias is not None and self.parts is None:
                 h = jnp.full((), site.bias is not None, x.dtype)
-            return self.statistic.take(site, Trip(x, dz, h, self.precision))
+            if factors is not None:
+                x = row_weights.weighted(site.form, x, factors)
+                h = None if h is None else h * factors.astype(x.dtype)
+            return self.statistic.take(site, Trip(x, dz, h, self.precision, factors))
 
         own = dict(site.view.loops)
         stacked = (self.statistic.every_trip or i in own for i in range(len(site.loops)))

@@ -14,7 +14,9 @@ from cqjax.program.flow import Flow
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["sites", "gradients"], meta_fields=["block"]
+    jax.tree_util.register_dataclass,
+    data_fields=["sites", "gradients", "number"],
+    meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Capture:
@@ -27,11 +29,14 @@ class Capture:
         them a transformation can tell whether its updates are still the gradient. (Of a
         `value_and_grad` that is jitted apart from the update they are outputs once more.)
       block: the sites' static description.
+      number: how many of its rows are examples, () or (B,); None where all are. Those that the loss
+        leaves out, by a mask or otherwise, are zeros among the rows.
     """
 
     sites: tuple[Statistic, ...]
     gradients: dict[str, jax.Array]
     block: Block
+    number: jax.Array | None
 
     @property
     def has_rows(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from cqjax.capture.batch_size import BatchSize
 from cqjax.capture.block import Block
 from cqjax.capture.coverage import make_blocks
 from cqjax.capture.options import Options, Signal
@@ -23,7 +24,9 @@ class Plan:
     Attributes:
       parameters: all parameters, in the order of their tree.
       blocks: one for each weight that is solved for.
-      batch_size: N, the number of terms that the loss averages over; None where unknown.
+      batch_size: N, the number of terms that the loss averages over; None where it is unknown, or
+        will be computed from arguments that are abstract.
+      batch_size_source: how it is known, in words.
       examples: how many examples the batch has; None where that is not plain.
       flow: which layer feeds which.
       signal: what is propagated from layer to layer.
@@ -32,6 +35,7 @@ class Plan:
     parameters: tuple[Parameter, ...]
     blocks: tuple[Block, ...]
     batch_size: int | jax.Array | None
+    batch_size_source: str
     examples: int | None
     flow: Flow
     signal: Signal
@@ -39,8 +43,8 @@ class Plan:
     def __str__(self) -> str:
         """The plan as a table."""
         covered = sum(p.status in ("covered", "partly covered") for p in self.parameters)
-        size = self.batch_size if self.batch_size is not None else "not inferred"
-        total = f"{covered} of {len(self.parameters)} parameters covered; batch size {size}"
+        total = f"{covered} of {len(self.parameters)} parameters covered; "
+        total += f"N = {self.batch_size_source}"
         if self.signal == "matched":
             unmatched = ", ".join(self.unmatched) or "no layer with parameters"
             total += f"\nsignal: matched; as in backpropagation through {unmatched}"
@@ -67,7 +71,7 @@ def make_plan(
     owners: Owners,
     options: Options,
     *,
-    batch_size: int | jax.Array | None,
+    batch_size: BatchSize,
     examples: int | None,
 ) -> Plan:
     """Groups the sites of a loss into blocks and says what becomes of each parameter.
@@ -101,9 +105,10 @@ def make_plan(
             status = "uncovered"
         classes = " or ".join(sorted(c.__name__ for c in owners[path]))
         if status in ("covered", "skipped"):
-            notes = _notes_on_rows(path, blocks, batch_size, examples)
+            notes = _notes_on_rows(path, blocks, examples)
         parameters.append(Parameter(path, shape, classes, status, notes))
-    return Plan(tuple(parameters), blocks, batch_size, examples, flow, options.signal)
+    size, source, _ = batch_size
+    return Plan(tuple(parameters), blocks, size, source, examples, flow, options.signal)
 
 
 def check_plan(plan: Any) -> None:
@@ -118,25 +123,10 @@ def check_plan(plan: Any) -> None:
         )
 
 
-def _notes_on_rows(
-    path: str,
-    blocks: Sequence[Block],
-    batch_size: int | jax.Array | None,
-    examples: int | None,
-) -> tuple[str, ...]:
-    """A note where a weight's rows are not, or cannot be, the examples' own."""
-    for block in blocks:
-        if path not in block.view.paths:
-            continue
-        if block.shared and examples is not None:
-            return ("all examples share its rows",)
-        if isinstance(batch_size, int) and batch_size >= 1 and block.rows % batch_size:
-            return (
-                f"its {block.rows} rows are no multiple of the batch size {batch_size}: if the "
-                f"examples share them, its updates are up to {batch_size} times too large, and it "
-                "should be skipped",
-            )
-    return ()
+def _notes_on_rows(path: str, blocks: Sequence[Block], examples: int | None) -> tuple[str, ...]:
+    """A note where a weight's rows are not the examples' own."""
+    shared = any(path in b.view.paths and b.shared and examples is not None for b in blocks)
+    return ("all examples share its rows",) if shared else ()
 
 
 def _check_owners_known(record: Record, owners: Owners) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cqjax.linalg import devices, gram
+from cqjax.program import row_weights
 from cqjax.program.forms import Lookup, Product
 from cqjax.program.sites import Site
 
@@ -39,15 +40,19 @@ class Trip(NamedTuple):
     Attributes:
       x: the activation, in the shape in which the equation has it.
       dz: the loss's gradient with respect to the result, in the result's shape.
-      h: the constant feature that stands for the bias, (): 1 where one is added, 0 where only the
-        weight's other sites have one; None where none has, or where it is solved for alone.
+      h: the feature that stands for the bias, (): 1 where one is added, 0 where only the weight's
+        other sites have one; None where none has, or where it is solved for alone. Where rows have
+        weights, one for each row (or, of a convolution, for each example).
       precision: of products with X.
+      weights: where rows have weights, by which x is multiplied already: 0 for rows that are no
+        examples. None where all are.
     """
 
     x: jax.Array
     dz: jax.Array
     h: jax.Array | None
     precision: lax.PrecisionLike
+    weights: jax.Array | None = None
 
 
 class Statistic:
@@ -163,7 +168,7 @@ class Rows(Statistic):
         """The rows of one trip."""
         assert not isinstance(site.form, Lookup)
         rows = site.form.rows(trip.x)
-        h = None if trip.h is None else jnp.broadcast_to(trip.h, rows.shape[:2])
+        h = None if trip.h is None else row_weights.column(site.form, trip.h, rows.shape[:2])
         return cls(rows, site.form.output.pack(trip.dz), h)
 
     def fold(self, site: Site) -> "Rows":
@@ -207,7 +212,7 @@ class Inputs(Statistic):
 
     Attributes:
       x: the activations, in the shape in which the equation has them.
-      h: the constant feature, (): 1 where a bias is added, else 0; None where none is.
+      h: the constant feature, as in `Trip`: 1 where a bias is added, else 0; None where none is.
     """
 
     x: jax.Array
@@ -235,7 +240,8 @@ class Inputs(Statistic):
         assert not isinstance(site.form, Lookup)
         z = site.form.times(self.x, weight, precision)
         if bias is not None and self.h is not None:
-            z += self.h.astype(z.dtype) * bias[:, None]
+            h = row_weights.sampled(site.form, self.h, z.shape[1])
+            z += h.astype(z.dtype) * bias[:, None]
         return devices.total(site.form.output.shape[1] * jnp.square(z).mean(1), site.reduced)
 
 
@@ -296,8 +302,8 @@ class SketchedGram(Gram):
             return Gram.take(site, trip)
         rows = form.rows(trip.x)
         if trip.h is not None:  # the constant feature gets the signs, too
-            h = jnp.broadcast_to(trip.h, (*rows.shape[:2], 1)).astype(rows.dtype)
-            rows = jnp.concatenate([rows, h], -1)
+            h = row_weights.column(form, trip.h, rows.shape[:2]).astype(rows.dtype)
+            rows = jnp.concatenate([rows, h[..., None]], -1)
         return cls(gram.inner(gram.sketched(rows, wanted), None, trip.precision))
 
 
@@ -318,7 +324,7 @@ class Counts(Statistic):
     def take(cls, site: Site, trip: Trip) -> "Counts":
         """The counts of one trip, for which x are the indices."""
         assert isinstance(site.form, Lookup)
-        return cls(site.form.counts(trip.x, gram.accumulator(trip.dz.dtype)))
+        return cls(site.form.counts(trip.x, gram.accumulator(trip.dz.dtype), trip.weights))
 
     def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
         """The diagonal of XᵀX."""

@@ -6,14 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cqjax.capture.batch_size import batch_size
 from cqjax.capture.options import Options
 from cqjax.capture.plan import Plan, make_plan
+from cqjax.capture.rows import Rows
 from cqjax.frameworks import linen
 from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
-from cqjax.program import arguments, steps
+from cqjax.program import arguments, jaxprs, sharing, steps, terms
 from cqjax.program.flow import Flow
 from cqjax.program.paths import path_of
+from cqjax.program.values import Values
 from cqjax.program.walk import walk
 
 PyTree = Any
@@ -27,12 +30,16 @@ class Traced(NamedTuple):
       outputs: its results, as `jax.ShapeDtypeStruct`s.
       paths: paths of the parameters' leaves.
       plan: what is captured of it.
+      doubt: what speaks against its N, in words.
+      rows: which of the products' rows count.
     """
 
     jaxpr: Any
     outputs: PyTree
     paths: list[str]
     plan: Plan
+    doubt: str
+    rows: Rows
 
 
 def trace(
@@ -51,15 +58,16 @@ def trace(
     paths = list(leaves)
     jaxpr, outputs, owners = _trace(loss_fn, params, args, kwargs)
     program, constants = steps.flatten(jaxpr)
-    batch = arguments.of_batch(program, constants, len(paths), (args, kwargs))
-    avals = [atom.aval for atom in jaxpr.jaxpr.invars[: len(paths)]]
-    record = walk(program, paths, avals, program.dependent(batch))
-    loss = [atom.aval for atom in jaxpr.jaxpr.outvars[:1]]
-    size = options.batch_size
-    if options.loss_reduction == "sum":
-        size = 1
-    elif size is None:
-        size = arguments.shared_size((args, kwargs), loss)
+    opened, _ = jaxprs.opened(jaxpr)
+    record = walk(program, paths, [atom.aval for atom in opened.invars[: len(paths)]])
+    values = Values(jaxpr, program, constants, len(paths))
+    products = program.written({site.position for site in record.sites})
+    found = terms.counts(program, len(paths), products, values)
+    size = batch_size(found, values, options, (args, kwargs), opened.outvars[0].aval)
+    examples = arguments.shared_size((args, kwargs), ()) or terms.examples(found)
+    batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
+    sites = sharing.with_sharing(record.sites, program, batch, examples)
+    record = record._replace(sites=sites)
     plan = make_plan(
         record,
         Flow(program, record),
@@ -70,10 +78,10 @@ def trace(
         },
         options,
         batch_size=size,
-        examples=arguments.shared_size((args, kwargs), ()) or None,
+        examples=examples,
     )
     _check_devices_agree(plan)
-    return Traced(jaxpr, outputs, paths, plan)
+    return Traced(jaxpr, outputs, paths, plan, size.doubt, Rows(program, found, values))
 
 
 def _trace(

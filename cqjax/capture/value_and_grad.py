@@ -72,7 +72,15 @@ class ValueAndGrad:
         tracing.check_loss(traced.outputs, self._has_aux)
         plan = traced.plan
         _report(plan, self._on_uncovered)
-        taps = {site.position: block.tap(site) for block in plan.blocks for site in block.sites}
+        if traced.doubt:
+            warnings.warn(traced.doubt, stacklevel=2)
+        sites = [site for block in plan.blocks for site in block.sites]
+        weights, examples = traced.rows.weights(sites), traced.rows.examples(plan.examples)
+        taps = {
+            site.position: block.tap(site, weights.get(site.position), examples)
+            for block in plan.blocks
+            for site in block.sites
+        }
         rules = matched.rules(plan.flow) if plan.signal == "matched" else {}
         evaluation = Evaluation(taps, rules)
 
@@ -92,13 +100,14 @@ class ValueAndGrad:
                 ),
                 {path: gradients[path] for path in block.paths},
                 block,
+                block.number(weights),
             )
             for block in plan.blocks
         )
         return (
             value,
             grads,
-            Captures(captures, plan.batch_size, plan.examples, plan.parameters, plan.flow),
+            Captures(captures, plan.batch_size, examples, plan.parameters, plan.flow),
         )
 
 

@@ -56,7 +56,7 @@ def inner(
       x: the input, (batch, *spatial, channels).
       window: how the convolution's window moves over it.
       groups: the number of parts that the channels are split into, each with an X of its own.
-      h: a further feature, with the same value in every row; None for none.
+      h: a further feature, with one value for all rows, or for each example; None for none.
       precision: of the products.
 
     Returns:
@@ -70,9 +70,13 @@ def inner(
     if h is None:
         return product
     h = jnp.asarray(h, product.dtype)
-    sums = h * windows.column_sums(x, window, groups)[..., None]
-    count = len(x) * math.prod(window.positions(x.shape[1:-1]))
-    corner = jnp.full((groups, 1, 1), h * h * count)
+    if h.ndim:
+        x = x * h.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
+    sums = windows.column_sums(x, window, groups)[..., None]
+    if not h.ndim:
+        sums *= h
+    squares = jnp.broadcast_to(h * h, (len(x),)).sum() if h.ndim else h * h * len(x)
+    corner = jnp.full((groups, 1, 1), squares * math.prod(window.positions(x.shape[1:-1])))
     return jnp.block([[product, sums], [sums.mT, corner]])
 
 

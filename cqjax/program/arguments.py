@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from cqjax.linalg import devices
 from cqjax.program import jaxprs
+from cqjax.program.paths import path_of
 from cqjax.program.steps import Constants, Program
 
 PyTree = Any
@@ -37,35 +37,65 @@ def shared_size(arguments: PyTree, loss: Sequence[Any]) -> int | None:
     return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
 
 
+def described(arguments: PyTree) -> str:
+    """The arrays among the arguments that may have a row for each example, with their shapes."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path(
+        arguments, is_leaf=lambda node: isinstance(node, Aside)
+    )
+    texts = [
+        f"argument {path_of(keys[1:])}: {leaf.shape}" for keys, leaf in keyed if _may_be_batch(leaf)
+    ]
+    more = len(texts) - 6
+    return ", ".join(texts[:6]) + (f", and {more} more" if more > 0 else "")
+
+
 def of_batch(
-    program: Program, constants: Constants, parameters: int, arguments: PyTree
+    program: Program,
+    constants: Constants,
+    parameters: int,
+    arguments: PyTree,
+    examples: int | None,
 ) -> set[int]:
     """The variables of a loss that hold the batch: arguments and constants, by number.
 
-    An array that a function closes over is a constant of its program. Under `jax.jit` it is a
-    tracer if it was an argument of the jitted function, and else no batch. Outside of `jax.jit` any
-    constant may be a batch.
+    An array among the arguments is a constant of the program, and so is one that the function
+    closes over. The arguments hold the batch, as far as they have rows for each example. Where
+    there are none, what is closed over does. It makes no difference whether `jax.jit` traces them.
 
     Args:
       program: the loss.
       constants: its constants.
       parameters: how many of its inputs are parameters.
       arguments: its other arguments: constants of the program, but for those that are abstract.
+      examples: how many examples there are; None where that is not plain.
     """
     leaves = jax.tree.leaves(arguments)
+
+    def has_rows(leaf: Any) -> bool:
+        return _may_be_batch(leaf) and (not examples or leaf.shape[0] % examples == 0)
+
     abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-    batch = [leaf for leaf in leaves if _may_be_batch(leaf)]
-    others = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not _may_be_batch(leaf)]
-    traced = all(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in batch)
+    given = [leaf for leaf in leaves if _may_be_batch(leaf)]
 
     def holds_batch(const: Any) -> bool:
-        if batch and traced and not isinstance(const, Tracer):
-            return False
-        return all(const is not leaf for leaf in others)
+        if not given:
+            return has_rows(const)
+        # A NumPy array has become another object on its way into the program.
+        return any(
+            const is leaf or (isinstance(leaf, np.ndarray) and _like(const, leaf))
+            for leaf in given
+            if has_rows(leaf)
+        )
 
     inputs = program.inputs[parameters:]
-    found = {n for n, leaf in zip(inputs, abstract, strict=True) if _may_be_batch(leaf)}
+    found = {n for n, leaf in zip(inputs, abstract, strict=True) if has_rows(leaf)}
     return found | {n for n, const in constants if holds_batch(const)}
+
+
+def _like(const: Any, leaf: np.ndarray) -> bool:
+    return getattr(const, "shape", None) == leaf.shape and (
+        jax.dtypes.canonicalize_dtype(const.dtype) == jax.dtypes.canonicalize_dtype(leaf.dtype)
+    )
 
 
 def _may_be_batch(leaf: Any) -> bool:

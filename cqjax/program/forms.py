@@ -68,7 +68,7 @@ class Product:
     def second_moment(
         self, x: jax.Array, h: jax.Array | None, precision: lax.PrecisionLike
     ) -> jax.Array:
-        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a feature h: (), or (B or 1, n)."""
         rows = self.rows(x)
         column = None if h is None else jnp.broadcast_to(h, rows.shape[:2]).astype(rows.dtype)
         return gram.inner(rows, column, precision)
@@ -123,7 +123,7 @@ class Convolution:
     def second_moment(
         self, x: jax.Array, h: jax.Array | None, precision: lax.PrecisionLike
     ) -> jax.Array:
-        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a constant feature h: ()."""
+        """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a feature h: (), or by example."""
         examples = self._channels_last(x)
         return conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
 
@@ -189,11 +189,11 @@ class Lookup:
         """Axes of the result along which rows are positions of one example."""
         return self.output.groups[1][1:]
 
-    def counts(self, indices: jax.Array, dtype: Any) -> jax.Array:
+    def counts(self, indices: jax.Array, dtype: Any, weights: jax.Array | None) -> jax.Array:
         """How often each row of the table is read: (1, d).
 
-        The transpose of the lookup adds up ones at the indices. So indices out of bounds, and
-        negative ones, count as the lookup itself reads them.
+        The transpose of the lookup adds up ones, or the weights (1, n), at the indices. So indices
+        out of bounds, and negative ones, count as the lookup itself reads them.
         """
         table = [1] * len(self.weight.sizes)
         axis = self.dimension_numbers.start_index_map[0]
@@ -206,8 +206,15 @@ class Lookup:
 
         axes = devices.varying(indices)
         struct = devices.struct(tuple(table), dtype, axes)
-        ones = jnp.ones(jax.eval_shape(look_up, struct).shape, dtype)
-        (counts,) = jax.linear_transpose(look_up, struct)(devices.vary(ones, axes))
+        added = jnp.ones(jax.eval_shape(look_up, struct).shape, dtype)
+        if weights is not None:
+            _, rows, outputs = self.output.groups
+            of_rows = Layout(
+                tuple(1 if i in outputs else n for i, n in enumerate(self.output.sizes)),
+                ((), rows, outputs),
+            )
+            added *= of_rows.unpack(weights.astype(dtype), of_rows.sizes)
+        (counts,) = jax.linear_transpose(look_up, struct)(devices.vary(added, axes))
         return counts.reshape(1, -1)
 
 

@@ -19,15 +19,20 @@ class Equation(NamedTuple):
 
     Attributes:
       primitive: the operation.
-      params: its parameters; empty for an operation that has jaxprs among them.
+      params: its parameters; of an operation that has jaxprs among them, the number of trips alone.
       inputs: the operands' abstract values.
       outputs: the results' abstract values.
+      literals: the operands that are numbers written into the program; None for variables.
+      pointwise: whether each entry of its results depends on the same entries of its operands
+        alone, whatever is in its body.
     """
 
     primitive: core.Primitive
     params: Mapping[str, Any]
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
+    literals: tuple[Any, ...]
+    pointwise: bool
 
 
 class Scan(NamedTuple):
@@ -44,9 +49,38 @@ class Scan(NamedTuple):
 
 def equation(eqn: core.JaxprEqn) -> Equation:
     """The part of an equation that outlives the trace."""
-    params = {} if bodies(eqn) else eqn.params
+    params = {k: v for k, v in eqn.params.items() if k == "length" or not bodies(eqn)}
     inputs, outputs = (tuple(atom.aval for atom in side) for side in (eqn.invars, eqn.outvars))
-    return Equation(eqn.primitive, params, inputs, outputs)
+    literals = tuple(atom.val if is_literal(atom) else None for atom in eqn.invars)
+    return Equation(eqn.primitive, params, inputs, outputs, literals, pointwise(eqn))
+
+
+_POINTWISE = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj
+    convert_element_type copy cos cosh device_put digamma div eq erf erf_inv erfc exp exp2 expm1
+    floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg
+    nextafter not optimization_barrier or pow pvary pcast real reduce_precision rem round rsqrt
+    select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
+    xor""".split()
+)
+
+
+def pointwise(eqn: core.JaxprEqn) -> bool:
+    """Whether each entry of the results depends on the same entries of the operands alone.
+
+    A function with a rule of its own (`jax.nn.relu`) does if all that its body does is of the kind.
+    """
+    inner = bodies(eqn)
+    if not inner:
+        return eqn.primitive.name in _POINTWISE
+    shapes = {out.aval.shape for out in eqn.outvars}
+    return len(shapes) == 1 and all(
+        pointwise(each)
+        or each.primitive.name == "broadcast_in_dim"
+        and not each.invars[0].aval.shape
+        for body in inner
+        for each in opened(body)[0].eqns
+    )
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -61,6 +95,13 @@ def bodies(eqn: core.JaxprEqn) -> list[Any]:
         several = param if isinstance(param, tuple | list) else (param,)
         found += [item for item in several if hasattr(opened(item)[0], "eqns")]
     return found
+
+
+def at(jaxpr: Any, position: Sequence[int]) -> core.JaxprEqn:
+    """The equation at a position: its index, after those of the calls around it."""
+    first, *rest = position
+    eqn = opened(jaxpr)[0].eqns[first]
+    return at(bodies(eqn)[0], rest) if rest else eqn
 
 
 def constants_within(eqn: core.JaxprEqn) -> list[Any]:

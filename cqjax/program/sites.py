@@ -40,7 +40,7 @@ class Site:
       varying: the mesh axes over which x or the result varies within `jax.shard_map`.
       spread: those of them over which the weight does not vary, with their sizes: each device has
         other rows of the same product.
-      shared: whether all examples share x, since it comes of parameters and constants alone.
+      shared: whether all examples share x: see `sharing`.
     """
 
     position: Position

@@ -11,7 +11,7 @@ its loop until nothing changes.
 """
 
 import enum
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -89,17 +89,30 @@ class Program(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[Number, ...]
 
-    def needed(self, outputs: Iterable[Number]) -> Set[int]:
-        """The variables on which some of its results depend, these included."""
+    def needed(
+        self, outputs: Iterable[Number], passes: Callable[["Step"], bool] = lambda _: True
+    ) -> Set[int]:
+        """The variables on which some of its results depend, these included.
+
+        Args:
+          outputs: the results.
+          passes: whether dependence through a step counts.
+        """
         found = {n for n in outputs if n is not None}
         while True:
             before = len(found)
             for step in reversed(self.steps):
+                if found.isdisjoint(step.writes) or not passes(step):
+                    continue
                 for i, written in enumerate(step.writes):
                     if written in found:
                         found.update(n for n in step.sources(i) if n is not None)
             if len(found) == before:
                 return found
+
+    def written(self, positions: Set[Position]) -> Set[int]:
+        """The results of the equations at some positions."""
+        return {n for step in self.steps if step.position in positions for n in step.writes}
 
     def dependent(self, variables: Iterable[int]) -> Set[int]:
         """The variables that depend on some of its variables, these included."""
@@ -112,6 +125,11 @@ class Program(NamedTuple):
                         found.add(written)
             if len(found) == before:
                 return found
+
+
+def differentiable(step: Step) -> bool:
+    """Whether gradients pass through a step."""
+    return step.equation.primitive is not primitives.stop_gradient_p
 
 
 Constants = list[tuple[int, Any]]
@@ -167,6 +185,15 @@ class _Flattening:
             numbers.update(zip(eqn.outvars, results, strict=True))
         return read(jaxpr.outvars)
 
+    def _numbered(self, eqn: core.JaxprEqn, reads: Sequence[Number]) -> list[Number]:
+        """What an equation reads, with numbers for the literals too: a body names its inputs."""
+        numbers = list(reads)
+        for i, atom in enumerate(eqn.invars):
+            if jaxprs.is_literal(atom):
+                (numbers[i],) = self._new(1)
+                self._constants.append((numbers[i], atom.val))
+        return numbers
+
     def _equation(
         self, eqn: core.JaxprEqn, reads: Sequence[Number], place: _Place
     ) -> Sequence[Number]:
@@ -179,7 +206,8 @@ class _Flattening:
         if eqn.primitive in CALLS:
             if eqn.primitive is primitives.remat_p:
                 place = place._replace(recomputed=True)
-            return self._body(params.get("jaxpr", params.get("call_jaxpr")), reads, place)
+            body = params.get("jaxpr", params.get("call_jaxpr"))
+            return self._body(body, self._numbered(eqn, reads), place)
         equation = jaxprs.equation(eqn)
 
         def step(kind: Kind, reads: Sequence[Number], number: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from cqjax.program import forms, jaxprs, views
 from cqjax.program.forms import Form, Lookup
 from cqjax.program.jaxprs import Equation
 from cqjax.program.sites import Bias, Site
-from cqjax.program.steps import Kind, Number, Position, Program, Step
+from cqjax.program.steps import Kind, Number, Position, Program, Step, differentiable
 from cqjax.program.tags import Output, Spread, Tag, bias_layout, follow
 from cqjax.program.views import View
 
@@ -48,24 +48,20 @@ class Record(NamedTuple):
     uses: Mapping[str, tuple[Use, ...]]
 
 
-def walk(program: Program, paths: Sequence[str], avals: Sequence[Any], batch: Set[int]) -> Record:
+def walk(program: Program, paths: Sequence[str], avals: Sequence[Any]) -> Record:
     """Finds the sites and the other uses of parameters in a loss.
 
     Args:
       program: the loss. Its first inputs are the parameters, its first output is the loss.
       paths: the parameters' paths.
       avals: the parameters' abstract values.
-      batch: the variables that depend on the batch.
     """
-    return _Walk(program, paths, avals, batch).record()
+    return _Walk(program, paths, avals).record()
 
 
 class _Walk:
-    def __init__(
-        self, program: Program, paths: Sequence[str], avals: Sequence[Any], batch: Set[int]
-    ):
+    def __init__(self, program: Program, paths: Sequence[str], avals: Sequence[Any]):
         self._program = program
-        self._batch = batch
         self._varying = dict(zip(paths, map(jaxprs.varying, avals), strict=True))
         self._mesh_sizes = jax.sharding.get_abstract_mesh().shape
         self._tags: dict[Number, Tag] = {
@@ -79,7 +75,7 @@ class _Walk:
     def record(self) -> Record:
         loss = self._program.outputs[:1]
         # What the loss does not depend on has no gradient: a product there is no site.
-        needed = self._program.needed(loss)
+        needed = self._program.needed(loss, differentiable)
         for step in self._program.steps:
             self._step(step, needed)
         self._leave(loss, "is the loss")
@@ -199,7 +195,6 @@ class _Walk:
             recomputed=step.recomputed,
             varying=varying,
             spread=tuple((axis, self._mesh_sizes[axis]) for axis in sorted(varying - own)),
-            shared=self._batch.isdisjoint(step.reads),
         )
         self._sites.append(site)
         self._reads.append(0)

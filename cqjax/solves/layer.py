@@ -46,6 +46,17 @@ class Layer:
         return self.capture.block
 
     @property
+    def number(self) -> int | jax.Array:
+        """n, the number of rows that are examples: `block.rows`, without those left out."""
+        return self.block.rows if self.capture.number is None else self.capture.number
+
+    def rank(self, size: int) -> int | jax.Array:
+        """How many eigenvalues of XᵀX may differ from zero, with so many features."""
+        if self.capture.number is None:
+            return min(self.block.rows, size)
+        return jnp.clip(self.capture.number, 1, size)
+
+    @property
     def joint_bias(self) -> bool:
         """Whether the bias is solved for in one system with the weight."""
         return joint_bias(self.block, not self.has_bias)

@@ -30,7 +30,7 @@ class Damping(NamedTuple):
     absolute: Any
     relative: Any
 
-    def of(self, matrix: jax.Array, rank: int) -> Any:
+    def of(self, matrix: jax.Array, rank: int | jax.Array) -> Any:
         """λ for a matrix, (B, m, m), of which `rank` eigenvalues may differ from zero."""
         if isinstance(self.relative, int | float) and self.relative == 0:
             return self.absolute
@@ -65,7 +65,7 @@ def primal_system(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool)
 
     A batch's own has no more eigenvalues than there are rows; an average of many may have all.
     """
-    rank = layer.size if averaged else min(layer.block.rows, layer.size)
+    rank = layer.size if averaged else layer.rank(layer.size)
     xx = layer.cropped(xx)
     return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
 
@@ -80,7 +80,8 @@ def preconditioned(
         return Matrices.parted(u, True), u[:, 0]
     u = ridge.solve(inverse, weight)
     if bias is not None:  # alone: its X is a column of ones
-        ones = layer.block.rows_with_bias * (1 + damping.relative)
+        share = layer.number / layer.block.rows  # of the rows, those that are examples
+        ones = share * layer.block.rows_with_bias * (1 + damping.relative)
         bias *= layer.terms / (ones + damping.absolute)
     return Matrices(u, bias), u[:, 0]
 
@@ -140,7 +141,7 @@ def diagonal(layer: Layer, damping: Damping, counts: jax.Array) -> tuple[Matrice
       U, or H where U is not finite; and whether that happened, () bool.
     """
     block, weight = layer.block, layer.update.weight
-    mean = ridge.mean_eigenvalue(counts, min(block.rows, block.features))
+    mean = ridge.mean_eigenvalue(counts, layer.rank(block.features))
     added = jnp.broadcast_to(damping.absolute + damping.relative * mean, counts.shape[:1])
     divisor = counts + along(added, counts)
     u = jnp.where(weight == 0, 0, layer.terms * weight / divisor[..., None])
@@ -152,5 +153,5 @@ def _dual_system(layer: Layer, damping: Damping, precision: lax.PrecisionLike) -
     """N (XXᵀ + λI)⁻¹."""
     rows, block = layer.rows(), layer.block
     xx = gram.outer(rows.x, rows.h, precision)
-    rank = min(block.rows, block.features + layer.has_bias)
+    rank = layer.rank(block.features + layer.has_bias)
     return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)

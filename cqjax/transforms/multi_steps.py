@@ -170,7 +170,7 @@ def multi_steps(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sites", "gradients", "moment"],
+    data_fields=["sites", "gradients", "number", "moment"],
     meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +201,7 @@ def _sums(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates
         if label not in moments:  # masked
             continue
         own = {path: leaves[path] for path in block.paths if path in leaves}
-        captures.append(_Sum((), own, block.by_moments(), moments[label]))
+        captures.append(_Sum((), own, block.by_moments(), None, moments[label]))
     return captures
 
 

@@ -184,7 +184,7 @@ def test_a_product_that_contracts_nothing():
         return jnp.mean((jnp.tensordot(x, params["w"], 0) + params["b"]) ** 2)
 
     grads, got = updated(loss, params, (x,), max_dim=1, block_size=1)
-    want = {"w": 5 * grads["w"] / (30 + DAMPING), "b": 5 * grads["b"] / (5 + DAMPING)}
+    want = {"w": 15 * grads["w"] / (30 + DAMPING), "b": 15 * grads["b"] / (5 + DAMPING)}
     assert_close(got, want, 1e-8)
 
 

@@ -46,7 +46,7 @@ def test_nothing_is_run():
 
     shapes = (jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32),) * 2
     plan = cqjax.plan(loss)(*shapes)
-    assert plan.blocks[0].rows == 10**6 and plan.batch_size == 10**6
+    assert plan.blocks[0].rows == 10**6 and plan.batch_size == 10**12
     assert not calls
 
 
@@ -66,7 +66,7 @@ def test_table(args):
     assert "bias of params/head/kernel" in lines["params/head/bias"]
     assert "uncovered" in lines["params/LayerNorm_0/scale"]
     assert "LayerNorm" in lines["params/LayerNorm_0/scale"]
-    assert text.splitlines()[-1] == "6 of 8 parameters covered; batch size 8"
+    assert text.splitlines()[-1] == "6 of 8 parameters covered; N = 16, mean over 8 × 2 terms"
 
 
 def test_every_parameter_has_a_line_and_a_reason(args):
@@ -164,9 +164,9 @@ def test_a_solver_can_be_demanded(args):
         ((), None),
     ],
 )
-def test_batch_size(arguments, size):
+def test_batch_size_of_a_loss_that_is_no_mean(arguments, size):
     def loss(w, *args):
-        return jnp.sum(jnp.ones((4, 3)) @ w)
+        return jnp.sqrt(jnp.sum(jnp.ones((4, 3)) @ w))
 
     w = jnp.ones((3, 2))
     assert cqjax.plan(loss)(w, *arguments).batch_size == size
@@ -228,7 +228,7 @@ NOT_COVERED = {
         {},
     ),
     "bias of a lookup": (
-        lambda p, x: jnp.mean((p["w"][jnp.arange(3)] + p["b"]) ** 2),
+        lambda p, x: jnp.mean((p["w"][jnp.arange(8)] + p["b"]) ** 2),
         {"w": w84, "b": b4},
         {"b": "enters `add`"},
     ),
@@ -321,18 +321,16 @@ def test_a_class_cannot_select_layers_behind_a_cached_trace():
         cqjax.plan(loss, skip=nn.Dense)(params, x)
 
 
-def test_rows_that_are_not_the_examples_own_are_noted():
-    """A table of positions that come as an argument: nothing says that they are no batch."""
-
+def test_positions_that_come_as_an_argument_are_shared():
     def loss(params, x, positions):
         return jnp.mean((x @ params["w"] + params["t"][positions]) ** 2)
 
     params, x = {"w": jnp.ones((4, 3)), "t": jnp.ones((6, 3))}, jnp.ones((8, 5, 4))
-    plan = cqjax.plan(loss, batch_size=8)(params, x, jnp.arange(5))
+    plan = cqjax.plan(loss)(params, x, jnp.arange(5))
     table, weight = plan.parameters
-    assert "5 rows are no multiple of the batch size 8" in table.notes[0]
+    assert table.notes == ("all examples share its rows",) and table.notes[0] in str(plan)
     assert weight.notes == () and {p.status for p in plan.parameters} == {"covered"}
-    assert table.notes[0] in str(plan)
+    assert plan.batch_size == 8 * 5 * 3 and plan.examples == 8
 
 
 def test_table_of_slices_and_lookups():

@@ -1,0 +1,81 @@
+"""N, the number of terms that a loss averages over, and how it is known."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from cqjax.capture.options import Options
+from cqjax.linalg import devices
+from cqjax.program import arguments, jaxprs, terms
+from cqjax.program.terms import Count
+from cqjax.program.values import Values
+
+PyTree = Any
+
+
+class BatchSize(NamedTuple):
+    """N, and where it comes from.
+
+    Attributes:
+      value: N; None where it is unknown, or cannot be computed yet.
+      source: how it is known, in words.
+      doubt: what speaks against it, in words; empty where nothing does.
+    """
+
+    value: int | jax.Array | None
+    source: str
+    doubt: str = ""
+
+
+def batch_size(
+    found: Sequence[Count], values: Values, options: Options, args: PyTree, loss: Any
+) -> BatchSize:
+    """N: as it was given, else as the program says it, else as the arguments suggest it.
+
+    Args:
+      found: the divisors of the loss's sums: `terms.counts`.
+      values: of the variables that they name.
+      options: what was asked for.
+      args: the loss's arguments beside the parameters.
+      loss: its abstract value.
+    """
+    if options.loss_reduction == "sum":
+        return BatchSize(1, '1, as loss_reduction="sum" says')
+    if (given := options.batch_size) is not None:
+        return BatchSize(given, f"{given}, as batch_size= says")
+    # Outside of `jax.shard_map`, and where the loss is a mean over devices, too, it is the same.
+    shared = arguments.shared_size(args, [loss])
+    if not found:
+        source = "unknown: the loss is no sum or mean that can be read off the program"
+        if shared is not None:
+            source = f"{shared}, the leading dimension of the arguments: the loss is no sum or mean"
+        return BatchSize(shared, source)
+    source = " or ".join(map(str, found))
+    if len(found) > 1:
+        source = f"the largest of its terms' ({source})"
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(args))
+    computed = {number for count in found for number in count.computed}
+    if computed and abstract:
+        return BatchSize(None, source)
+    n = terms.largest(found, values.of(computed) if computed else {})
+    # Where the devices' divisors differ, and the loss is the devices' mean, so is N.
+    if over := devices.varying(n) - jaxprs.varying(loss):
+        n = jax.lax.pmean(n, tuple(over))
+    return BatchSize(n, source, "" if computed else _doubt(n, found, shared, args))
+
+
+def _doubt(n: Any, found: Sequence[Count], shared: int | None, args: PyTree) -> str:
+    """What to say where the arguments suggest another N.
+
+    A mean over the arguments' leading dimension and others (tokens, outputs) explains itself.
+    """
+    if shared is None or n == shared or any(shared in count.sizes for count in found):
+        return ""
+    arrays = arguments.described(args)
+    return (
+        f"cqjax takes N = {n} ({found[0]}), though the arguments share the leading dimension "
+        f"{shared} ({arrays}). If that is meant, pass batch_size={n} to cqjax.value_and_grad"
+        + (' (or loss_reduction="sum")' if n == 1 else "")
+        + f"; else make the loss a mean over its terms, or pass their number, batch_size={shared}"
+    )
