@@ -50,7 +50,7 @@ class Rows:
     def examples(self, number: int | None) -> Any:
         """How many examples are left, of so many."""
         for mask in self._masks:
-            value = self._of_masks()[mask.mask]
+            value = jnp.asarray(self._of_masks()[mask.mask])
             if number and value.ndim and len(value) == number:
                 counts = value != 0 if mask.case is None else value == mask.case
                 return counts.reshape(number, -1).any(1).sum()

@@ -87,7 +87,7 @@ class _Walk:
         mask = self._masks.get((step.writes[0], i))
         if mask is None:
             return result
-        value = self._values[mask.mask]
+        value = jnp.asarray(self._values[mask.mask])
         counts = value != 0 if mask.case is None else value == mask.case
         shape = step.equation.inputs[i].shape
         counts = counts.reshape(counts.shape or (1,) * len(shape))

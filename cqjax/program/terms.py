@@ -244,12 +244,13 @@ class _Walk:
             name = step.equation.primitive.name
             if step.kind is not Kind.EQUATION or name not in ("broadcast_in_dim", *_CONVERSIONS):
                 return number, None
-            if name == "broadcast_in_dim" and step.equation.inputs[0].shape:
+            if step.equation.inputs[0].size > 1:
                 return number, None
             number, literal = step.reads[0], step.equation.literals[0]
         constant = self._values.constant(number)
-        if constant is not None and not isinstance(constant, jax.core.Tracer):
-            literal = np.asarray(constant).item() if np.ndim(constant) == 0 else None
+        # An array that is a number may be traced elsewhere: it is computed, here as there.
+        if constant is not None and not isinstance(constant, jax.Array) and np.ndim(constant) == 0:
+            literal = np.asarray(constant).item()
         return number, literal
 
     def _count(self, events: _Events) -> Count:

@@ -1,0 +1,320 @@
+"""Rows that the loss leaves out are no examples, and rows that all examples share are all of them's.
+
+References are float64 NumPy on the rows that are left.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cqjax
+
+RNG = np.random.default_rng(0)
+RELATIVE, ABSOLUTE = 0.1, 1e-2
+B, T, D, H, O = 6, 5, 4, 7, 3
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+PARAMS = {"w": normal(D, H), "b": normal(H), "v": normal(H, O), "c": normal(O)}
+X, Y = normal(B, T, D), normal(B, T, O)
+MASK = jnp.asarray(RNG.uniform(size=(B, T)) < 0.5, jnp.float32)
+
+
+def updates(loss_fn, params, args, jit=True, **options):
+    def update(params, *args):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, grads, captures = cqjax.value_and_grad(loss_fn, **options)(params, *args)
+        tx = cqjax.scale_by_consequentialism(damping=ABSOLUTE, relative_damping=RELATIVE)
+        return tx.update(grads, tx.init(params), captures=captures)[0]
+
+    return (jax.jit(update) if jit else update)(params, *args)
+
+
+def ridge(x, signal, terms, weights=None):
+    """N (Σ w x xᵀ + λI)⁻¹ Xᵀ Z̄, λ relative to the mean of the eigenvalues that may not be zero."""
+    weights = np.ones(len(x)) if weights is None else weights
+    gram = (x * weights[:, None]).T @ x
+    damping = ABSOLUTE + RELATIVE * np.trace(gram) / min(x.shape)
+    return terms * np.linalg.solve(gram + damping * np.eye(x.shape[1]), x.T @ signal)
+
+
+def exact(tree):
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+def of_rows(params, x, y):
+    """The updates of `net` with mean squared error, by rows."""
+    p, x, y = exact((params, x, y))
+    one = np.ones((len(x), 1))
+    hidden = np.tanh(x @ p["w"] + p["b"])
+    signal = 2 * (hidden @ p["v"] + p["c"] - y) / len(x)
+    last = ridge(np.hstack([hidden, one]), signal, len(x))
+    below = (signal @ p["v"].T) * (1 - hidden**2)
+    first = ridge(np.hstack([x, one]), below, len(x))
+    return {"w": first[:-1], "b": first[-1], "v": last[:-1], "c": last[-1]}
+
+
+def net(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"] + p["c"]
+
+
+def losses(p, x, y):
+    return jnp.sum((net(p, x) - y) ** 2, -1)
+
+
+def assert_close(got, want):
+    for path in want:
+        np.testing.assert_allclose(got[path], want[path], rtol=2e-3, atol=2e-4, err_msg=path)
+
+
+MASKED = {
+    "product": lambda p, x, y, m: jnp.sum(losses(p, x, y) * m) / jnp.sum(m),
+    "where": lambda p, x, y, m: jnp.mean(losses(p, x, y), where=m > 0),
+    "selected": lambda p, x, y, m: jnp.where(m > 0, losses(p, x, y), 0).sum() / m.sum(),
+    "weights": lambda p, x, y, m: jnp.sum(losses(p, x, y) * (m / m.sum())),
+    "rematerialised": lambda p, x, y, m: (
+        jnp.sum(jax.checkpoint(losses)(p, x, y) * m) / jnp.sum(m)
+    ),
+    "vmapped": lambda p, x, y, m: (
+        jnp.sum(jax.vmap(jax.vmap(losses, (None, 0, 0)), (None, 0, 0))(p, x, y) * m) / jnp.sum(m)
+    ),
+    "flat": lambda p, x, y, m: (
+        jnp.sum(losses(p, x.reshape(-1, D), y.reshape(-1, O)) * m.ravel()) / m.sum()
+    ),
+    "padded": lambda p, x, y, m: (
+        jnp.sum(jnp.pad(losses(p, x, y), ((0, 2), (0, 0)))[:B] * m) / jnp.sum(m)
+    ),
+}
+
+
+@pytest.mark.parametrize("solver", ["primal", "dual"])
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_rows_are_no_examples(name, solver):
+    left = np.asarray(MASK, bool)
+    want = of_rows(PARAMS, X[left], Y[left])
+    assert_close(updates(MASKED[name], PARAMS, (X, Y, MASK), solver=solver), want)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_padded_batch_has_the_update_of_its_own_rows(jit):
+    """Five rows, and eleven of something else."""
+    x, y = normal(16, D), normal(16, O)
+    valid = jnp.arange(16) < 5
+
+    def loss_fn(p, x, y, valid):
+        return jnp.mean(losses(p, x, y), where=valid)
+
+    got = updates(loss_fn, PARAMS, (x, y, valid), jit)
+    assert_close(got, of_rows(PARAMS, x[:5], y[:5]))
+
+
+def test_the_part_of_an_output_that_the_loss_takes():
+    """As in Q-learning, where the next states go through the network with the states."""
+
+    def one_pass(p, x, y):
+        both = net(p, jnp.concatenate([x, y @ jnp.ones((O, D))]))
+        value, after = both[: len(x)], both[len(x) :]
+        return jnp.mean(jnp.sum((value - jax.lax.stop_gradient(after)) ** 2, -1))
+
+    def two_passes(p, x, y):
+        after = jax.lax.stop_gradient(net(p, y @ jnp.ones((O, D))))
+        return jnp.mean(jnp.sum((net(p, x) - after) ** 2, -1))
+
+    x, y = X[:, 0], Y[:, 0]
+    want = of_rows(PARAMS, x, net(PARAMS, y @ jnp.ones((O, D))))
+    for loss_fn in (one_pass, two_passes):
+        assert_close(updates(loss_fn, PARAMS, (x, y)), want)
+        assert_close(updates(loss_fn, PARAMS, (x, y), solver="primal"), want)
+
+
+def test_a_linear_layer_reaches_its_targets_where_half_is_masked():
+    x, y = normal(16, 20), normal(16, 3)
+    kept = jnp.arange(16) % 2
+
+    def loss_fn(w, x, y):
+        return 0.5 * jnp.sum(jnp.sum((x @ w - y) ** 2, -1) * kept) / kept.sum()
+
+    w, tx = jnp.zeros((20, 3)), cqjax.scale_by_consequentialism(relative_damping=0.0)
+    for _ in range(2):
+        loss, grads, captures = cqjax.value_and_grad(loss_fn, solver="dual")(w, x, y)
+        u, _ = tx.update(grads, tx.init(w), captures=captures)
+        w = w - u
+    assert loss < 1e-8
+
+
+def test_an_example_that_is_right_already_keeps_its_say():
+    x = X[:, 0]
+    y = Y[:, 0].at[:3].set(net(PARAMS, x)[:3])
+    got = updates(lambda p, x, y: jnp.mean(losses(p, x, y)), PARAMS, (x, y))
+    assert_close(got, of_rows(PARAMS, x, y))
+
+
+def test_images_of_padding():
+    kernel = {"k": normal(3, 3, 2, 4), "b": normal(4)}
+    images, y, valid = normal(8, 6, 6, 2), normal(8, 6, 6, 4), jnp.arange(8) < 3
+
+    def loss_fn(p, x, y, valid):
+        z = jax.lax.conv_general_dilated(
+            x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(jnp.sum((z + p["b"] - y) ** 2, (1, 2, 3)), where=valid)
+
+    def whole(p, x, y):
+        return loss_fn(p, x, y, True)
+
+    for solver in ("primal", "dual"):
+        got = updates(loss_fn, kernel, (images, y, valid), solver=solver)
+        assert_close(got, exact(updates(whole, kernel, (images[:3], y[:3]), solver=solver)))
+
+
+def test_masked_tokens_are_not_looked_up():
+    table = {"t": normal(9, O)}
+    tokens = jnp.asarray(RNG.integers(0, 9, (B, T)))
+
+    def loss_fn(p, tokens, y, m):
+        return jnp.sum(jnp.sum((p["t"][tokens] - y) ** 2, -1) * m) / m.sum()
+
+    got = updates(loss_fn, table, (tokens, Y, MASK))
+    left = np.asarray(MASK, bool)
+    x = np.eye(9)[np.asarray(tokens)[left]]
+    signal = 2 * (x @ exact(table)["t"] - exact(Y)[left]) / len(x)
+    assert_close(got, {"t": ridge(x, signal, len(x))})
+
+
+def test_what_attention_mixes_counts_for_the_whole_sequence():
+    """Keys of masked tokens have a say in the others' outputs; sequences of padding have none."""
+    p = {"q": normal(D, D), "k": normal(D, D), "v": normal(D, O)}
+
+    def loss_fn(p, x, y, m):
+        scores = jnp.einsum("btd,bsd->bts", x @ p["q"], x @ p["k"])
+        z = jax.nn.softmax(scores, -1) @ (x @ p["v"])
+        return jnp.sum(jnp.sum((z - y) ** 2, -1) * m) / m.sum()
+
+    m = MASK.at[:2].set(0).at[2:, 0].set(1)
+    _, _, captures = cqjax.value_and_grad(loss_fn)(p, X, Y, m)
+    assert captures["q"][0].number == m.sum()
+    assert captures["k"][0].number == captures["v"][0].number == (B - 2) * T
+    whole = updates(loss_fn, p, (X[2:], Y[2:], m[2:]))
+    assert_close(updates(loss_fn, p, (X, Y, m)), exact(whole))
+
+
+@pytest.mark.parametrize("solver", ["primal", "dual"])
+def test_a_weight_of_shared_rows_and_of_the_examples_own(solver):
+    """A class token beside the patches: every example has a copy of its row."""
+    p = {"w": normal(D, O)}
+    token = normal(1, 1, D)
+
+    def shared(p, x, y):
+        patches, cls = x @ p["w"], token @ p["w"]
+        z = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, O)), patches], 1)
+        return jnp.mean(jnp.sum((z - y) ** 2, -1))
+
+    y = normal(B, T + 1, O)
+    rows = np.concatenate([np.broadcast_to(token, (B, 1, D)), X], 1).reshape(-1, D).astype(float)
+    signal = 2 * (rows @ exact(p)["w"] - exact(y).reshape(-1, O)) / len(rows)
+    want = {"w": ridge(rows, signal, len(rows))}
+    for jit in (False, True):
+        assert_close(updates(shared, p, (X, y), jit, solver=solver), want)
+
+
+@pytest.mark.parametrize("number", [12, 13])
+def test_what_is_closed_over_is_data_where_nothing_repeats_it(number):
+    """A graph's features in a closure, and the labels of its nodes as an argument."""
+    features, labels = normal(number, D), normal(number, O)
+    adjacency = jnp.asarray(RNG.uniform(size=(number, number)) < 0.3, jnp.float32)
+    p = {"w": normal(D, O)}
+
+    def loss_fn(p, y):
+        return jnp.mean(jnp.sum((adjacency @ (features @ p["w"]) - y) ** 2, -1))
+
+    w, x, a, y = exact((p["w"], features, adjacency, labels))
+    signal = a.T @ (2 * (a @ x @ w - y) / number)
+    want = {"w": ridge(x, signal, number)}
+    for jit in (False, True):
+        assert_close(updates(loss_fn, p, (labels,), jit), want)
+
+
+@pytest.mark.parametrize("points", [24, 25])
+def test_collocation_points_that_are_closed_over(points):
+    p, inside, x, y = {"w": normal(D, O)}, normal(points, D), normal(8, D), normal(8, O)
+
+    def loss_fn(p, x, y):
+        return jnp.mean(jnp.sum((x @ p["w"] - y) ** 2, -1)) + jnp.mean(
+            jnp.sum((inside @ p["w"]) ** 2, -1)
+        )
+
+    w, a, b, target = exact((p["w"], x, inside, y))
+    rows = np.concatenate([a, b])
+    signal = np.concatenate([2 * (a @ w - target) / 8, 2 * (b @ w) / points])
+    want = {"w": ridge(rows, signal, points)}  # the larger of the two means
+    for jit in (False, True):
+        assert_close(updates(loss_fn, p, (x, y), jit), want)
+
+
+def test_positions_are_shared_whether_traced_or_not():
+    p = {"t": normal(T, O), "w": normal(D, O)}
+    numbers = np.arange(T)
+
+    def loss_fn(p, x, y):
+        return jnp.mean(jnp.sum((x @ p["w"] + p["t"][numbers] - y) ** 2, -1))
+
+    w, t, x, y = exact((p["w"], p["t"], X, Y))
+    error = 2 * (x @ w + t - y)
+    want = {"t": error.mean(0) / (1 + (ABSOLUTE + RELATIVE))}
+    for jit in (False, True):
+        assert_close(updates(loss_fn, p, (X, Y), jit), want)
+
+
+def test_padding_and_shared_rows():
+    """Of the examples that share a row, those of padding are none."""
+    p, valid = {"t": normal(T, O), "w": normal(D, O)}, jnp.arange(B) < 4
+
+    def loss_fn(p, x, y, valid):
+        each = jnp.sum((x @ p["w"] + p["t"][jnp.arange(T)] - y) ** 2, (1, 2))
+        return jnp.mean(each, where=valid)
+
+    def whole(p, x, y):
+        return loss_fn(p, x, y, True)
+
+    got = updates(loss_fn, p, (X, Y, valid))
+    assert_close(got, exact(updates(whole, p, (X[:4], Y[:4]))))
+
+
+def test_no_mask_costs_nothing():
+    """The program has no operation that a loss without masks would not need."""
+
+    def loss_fn(p, x, y):
+        return jnp.mean(losses(p, x, y))
+
+    _, _, captures = cqjax.value_and_grad(loss_fn)(PARAMS, X[:, 0], Y[:, 0])
+    assert all(capture.number is None for capture in captures.blocks)
+
+
+def test_training_with_padding_is_training_without():
+    """Twenty steps of C-Adam."""
+    x, y = normal(5, D), normal(5, O)
+    padded = jnp.pad(x, ((0, 11), (0, 0)), constant_values=3.0), jnp.pad(y, ((0, 11), (0, 0)))
+
+    def trained(loss_fn, args):
+        tx = cqjax.cadam(1e-2)
+
+        def step(carry, _):
+            p, state = carry
+            loss, grads, captures = cqjax.value_and_grad(loss_fn)(p, *args)
+            u, state = tx.update(grads, state, p, captures=captures)
+            return (optax.apply_updates(p, u), state), loss
+
+        return jax.jit(lambda: jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), length=20)[1])()
+
+    without = trained(lambda p, x, y: jnp.mean(losses(p, x, y)), (x, y))
+    valid = jnp.arange(16) < 5
+    got = trained(lambda p, x, y: jnp.mean(losses(p, x, y), where=valid), padded)
+    np.testing.assert_allclose(got, without, rtol=1e-3)
