@@ -81,8 +81,8 @@ def value_and_grad(
       wrt: filter of the variables to differentiate with respect to, as for `nnx.Optimizer`, which
         must have the same: `nnx.LoRAParam`, say.
       **options: those of `cqjax.value_and_grad`: `only` and `skip` take patterns for NNX paths and
-        classes of NNX layers; the batch size is inferred from `args` and `kwargs`, of which modules
-        do not count.
+        classes of NNX layers; N is read off the loss's program, and only where that cannot be done
+        inferred from `args` and `kwargs`, of which modules do not count.
 
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of

@@ -154,11 +154,13 @@ def value_and_grad(
       capture: what is captured of each product: `cqjax.Rows` or `cqjax.Gram` (XᵀX), or a class of
         your own derived from `cqjax.Statistic`. By default what the solver needs. Of a lookup, its
         counts are captured in any case.
-      batch_size: N, the number of terms that the loss averages over; an integer, or a scalar
-        array (the number of examples that a mask leaves, say). By default the leading dimension
-        that all arrays in `args` and `kwargs` have in common (random keys and scalars aside).
-        Pass it where a mean runs over more than that dimension (batch x time, for tokens), and
-        where arguments hold arrays that are no batch (statistics of a normalisation).
+      batch_size: N, the number of terms that the loss averages over; a number, or a scalar array.
+        By default it is read off the loss's program: the divisor of the sum over its terms (the
+        size of what a mean is over, the sum of a mask), 1 for a sum. Constant factors are a scale
+        of the loss. Of several means of data, the largest counts. Where the loss is no sum, N is
+        the leading dimension that all arrays in `args` and `kwargs` have in common (random keys and
+        scalars aside). The plan says which. For a loss that is multiplied by a scale S, as in mixed
+        precision, `batch_size=N / S` gives the update of the loss without it.
       loss_reduction: "sum" if the loss adds its terms up: N is 1 then.
       signal: "matched" for back-matching's signal in the place of the gradient with respect to
         each layer's output: see `back_matching_value_and_grad`. The gradients of the parameters,

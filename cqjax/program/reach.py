@@ -48,6 +48,7 @@ class _Walk:
     def __init__(self, program: Program, masks: Sequence[Mask], values: Mapping[int, Any]):
         self._masks = {(mask.result, mask.operand): mask for mask in masks}
         self._values = values
+        self._writers = {n: step for step in program.steps for n in step.writes}
         needed = program.needed(program.outputs[:1], differentiable)
         self.found: dict[int | None, Live] = {program.outputs[0]: True}
         for step in reversed(program.steps):
@@ -83,7 +84,8 @@ class _Walk:
             self.found[number] = known | result
 
     def _operand(self, step: Step, i: int, results: list[Live]) -> Live:
-        result = _operand(step.equation, i, results)
+        rows = self._counted(step) if step.equation.primitive.name == "gather" else {}
+        result = _operand(step.equation, i, results, rows)
         mask = self._masks.get((step.writes[0], i))
         if mask is None:
             return result
@@ -95,9 +97,56 @@ class _Walk:
         counts = counts.any(repeated, keepdims=True)
         return counts if result is True else counts & result
 
+    def _counted(self, step: Step) -> dict[int, int]:
+        """Axes of a gather's operand that are indexed by 0, 1, 2, …: `x[jnp.arange(n), y]`.
 
-def _operand(equation: Equation, i: int, results: list[Live]) -> Live:
-    """Which entries of an equation's operand count, by those of its results."""
+        Returns:
+          For each, the axis of the indices along which they count.
+        """
+        numbers = step.equation.params["dimension_numbers"]
+        mapped, indices = numbers.start_index_map, step.reads[1]
+        joined = self._writers.get(indices)
+        parts = [indices]
+        if joined is not None and joined.equation.primitive.name == "concatenate":
+            parts = list(joined.reads)
+        if len(parts) != len(mapped):
+            return {}
+        found = {}
+        for axis, part in zip(mapped, parts, strict=True):
+            along = self._count_along(part, step.equation.inputs[0].shape[axis])
+            if along is not None:
+                found[axis] = along
+        return found
+
+    def _count_along(self, number: int | None, size: int) -> int | None:
+        """The axis along which a variable is 0, 1, 2, … up to a size; None if there is none."""
+        step = self._writers.get(number)
+        places: dict[int, int] | None = None  # of the axes at hand among the variable's own
+        while step is not None and step.kind is Kind.EQUATION:
+            name, params = step.equation.primitive.name, step.equation.params
+            if name == "iota":
+                axis = params["dimension"]
+                whole = step.equation.outputs[0].shape[axis] == size
+                return (axis if places is None else places[axis]) if whole else None
+            if name == "broadcast_in_dim":
+                axes = params["broadcast_dimensions"]
+                places = {k: a if places is None else places[a] for k, a in enumerate(axes)}
+            elif name not in ("select_n", "convert_element_type"):
+                return None
+            # A selection wraps indices that are negative. These are not.
+            step = self._writers.get(step.reads[1 if name == "select_n" else 0])
+        return None
+
+
+def _operand(equation: Equation, i: int, results: list[Live], counted: Mapping[int, int]) -> Live:
+    """Which entries of an equation's operand count, by those of its results.
+
+    Args:
+      equation: the equation.
+      i: the operand's number.
+      results: which entries of the results count.
+      counted: of a gather, the operand's axes that go along with an axis of the indices.
+    """
     name, params, shape = equation.primitive.name, equation.params, equation.inputs[i].shape
     if name == "split":
         return _joined(equation, results)
@@ -121,6 +170,8 @@ def _operand(equation: Equation, i: int, results: list[Live]) -> Live:
         ]
     if name == "reshape" and params.get("dimensions") is None:
         return _reshaped(result, out, shape)
+    if name == "gather" and i == 0:
+        return _taken(result, _axes_of_gather(equation, counted))
     axes = _axes(equation, i)
     return True if axes is None else _taken(result, axes)
 
@@ -135,7 +186,9 @@ def _axes(equation: Equation, i: int) -> list[int | None] | None:
     rank = len(shape)
     if equation.pointwise:
         # An axis of length 1 is repeated along the result's.
-        return [a if shape[a] == out[a] else None for a in range(rank)] if rank == len(out) else None
+        return (
+            [a if shape[a] == out[a] else None for a in range(rank)] if rank == len(out) else None
+        )
     if name == "broadcast_in_dim":
         return [
             a if out[a] == n else None
@@ -160,8 +213,6 @@ def _axes(equation: Equation, i: int) -> list[int | None] | None:
     if name == "conv_general_dilated" and i == 0 and params["batch_group_count"] == 1:
         numbers = params["dimension_numbers"]
         return [numbers.out_spec[0] if a == numbers.lhs_spec[0] else None for a in range(rank)]
-    if name == "gather" and i == 0:
-        return _axes_of_gather(equation)
     if name == "dynamic_slice" and i == 0:
         return [a if shape[a] == out[a] else None for a in range(rank)]
     return None
@@ -177,7 +228,7 @@ def _axes_of_product(equation: Equation, i: int) -> list[int | None]:
     return [places.get(a) for a in range(ranks[i])]
 
 
-def _axes_of_gather(equation: Equation) -> list[int | None]:
+def _axes_of_gather(equation: Equation, counted: Mapping[int, int]) -> list[int | None]:
     """Axes of which whole slices are taken, and those that go along with the indices'."""
     params = equation.params
     numbers, shape = params["dimension_numbers"], equation.inputs[0].shape
@@ -189,8 +240,8 @@ def _axes_of_gather(equation: Equation) -> list[int | None]:
     offsets = iter(numbers.offset_dims)
     axes: list[int | None] = []
     for a, size in enumerate(shape):
-        if a in batching:
-            axes.append(of_indices[batching[a]])
+        if a in batching or a in counted:
+            axes.append(of_indices[batching[a] if a in batching else counted[a]])
         elif a in numbers.collapsed_slice_dims:
             axes.append(None)
         else:

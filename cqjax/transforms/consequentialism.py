@@ -74,9 +74,10 @@ def scale_by_consequentialism(
 
     Some rows belong to no single example: a table of positions that is looked up once for the whole
     batch. There :math:`\bar Z` is a sum over the examples already, so N is divided by their number.
-    cqjax knows this where the rows come of parameters and constants alone. It does not know it
-    where the positions are an argument of the loss. U is then up to N times too large: leave such
-    parameters to `skip=`. `cqjax.plan` notes both.
+    Such rows come of parameters, constants, or arguments without a row for each example, and are
+    repeated for the examples; `cqjax.plan` notes them. A weight that has both such rows and the
+    examples' own is solved for as if each example had a copy. Rows that the loss leaves out, by a
+    mask or otherwise, are no examples.
 
     The transformation computes :math:`N (X^T X + \lambda I)^{-1} H` for whatever update :math:`H`
     it is handed. As the first member of a chain it is handed the gradient. Where rows were

@@ -1,4 +1,4 @@
-"""Rows that the loss leaves out are no examples, and rows that all examples share are all of them's.
+"""Rows that the loss leaves out are no examples. Those that all share are of all examples.
 
 References are float64 NumPy on the rows that are left.
 """
@@ -15,15 +15,15 @@ import cqjax
 
 RNG = np.random.default_rng(0)
 RELATIVE, ABSOLUTE = 0.1, 1e-2
-B, T, D, H, O = 6, 5, 4, 7, 3
+B, T, D, H, OUT = 6, 5, 4, 7, 3
 
 
 def normal(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-PARAMS = {"w": normal(D, H), "b": normal(H), "v": normal(H, O), "c": normal(O)}
-X, Y = normal(B, T, D), normal(B, T, O)
+PARAMS = {"w": normal(D, H), "b": normal(H), "v": normal(H, OUT), "c": normal(OUT)}
+X, Y = normal(B, T, D), normal(B, T, OUT)
 MASK = jnp.asarray(RNG.uniform(size=(B, T)) < 0.5, jnp.float32)
 
 
@@ -80,14 +80,12 @@ MASKED = {
     "where": lambda p, x, y, m: jnp.mean(losses(p, x, y), where=m > 0),
     "selected": lambda p, x, y, m: jnp.where(m > 0, losses(p, x, y), 0).sum() / m.sum(),
     "weights": lambda p, x, y, m: jnp.sum(losses(p, x, y) * (m / m.sum())),
-    "rematerialised": lambda p, x, y, m: (
-        jnp.sum(jax.checkpoint(losses)(p, x, y) * m) / jnp.sum(m)
-    ),
+    "rematerialised": lambda p, x, y, m: jnp.sum(jax.checkpoint(losses)(p, x, y) * m) / jnp.sum(m),
     "vmapped": lambda p, x, y, m: (
         jnp.sum(jax.vmap(jax.vmap(losses, (None, 0, 0)), (None, 0, 0))(p, x, y) * m) / jnp.sum(m)
     ),
     "flat": lambda p, x, y, m: (
-        jnp.sum(losses(p, x.reshape(-1, D), y.reshape(-1, O)) * m.ravel()) / m.sum()
+        jnp.sum(losses(p, x.reshape(-1, D), y.reshape(-1, OUT)) * m.ravel()) / m.sum()
     ),
     "padded": lambda p, x, y, m: (
         jnp.sum(jnp.pad(losses(p, x, y), ((0, 2), (0, 0)))[:B] * m) / jnp.sum(m)
@@ -106,7 +104,7 @@ def test_masked_rows_are_no_examples(name, solver):
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_padded_batch_has_the_update_of_its_own_rows(jit):
     """Five rows, and eleven of something else."""
-    x, y = normal(16, D), normal(16, O)
+    x, y = normal(16, D), normal(16, OUT)
     valid = jnp.arange(16) < 5
 
     def loss_fn(p, x, y, valid):
@@ -120,19 +118,41 @@ def test_the_part_of_an_output_that_the_loss_takes():
     """As in Q-learning, where the next states go through the network with the states."""
 
     def one_pass(p, x, y):
-        both = net(p, jnp.concatenate([x, y @ jnp.ones((O, D))]))
+        both = net(p, jnp.concatenate([x, y @ jnp.ones((OUT, D))]))
         value, after = both[: len(x)], both[len(x) :]
         return jnp.mean(jnp.sum((value - jax.lax.stop_gradient(after)) ** 2, -1))
 
     def two_passes(p, x, y):
-        after = jax.lax.stop_gradient(net(p, y @ jnp.ones((O, D))))
+        after = jax.lax.stop_gradient(net(p, y @ jnp.ones((OUT, D))))
         return jnp.mean(jnp.sum((net(p, x) - after) ** 2, -1))
 
     x, y = X[:, 0], Y[:, 0]
-    want = of_rows(PARAMS, x, net(PARAMS, y @ jnp.ones((O, D))))
+    want = of_rows(PARAMS, x, net(PARAMS, y @ jnp.ones((OUT, D))))
     for loss_fn in (one_pass, two_passes):
         assert_close(updates(loss_fn, PARAMS, (x, y)), want)
         assert_close(updates(loss_fn, PARAMS, (x, y), solver="primal"), want)
+
+
+@pytest.mark.parametrize("how", ["indexed", "along axis", "one-hot", "optax"])
+def test_masked_rows_of_a_classifier(how):
+    labels = jnp.asarray(RNG.integers(0, OUT, 12))
+    x, m = normal(12, D), jnp.arange(12) % 3 > 0
+
+    def loss_fn(p, x, labels, m):
+        logs = jax.nn.log_softmax(net(p, x))
+        if how == "indexed":
+            chosen = logs[jnp.arange(len(labels)), labels]
+        elif how == "along axis":
+            chosen = jnp.take_along_axis(logs, labels[:, None], 1)[:, 0]
+        elif how == "one-hot":
+            chosen = jnp.sum(logs * jax.nn.one_hot(labels, OUT), -1)
+        else:
+            chosen = -optax.softmax_cross_entropy_with_integer_labels(net(p, x), labels)
+        return -jnp.sum(chosen * m) / m.sum()
+
+    got = updates(loss_fn, PARAMS, (x, labels, m))
+    left = np.asarray(m)
+    assert_close(got, exact(updates(loss_fn, PARAMS, (x[left], labels[left], m[left]))))
 
 
 def test_a_linear_layer_reaches_its_targets_where_half_is_masked():
@@ -176,7 +196,7 @@ def test_images_of_padding():
 
 
 def test_masked_tokens_are_not_looked_up():
-    table = {"t": normal(9, O)}
+    table = {"t": normal(9, OUT)}
     tokens = jnp.asarray(RNG.integers(0, 9, (B, T)))
 
     def loss_fn(p, tokens, y, m):
@@ -191,7 +211,7 @@ def test_masked_tokens_are_not_looked_up():
 
 def test_what_attention_mixes_counts_for_the_whole_sequence():
     """Keys of masked tokens have a say in the others' outputs; sequences of padding have none."""
-    p = {"q": normal(D, D), "k": normal(D, D), "v": normal(D, O)}
+    p = {"q": normal(D, D), "k": normal(D, D), "v": normal(D, OUT)}
 
     def loss_fn(p, x, y, m):
         scores = jnp.einsum("btd,bsd->bts", x @ p["q"], x @ p["k"])
@@ -209,17 +229,17 @@ def test_what_attention_mixes_counts_for_the_whole_sequence():
 @pytest.mark.parametrize("solver", ["primal", "dual"])
 def test_a_weight_of_shared_rows_and_of_the_examples_own(solver):
     """A class token beside the patches: every example has a copy of its row."""
-    p = {"w": normal(D, O)}
+    p = {"w": normal(D, OUT)}
     token = normal(1, 1, D)
 
     def shared(p, x, y):
         patches, cls = x @ p["w"], token @ p["w"]
-        z = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, O)), patches], 1)
+        z = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, OUT)), patches], 1)
         return jnp.mean(jnp.sum((z - y) ** 2, -1))
 
-    y = normal(B, T + 1, O)
+    y = normal(B, T + 1, OUT)
     rows = np.concatenate([np.broadcast_to(token, (B, 1, D)), X], 1).reshape(-1, D).astype(float)
-    signal = 2 * (rows @ exact(p)["w"] - exact(y).reshape(-1, O)) / len(rows)
+    signal = 2 * (rows @ exact(p)["w"] - exact(y).reshape(-1, OUT)) / len(rows)
     want = {"w": ridge(rows, signal, len(rows))}
     for jit in (False, True):
         assert_close(updates(shared, p, (X, y), jit, solver=solver), want)
@@ -228,9 +248,9 @@ def test_a_weight_of_shared_rows_and_of_the_examples_own(solver):
 @pytest.mark.parametrize("number", [12, 13])
 def test_what_is_closed_over_is_data_where_nothing_repeats_it(number):
     """A graph's features in a closure, and the labels of its nodes as an argument."""
-    features, labels = normal(number, D), normal(number, O)
+    features, labels = normal(number, D), normal(number, OUT)
     adjacency = jnp.asarray(RNG.uniform(size=(number, number)) < 0.3, jnp.float32)
-    p = {"w": normal(D, O)}
+    p = {"w": normal(D, OUT)}
 
     def loss_fn(p, y):
         return jnp.mean(jnp.sum((adjacency @ (features @ p["w"]) - y) ** 2, -1))
@@ -244,7 +264,7 @@ def test_what_is_closed_over_is_data_where_nothing_repeats_it(number):
 
 @pytest.mark.parametrize("points", [24, 25])
 def test_collocation_points_that_are_closed_over(points):
-    p, inside, x, y = {"w": normal(D, O)}, normal(points, D), normal(8, D), normal(8, O)
+    p, inside, x, y = {"w": normal(D, OUT)}, normal(points, D), normal(8, D), normal(8, OUT)
 
     def loss_fn(p, x, y):
         return jnp.mean(jnp.sum((x @ p["w"] - y) ** 2, -1)) + jnp.mean(
@@ -260,7 +280,7 @@ def test_collocation_points_that_are_closed_over(points):
 
 
 def test_positions_are_shared_whether_traced_or_not():
-    p = {"t": normal(T, O), "w": normal(D, O)}
+    p = {"t": normal(T, OUT), "w": normal(D, OUT)}
     numbers = np.arange(T)
 
     def loss_fn(p, x, y):
@@ -275,7 +295,7 @@ def test_positions_are_shared_whether_traced_or_not():
 
 def test_padding_and_shared_rows():
     """Of the examples that share a row, those of padding are none."""
-    p, valid = {"t": normal(T, O), "w": normal(D, O)}, jnp.arange(B) < 4
+    p, valid = {"t": normal(T, OUT), "w": normal(D, OUT)}, jnp.arange(B) < 4
 
     def loss_fn(p, x, y, valid):
         each = jnp.sum((x @ p["w"] + p["t"][jnp.arange(T)] - y) ** 2, (1, 2))
@@ -300,7 +320,7 @@ def test_no_mask_costs_nothing():
 
 def test_training_with_padding_is_training_without():
     """Twenty steps of C-Adam."""
-    x, y = normal(5, D), normal(5, O)
+    x, y = normal(5, D), normal(5, OUT)
     padded = jnp.pad(x, ((0, 11), (0, 0)), constant_values=3.0), jnp.pad(y, ((0, 11), (0, 0)))
 
     def trained(loss_fn, args):
