@@ -13,7 +13,7 @@ from cqjax.back_matching.units import Unit, back_matching_units
 from cqjax.capture.captures import Captures
 from cqjax.capture.plan import Plan
 from cqjax.linalg.gram import accumulator
-from cqjax.program.paths import by_path, path_of
+from cqjax.program.paths import by_path
 
 PyTree = Any
 ValueFn = Callable[[PyTree], jax.Array]
@@ -164,4 +164,5 @@ def unit_rates(
 def like(params: PyTree, rates: Mapping[str, jax.Array]) -> PyTree:
     """A tree like the parameters', of their rates; 1 where there is none."""
     one = jnp.ones(())
-    return jax.tree.map_with_path(lambda keys, _: rates.get(path_of(keys), one), params)
+    found = [rates.get(path, one) for path in by_path(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), found)

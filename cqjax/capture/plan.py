@@ -130,17 +130,27 @@ def _notes_on_rows(path: str, blocks: Sequence[Block], examples: int | None) -> 
 
 
 def _check_owners_known(record: Record, owners: Owners) -> None:
-    """Refuses to select by class where a function around a layer may have hidden it.
+    """Refuses to select by class where the class of a layer that there is is unknown.
 
     Flax's interceptor does not see into a plain `jax.jit` or `jax.checkpoint` that was traced
-    before.
+    before. And a class that selects a layer's bias selects its weight too.
 
     Raises:
       ValueError: names the parameter.
     """
     for site in record.sites:
+        biases = site.bias.view.paths if site.bias is not None else ()
         for path in site.view.paths:
-            if len(site.position) > 1 and not owners[path]:
+            if owners[path]:
+                continue
+            for bias in biases:
+                if owners[bias]:
+                    names = " or ".join(sorted(c.__name__ for c in owners[bias]))
+                    raise ValueError(
+                        f"the layer of {path} is unknown, though {bias}, the bias of its product, "
+                        f"is of {names}; select parameters by their paths instead"
+                    )
+            if len(site.position) > 1:
                 raise ValueError(
                     f"the layer of {path} is unknown: a function around it (jax.jit, "
                     "jax.checkpoint, ...) is not Flax's, or was traced before; select parameters "

@@ -15,7 +15,7 @@ from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
 from cqjax.program import arguments, jaxprs, sharing, steps, terms
 from cqjax.program.flow import Flow
-from cqjax.program.paths import path_of
+from cqjax.program.paths import leaves_with_keys, path_of
 from cqjax.program.values import Values
 from cqjax.program.walk import walk
 
@@ -52,7 +52,7 @@ def trace(
       TypeError: a parameter is not real floating-point.
     """
     _check_manual_axes()
-    keyed, _ = jax.tree_util.tree_flatten_with_path(params)
+    keyed = list(leaves_with_keys(params))
     leaves = {path_of(keys): leaf for keys, leaf in keyed}
     _check_parameters([path_of(keys) for keys, _ in keyed], [leaf for _, leaf in keyed])
     paths = list(leaves)

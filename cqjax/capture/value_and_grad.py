@@ -148,7 +148,7 @@ def value_and_grad(
       skip: selects parameters to leave alone, in the same way.
       on_uncovered: what to do about a parameter for which there is no solve (the scale of a
         normalisation, say) and which is not skipped: keep its gradient ("fallback"), and warn
-        ("warn"), or refuse ("error").
+        ("warn"), or refuse ("error"). Where no parameter at all is covered, "fallback" warns too.
       solver: how a weight's update is solved for: "dual" from rows, "primal" from XᵀX, "auto" by
         what costs less, for each weight. A lookup's XᵀX is diagonal in any case.
       capture: what is captured of each product: `cqjax.Rows` or `cqjax.Gram` (XᵀX), or a class of
@@ -254,13 +254,18 @@ def plan(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Plan]:
 
 def _report(plan: Plan, on_uncovered: str) -> None:
     uncovered = plan.uncovered()
-    if on_uncovered == "fallback" or not uncovered:
+    if not uncovered or (on_uncovered == "fallback" and plan.blocks):
         return
     reasons = "\n".join(f"  {path}: {'; '.join(why)}" for path, why in uncovered.items())
     message = (
         f"{len(uncovered)} parameters are not covered and keep their gradient:\n{reasons}\n"
         'Name them in skip= if that is meant, or pass on_uncovered="fallback".'
     )
+    if not plan.blocks:  # then nothing that cqjax does has an effect
+        message = (
+            "no parameter is covered, and each keeps its gradient: csgd is plain SGD then, and cadam "
+            f'plain Adam.\n{reasons}\nName them in skip= if that is meant (all: skip="*").'
+        )
     if on_uncovered == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)

@@ -9,6 +9,7 @@ import flax.linen as nn
 
 from cqjax.frameworks import owners
 from cqjax.program import marks
+from cqjax.program.paths import leaves_with_keys, path_of
 
 _NORMALISATIONS = frozenset(
     inspect.unwrap(layer.__call__)
@@ -35,6 +36,9 @@ def _record(next_fun: Any, args: tuple, kwargs: dict, context: nn.module.Interce
     if module.scope is not None:
         for collection in module.variables.values():
             for name, value in collection.items():
-                if not isinstance(value, Mapping):
-                    owners.record((*module.path, name), type(module))
+                if isinstance(value, Mapping):
+                    continue
+                for keys, _ in leaves_with_keys(value):  # several, where it is a tree of its own
+                    below = (path_of((key,)) for key in keys)
+                    owners.record((*module.path, name, *below), type(module))
     return result

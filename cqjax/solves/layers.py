@@ -12,7 +12,7 @@ import optax
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.linalg import devices
-from cqjax.program.paths import by_path, path_of
+from cqjax.program.paths import by_path
 from cqjax.solves.layer import Layer
 from cqjax.solves.matrices import Matrices, finite
 
@@ -53,11 +53,11 @@ class Layers(Mapping[str, Layer]):
                 "cqjax.value_and_grad"
             )
         self._method = method
-        keyed, self._tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_masked)
-        self.paths = [path_of(keys) for keys, _ in keyed]
+        self._tree = jax.tree.structure(updates, is_leaf=is_masked)
+        self._leaves = by_path(updates, is_masked)
+        self.paths = list(self._leaves)
         blocks = [capture.block for capture in captures.blocks]
         self._masked = masked_paths(updates, blocks)
-        self._leaves = dict(zip(self.paths, (leaf for _, leaf in keyed), strict=True))
         self.batch_size = 1 if captures.batch_size is None else captures.batch_size
         self._layers = {
             label: self._layer(label, capture, captures.examples)

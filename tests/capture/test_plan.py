@@ -266,6 +266,7 @@ def _custom(x, w):
 _custom.defjvp(lambda p, t: (p[0] @ p[1], t[0] @ p[1] + p[0] @ t[1]))
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 @pytest.mark.parametrize("name", NOT_COVERED)
 def test_what_is_not_covered_says_why(name):
     loss, params, reasons = NOT_COVERED[name]
@@ -345,6 +346,7 @@ def test_table_of_slices_and_lookups():
     assert "in slices; also enters `sin`" in weight
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 @pytest.mark.parametrize(
     ("loss", "params"),
     [
