@@ -103,7 +103,10 @@ def _normalisation(node: Node) -> Rule:
         def normalised(x: jax.Array, constant: bool) -> jax.Array:
             inside, values = {marked}, {**body.values, marked: x}
             for step in body.eqns[node.start + 1 : node.position[-1]]:
-                if any(not jaxprs.is_literal(v) and v in inside for v in step.invars):
+                # One without results was evaluated for its effect already: it has printed.
+                if step.outvars and any(
+                    not jaxprs.is_literal(v) and v in inside for v in step.invars
+                ):
                     inputs = [jaxprs.value(v, values) for v in step.invars]
                     outputs = jaxprs.evaluate(step, inputs)
                     if constant and _is_statistic(jaxprs.equation(step), x.size):
