@@ -122,7 +122,7 @@ class Block:
     def dtype(self) -> jnp.dtype:
         """The dtype of the second moment."""
         site = self.sites[0]
-        return gram.accumulator((site.z if self.statistic.diagonal else site.x)[1])
+        return gram.accumulator(site.z[1] if self.statistic.diagonal else site.dtype)
 
     def terms(
         self, batch_size: int | jax.Array, examples: int | jax.Array | None
@@ -197,6 +197,8 @@ class Block:
         """Takes what is captured of one of its sites."""
 
         def take(x: jax.Array, dz: jax.Array) -> Statistic:
+            if not self.statistic.diagonal:  # else x are indices
+                x = x.astype(site.dtype)
             h = None
             if self.bias is not None and self.parts is None:
                 h = jnp.full((), site.bias is not None, x.dtype)
