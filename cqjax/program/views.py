@@ -77,7 +77,7 @@ class View:
     loops: tuple[tuple[int, int], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How it is copied and pickled: with the name of the primitive, whose copy would be another."""
+        """Copies and pickles have the name of the primitive, whose copy would be another."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         name = None if self.primitive is None else self.primitive.name
         return _restored, (name, {**fields, "primitive": None})
