@@ -31,7 +31,7 @@ class Which(NamedTuple):
           ValueError: there are none.
         """
         several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
-        numbers = tuple(argnums) if several else (argnums,)
+        numbers: tuple[Any, ...] = tuple(argnums) if several else (argnums,)
         if not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers):
             raise TypeError(f"argnums={argnums!r}: expected an integer, or several")
         if not numbers:

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from cqjax.capture.options import Options
 from cqjax.capture.plan import Plan, make_plan
-from cqjax.frameworks import linen
+from cqjax.frameworks import linen, nnx_modules
 from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
 from cqjax.program import arguments, steps
@@ -60,6 +60,7 @@ def trace(
       TypeError: a parameter is not real floating-point.
     """
     _check_manual_axes()
+    nnx_modules.refuse(params)
     keyed, _ = jax.tree_util.tree_flatten_with_path(params)
     leaves = {path_of(keys): leaf for keys, leaf in keyed}
     _check_parameters([path_of(keys) for keys, _ in keyed], [leaf for _, leaf in keyed])

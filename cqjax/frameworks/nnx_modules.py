@@ -86,8 +86,8 @@ def argnums_and_filter(argnums: Any, wrt: Any) -> tuple[int | tuple[int, ...], A
       wrt: filter for those that are no `nnx.DiffState`.
     """
     several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
-    each = tuple(argnums) if several else (argnums,)
-    numbers = tuple(a.argnum if isinstance(a, nnx.DiffState) else a for a in each)
+    each: tuple[Any, ...] = tuple(argnums) if several else (argnums,)
+    numbers: tuple[Any, ...] = tuple(a.argnum if isinstance(a, nnx.DiffState) else a for a in each)
     filters = tuple(a.filter if isinstance(a, nnx.DiffState) else wrt for a in each)
     return (numbers, Each(filters)) if several else (numbers[0], filters[0])
 
@@ -181,6 +181,21 @@ def update(modules: Modules, state: nnx.State) -> None:
     with nnx.merge_context(CONTEXT, inner=False) as context:
         assert modules.graphs.after is not None
         context.merge(modules.graphs.after, state)
+
+
+def refuse(params: PyTree) -> None:
+    """Refuses modules among parameters that are taken for plain trees.
+
+    Raises:
+      TypeError: says what to do instead.
+    """
+    for node in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Module)):
+        if isinstance(node, nnx.Module):
+            raise TypeError(
+                f"the parameters hold a {type(node).__name__}, a module of flax.nnx, whose state "
+                "would be taken for parameters, and what the loss changes in it be lost; use "
+                "cqjax.nnx.value_and_grad (or cqjax.nnx.plan)"
+            )
 
 
 def _is_module(leaf: Any) -> bool:
