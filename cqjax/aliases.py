@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from cqjax.capture.checks import check_rate
 from cqjax.capture.plan import Plan
 from cqjax.transforms.clip_by_output_change import clip_by_output_change
 from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
@@ -148,10 +149,8 @@ def csgd(
       Paeedeh and Ghiasi-Shirazi (2020), Eq. 63 and section 5.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates = optax.scale_by_learning_rate(learning_rate)
-    return optax.chain(
-        solve, *_limit(max_change, learning_rate), *_decay(weight_decay, mask), rates
-    )
+    rates, limit = _rates(learning_rate), _limit(max_change, learning_rate)
+    return optax.chain(solve, *limit, *_decay(weight_decay, mask), rates)
 
 
 def cmomentum(
@@ -191,10 +190,9 @@ def cmomentum(
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum)
+    rates, rule = _rates(learning_rate), optax.trace(momentum)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    limit = _limit(max_change, acting)
-    return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
+    return optax.chain(solve, *_limit(max_change, acting), rule, *_decay(weight_decay, mask), rates)
 
 
 def cnesterov(
@@ -234,10 +232,9 @@ def cnesterov(
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates, rule = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov=True)
+    rates, rule = _rates(learning_rate), optax.trace(momentum, nesterov=True)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    limit = _limit(max_change, acting)
-    return optax.chain(solve, *limit, rule, *_decay(weight_decay, mask), rates)
+    return optax.chain(solve, *_limit(max_change, acting), rule, *_decay(weight_decay, mask), rates)
 
 
 def crmsprop(
@@ -276,7 +273,7 @@ def crmsprop(
       Paeedeh and Ghiasi-Shirazi (2020), abstract and section 5.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates, rule = optax.scale_by_learning_rate(learning_rate), optax.scale_by_rms(decay, eps)
+    rates, rule = _rates(learning_rate), optax.scale_by_rms(decay, eps)
     return optax.chain(solve, rule, *_decay(weight_decay, mask), rates, *_limit(max_change))
 
 
@@ -296,6 +293,7 @@ def nlms(learning_rate: optax.ScalarOrSchedule, eps: float = 1e-3) -> Optimizer:
     References:
       Paeedeh and Ghiasi-Shirazi (2020), Eqs. 49 and 50.
     """
+    check_rate(learning_rate, "learning_rate")
     return optax.chain(scale_by_nlms(eps), optax.sgd(learning_rate))
 
 
@@ -316,16 +314,19 @@ def _solve(
 
 
 def _rates(
-    learning_rate: optax.ScalarOrSchedule, uncovered: optax.ScalarOrSchedule | None
+    learning_rate: optax.ScalarOrSchedule, uncovered: optax.ScalarOrSchedule | None = None
 ) -> _Rule:
     """Minus the rate of covered parameters, and that of the others, if it is another."""
+    check_rate(learning_rate, "learning_rate")
     if uncovered is None:
         return optax.scale_by_learning_rate(learning_rate)
+    check_rate(uncovered, "uncovered_learning_rate")
     return scale_by_learning_rates(learning_rate, uncovered)
 
 
 def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
     """Decoupled weight decay, if there is any. A traced number may be some."""
+    check_rate(weight_decay, "weight_decay")
     none = isinstance(weight_decay, int | float) and weight_decay == 0
     return [] if none else [optax.add_decayed_weights(weight_decay, mask)]
 

@@ -6,6 +6,7 @@ import optax
 
 from cqjax.back_matching.chain import ChainLayer
 from cqjax.back_matching.transform import Factors, scale_by_back_matching
+from cqjax.capture.checks import check_rate
 from cqjax.capture.plan import Plan
 from cqjax.transforms.layerwise_rates import scale_by_lsalr
 
@@ -60,6 +61,7 @@ def back_matching_sgd(
     References:
       Zhang, Chen and Liu (2018), Algorithm 1, sections 3.2 and 4.1.
     """
+    check_rate(learning_rate, "learning_rate")
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         scale_by_back_matching(plan, factors=factors, refresh_every=refresh_every, decay=decay),
@@ -100,6 +102,7 @@ def lsalr(
     References:
       Singh et al. (2015). Zhang, Chen and Liu (2018), section 4.1.
     """
+    check_rate(learning_rate, "learning_rate")
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         scale_by_lsalr(),

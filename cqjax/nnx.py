@@ -1,16 +1,19 @@
 """`value_and_grad` and `plan` for losses of `flax.nnx` modules."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
 from cqjax.capture import value_and_grad as functions
+from cqjax.capture.argnums import Which
 from cqjax.capture.captures import Captures
 from cqjax.capture.plan import Plan
 from cqjax.frameworks import nnx_modules as modules
+
+PyTree = Any
 
 
 class ValueAndGrad:
@@ -20,24 +23,32 @@ class ValueAndGrad:
     """
 
     def __init__(
-        self, loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, options: dict[str, Any]
+        self,
+        loss_fn: Callable[..., Any],
+        has_aux: bool,
+        argnums: Any,
+        wrt: Any,
+        options: dict[str, Any],
     ):
         functools.update_wrapper(self, loss_fn, updated=())  # its attributes are not ours
+        self._loss_fn = loss_fn
         self._has_aux = has_aux
-        self._wrt = wrt
-        pure = modules.functional(loss_fn, has_aux)
+        numbers, self._wrt = modules.argnums_and_filter(argnums, wrt)
+        self._which = Which.of(numbers)
+        of_models = self._which.loss(loss_fn)
+        pure = modules.functional(of_models, has_aux)
         self._differentiate = functions.value_and_grad(pure, has_aux=True, **options)
         # A plan ignores auxiliary results, whether or not `has_aux` says that there are some.
-        self._plan = functions.plan(modules.functional(loss_fn, None), **options)
+        self._plan = functions.plan(modules.functional(of_models, None), **options)
 
-    def plan(self, model: Any, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """What a call with these arguments captures, and what it costs.
 
         Runs nothing, and changes no module.
 
         Args:
-          model: the model; it may be abstract, made by `nnx.eval_shape`.
-          *args: the loss's other arguments: arrays, or `jax.ShapeDtypeStruct`s.
+          *args: the loss's arguments: the model, which may be abstract, made by `nnx.eval_shape`;
+            and others: arrays, or `jax.ShapeDtypeStruct`s.
           **kwargs: those passed by name.
 
         Returns:
@@ -48,25 +59,39 @@ class ValueAndGrad:
           TypeError: as for `cqjax.value_and_grad`.
         """
         with nnx.update_context(modules.CONTEXT):
-            params, rest, args, kwargs = modules.split(model, self._wrt, args, kwargs)
+            params, rest, args, kwargs = self._split(args, kwargs)
             return self._plan(nnx.as_pure(params), rest, *args, **kwargs)
 
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State, Captures]:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Captures]:
         """The loss, its gradients, and the captures. Updates the modules' state in place."""
         with nnx.update_context(modules.CONTEXT):
-            params, rest, args, kwargs = modules.split(model, self._wrt, args, kwargs)
+            params, rest, args, kwargs = self._split(args, kwargs)
             (loss, (state, aux)), grads, captures = self._differentiate(
                 nnx.as_pure(params), rest, *args, **kwargs
             )
             modules.update(rest, state)
         grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+        if self._which.several:
+            grads = tuple(grads[i] for i in range(len(self._which.numbers)))
         return (loss, aux) if self._has_aux else loss, grads, captures
+
+    def _split(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[nnx.State, modules.Modules, tuple, dict[str, Any]]:
+        """The parameters among the arguments, the rest of all modules, and other arguments."""
+        model, args, kwargs = self._which.split(self._loss_fn, args, kwargs)
+        return modules.split(model, self._wrt, args, kwargs)
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], has_aux: bool = False, *, wrt: Any = nnx.Param, **options: Any
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
+    wrt: Any = nnx.Param,
+    **options: Any,
 ) -> ValueAndGrad:
-    """`flax.nnx.value_and_grad` with respect to the first argument, and what it met on the way.
+    """`flax.nnx.value_and_grad`, and what it met on the way.
 
     The captures are those of `cqjax.value_and_grad`, keyed by the parameters' NNX paths
     ("layers/0/kernel"). State that the loss changes is updated in place, once: batch statistics,
@@ -78,6 +103,10 @@ def value_and_grad(
       loss_fn: `loss_fn(model, *args, **kwargs)` -> scalar loss, or `(loss, aux)` if `has_aux`.
         `model` is an `nnx.Module`, or a tuple, list or dictionary of some.
       has_aux: whether `loss_fn` returns auxiliary data beside the loss.
+      argnums: which arguments are models: the place of one, or those of several. An
+        `nnx.DiffState` has a filter of its own, in the place of `wrt`. The gradients of several are
+        a tuple. The paths of their variables begin with the place in this tuple ("0/kernel"), so
+        they are for an `nnx.Optimizer` of the tuple of models.
       wrt: filter of the variables to differentiate with respect to, as for `nnx.Optimizer`, which
         must have the same: `nnx.LoRAParam`, say.
       **options: those of `cqjax.value_and_grad`: `only` and `skip` take patterns for NNX paths and
@@ -86,7 +115,7 @@ def value_and_grad(
 
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of
-      `nnx.value_and_grad(loss_fn, has_aux=has_aux)` and a `Captures`, last: for
+      `nnx.value_and_grad(loss_fn, argnums=argnums, has_aux=has_aux)` and a `Captures`, last: for
       `nnx.Optimizer.update(model, grads, captures=captures)`. Its method `plan`, with the same
       arguments, says what is captured and at what cost; it runs nothing and changes no module.
 
@@ -115,18 +144,15 @@ def value_and_grad(
       Paeedeh and Ghiasi-Shirazi, Improving the backpropagation algorithm with consequentialism
       weight updates over mini-batches (2020), Algorithms 1 to 3.
     """
-    return ValueAndGrad(loss_fn, has_aux, wrt, options)
+    return ValueAndGrad(loss_fn, has_aux, argnums, wrt, options)
 
 
-def plan(
-    loss_fn: Callable[..., Any], *, wrt: Any = nnx.Param, **options: Any
-) -> Callable[..., Plan]:
-    """What `value_and_grad` captures: `cqjax.nnx.value_and_grad(loss_fn, wrt=wrt, **options).plan`.
+def plan(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Plan]:
+    """What `value_and_grad` captures: `cqjax.nnx.value_and_grad(loss_fn, **options).plan`.
 
     Args:
       loss_fn: as for `value_and_grad`; auxiliary results are ignored.
-      wrt: as for `value_and_grad`.
-      **options: those of `cqjax.value_and_grad`.
+      **options: those of `value_and_grad`.
 
     Returns:
       A function with `loss_fn`'s arguments that returns a `Plan`, which prints as a table.
@@ -145,4 +171,4 @@ def plan(
       >>> [(p.path, p.layer, p.status) for p in plan.parameters]
       [('bias', 'Linear', 'covered'), ('kernel', 'Linear', 'covered')]
     """
-    return value_and_grad(loss_fn, wrt=wrt, **options).plan
+    return value_and_grad(loss_fn, **options).plan

@@ -140,7 +140,7 @@ class Block:
     def dtype(self) -> jnp.dtype:
         """The dtype of the second moment."""
         site = self.sites[0]
-        return gram.accumulator((site.z if self.statistic.diagonal else site.x)[1])
+        return gram.accumulator(site.z[1] if self.statistic.diagonal else site.dtype)
 
     def terms(
         self, batch_size: int | jax.Array, examples: int | jax.Array | None
@@ -223,6 +223,8 @@ class Block:
         mixed = site.shared and not self.shared and examples is not None
 
         def take(x: jax.Array, dz: jax.Array) -> Statistic:
+            if not self.statistic.diagonal:  # else x are indices
+                x = x.astype(site.dtype)
             factors = weights
             if mixed:
                 copies = jnp.sqrt(jnp.asarray(examples, dz.dtype))

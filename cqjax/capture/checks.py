@@ -27,11 +27,27 @@ def check_positive(value: Any, name: str, hint: str = "") -> None:
         raise ValueError(f"{name}={value}: expected a positive integer{hint}")
 
 
-def check_number(value: Any, name: str) -> None:
-    """Refuses a Python number that is negative, infinite or NaN.
+def check_rate(value: Any, name: str) -> None:
+    """Refuses what is neither a number nor a schedule: a string from a command line, say.
 
     Raises:
-      ValueError: names the argument.
+      TypeError: names the argument.
     """
+    number = isinstance(value, int | float) or hasattr(value, "dtype")
+    if isinstance(value, str) or not (number or callable(value)):
+        raise TypeError(
+            f"{name}={value!r}: expected a number, or a schedule: a function of the count of "
+            "updates"
+        )
+
+
+def check_number(value: Any, name: str) -> None:
+    """Refuses what is no rate, and a Python number that is negative, infinite or NaN.
+
+    Raises:
+      TypeError: names the argument.
+      ValueError: likewise.
+    """
+    check_rate(value, name)
     if isinstance(value, int | float | np.number) and not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value}: expected a finite number, zero or more")

@@ -1,16 +1,18 @@
 """From a user's loss function to its jaxpr and plan: what every evaluation starts with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from cqjax.capture.batch_size import batch_size
 from cqjax.capture.options import Options
 from cqjax.capture.plan import Plan, make_plan
 from cqjax.capture.rows import Rows
-from cqjax.frameworks import linen
+from cqjax.frameworks import linen, nnx_modules
 from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
 from cqjax.program import arguments, jaxprs, sharing, steps, terms
@@ -27,7 +29,8 @@ class Traced(NamedTuple):
 
     Attributes:
       jaxpr: its closed jaxpr; the inputs are the parameters' leaves, the first output the loss.
-      outputs: its results, as `jax.ShapeDtypeStruct`s.
+      outputs: its results: `jax.ShapeDtypeStruct`s for what the jaxpr returns.
+      kept: those leaves of its results, by number, that tracing leaves as they are.
       paths: paths of the parameters' leaves.
       plan: what is captured of it.
       doubt: what speaks against its N, in words.
@@ -36,10 +39,22 @@ class Traced(NamedTuple):
 
     jaxpr: Any
     outputs: PyTree
+    kept: Mapping[int, Any]
     paths: list[str]
     plan: Plan
     doubt: str
     rows: Rows
+
+    def results(self, values: Sequence[Any]) -> PyTree:
+        """The loss's results, of those of the jaxpr."""
+        computed, tree = iter(values), jax.tree.structure(self.outputs)
+        return jax.tree.unflatten(
+            tree,
+            (
+                self.kept[i] if i in self.kept else jnp.asarray(next(computed))
+                for i in range(tree.num_leaves)
+            ),
+        )
 
 
 def trace(
@@ -52,11 +67,12 @@ def trace(
       TypeError: a parameter is not real floating-point.
     """
     _check_manual_axes()
+    nnx_modules.refuse(params)
     keyed = list(leaves_with_keys(params))
     leaves = {path_of(keys): leaf for keys, leaf in keyed}
     _check_parameters([path_of(keys) for keys, _ in keyed], [leaf for _, leaf in keyed])
     paths = list(leaves)
-    jaxpr, outputs, owners = _trace(loss_fn, params, args, kwargs)
+    jaxpr, outputs, kept, owners = _trace(loss_fn, params, args, kwargs)
     program, constants = steps.flatten(jaxpr)
     opened, _ = jaxprs.opened(jaxpr)
     record = walk(program, paths, [atom.aval for atom in opened.invars[: len(paths)]])
@@ -81,30 +97,46 @@ def trace(
         examples=examples,
     )
     _check_devices_agree(plan)
-    return Traced(jaxpr, outputs, paths, plan, size.doubt, Rows(program, found, values))
+    _check_real(plan, leaves)
+    counted = Rows(program, found, values)
+    return Traced(jaxpr, outputs, kept, paths, plan, size.doubt, counted)
 
 
 def _trace(
     loss_fn: Callable[..., Any], params: PyTree, args: tuple, kwargs: dict
-) -> tuple[Any, Any, ownership.Owners]:
-    """The loss's jaxpr, its abstract results, and which layer owns which parameter.
+) -> tuple[Any, Any, Mapping[int, Any], ownership.Owners]:
+    """The loss's jaxpr, its abstract results, what is kept of them, and who owns which parameter.
 
     Shapes among the other arguments are inputs of the jaxpr, like the parameters. Arrays among them
     are its constants: so a loss may use them in Python, if it could before.
+
+    Auxiliary results that no tracer stands for are not computed. As `jax.value_and_grad` does, we
+    return them as they are: strings, numbers, NumPy's arrays, anything.
     """
     leaves, tree = jax.tree.flatten((args, kwargs))
     abstract = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    kept: dict[int, Any] = {}
+    structure = jax.tree.structure(())
 
     def loss(params: PyTree, abstract: list[jax.Array]) -> Any:
+        nonlocal structure
         filled = iter(abstract)
         args, kwargs = jax.tree.unflatten(
             tree, [next(filled) if isinstance(x, jax.ShapeDtypeStruct) else x for x in leaves]
         )
-        return loss_fn(params, *args, **kwargs)
+        results, structure = jax.tree.flatten(loss_fn(params, *args, **kwargs))
+        for i, result in enumerate(results):
+            # The first is the loss, which may be a constant.
+            number = isinstance(result, int | float | np.number | np.ndarray | jax.Array)
+            if not (isinstance(result, Tracer) or (i == 0 and number)):
+                kept[i] = result
+        return [result for i, result in enumerate(results) if i not in kept]
 
     with ownership.recorded() as owners, linen.intercepted():
         jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(params, abstract)
-    return jaxpr, shapes, owners
+    computed = iter(shapes)
+    outputs = [kept[i] if i in kept else next(computed) for i in range(structure.num_leaves)]
+    return jaxpr, jax.tree.unflatten(structure, outputs), kept, owners
 
 
 def _check_manual_axes() -> None:
@@ -134,11 +166,16 @@ def _check_devices_agree(plan: Plan) -> None:
 
 def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:
     for path, leaf in zip(paths, leaves, strict=True):
+        elsewhere = "Pass what is not trained as another argument of the loss"
+        if not (isinstance(leaf, int | float | complex) or hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"the parameter {path} is a {type(leaf).__name__}; expected an array. {elsewhere}"
+            )
         dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"the parameter {path} has dtype {dtype}; expected a real floating-point one. "
-                "Pass what is not trained as another argument of the loss"
+                f"{elsewhere}"
             )
     repeated = {path for path in paths if paths.count(path) > 1}
     if repeated:
@@ -146,6 +183,16 @@ def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:
             f"two parameters have the path {min(repeated)!r}: rename one of the keys that lead "
             "to them, so that they differ when joined by '/'"
         )
+
+
+def _check_real(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    for parameter in plan.parameters:
+        dtype = jnp.result_type(leaves[parameter.path])
+        if parameter.status != "skipped" and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"the parameter {parameter.path} has dtype {dtype}; expected a real floating-point "
+                f"one, since no solve is complex: name it in skip=, and it keeps JAX's gradient"
+            )
 
 
 def check_loss(outputs: PyTree, has_aux: bool) -> None:

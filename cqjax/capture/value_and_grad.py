@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from cqjax.capture import tracing
+from cqjax.capture.argnums import Argnums, Which
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_option
 from cqjax.capture.options import Options, Signal
@@ -29,20 +29,30 @@ class ValueAndGrad:
     """
 
     def __init__(
-        self, loss_fn: Callable[..., Any], has_aux: bool, on_uncovered: str, options: Options
+        self,
+        loss_fn: Callable[..., Any],
+        has_aux: bool,
+        argnums: Argnums,
+        on_uncovered: str,
+        options: Options,
     ):
+        if not isinstance(has_aux, bool):
+            raise TypeError(
+                f"has_aux={has_aux!r}: expected True or False (argnums= is passed by name)"
+            )
         functools.update_wrapper(self, loss_fn, updated=())  # its attributes are not ours
         self._loss_fn = loss_fn
         self._has_aux = has_aux
+        self._which = Which.of(argnums)
         self._on_uncovered = on_uncovered
         self._options = options
 
-    def plan(self, params: PyTree, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """What a call with these arguments captures, and what it costs. Runs nothing.
 
         Args:
-          params: the parameters: arrays, or `jax.ShapeDtypeStruct`s.
-          *args: the loss's other arguments, likewise.
+          *args: the loss's arguments: the parameters, and others; arrays, or
+            `jax.ShapeDtypeStruct`s.
           **kwargs: those passed by name.
 
         Returns:
@@ -52,23 +62,21 @@ class ValueAndGrad:
           ValueError: as for `value_and_grad`; uncovered parameters are listed, not refused.
           TypeError: as for `value_and_grad`.
         """
-        traced = tracing.trace(self._loss_fn, self._options, params, args, kwargs)
+        traced, _ = self._traced(args, kwargs)
         tracing.check_loss(traced.outputs, isinstance(traced.outputs, tuple | list))
         return traced.plan
 
-    def __call__(self, params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Captures]:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Captures]:
         """The loss, its gradients, and the captures.
 
         Raises:
           TypeError: an argument is abstract.
         """
-        if any(
-            isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((params, args, kwargs))
-        ):
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs))):
             raise TypeError(
                 "an argument is a jax.ShapeDtypeStruct: use cqjax.plan or jax.eval_shape"
             )
-        traced = tracing.trace(self._loss_fn, self._options, params, args, kwargs)
+        traced, params = self._traced(args, kwargs)
         tracing.check_loss(traced.outputs, self._has_aux)
         plan = traced.plan
         _report(plan, self._on_uncovered)
@@ -85,9 +93,7 @@ class ValueAndGrad:
         evaluation = Evaluation(taps, rules)
 
         def tapped(params: PyTree, probes: Probes) -> Any:
-            results = evaluation(traced.jaxpr, jax.tree.leaves(params), probes)
-            structure = jax.tree.structure(traced.outputs)
-            return jax.tree.unflatten(structure, map(jnp.asarray, results))
+            return traced.results(evaluation(traced.jaxpr, jax.tree.leaves(params), probes))
 
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=self._has_aux)
         value, (grads, statistics) = differentiate(params, {at: t.zero() for at, t in taps.items()})
@@ -110,11 +116,18 @@ class ValueAndGrad:
             Captures(captures, plan.batch_size, examples, plan.parameters, plan.flow),
         )
 
+    def _traced(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tracing.Traced, PyTree]:
+        """The loss of these arguments, traced, and the parameters among them."""
+        params, args, kwargs = self._which.split(self._loss_fn, args, kwargs)
+        loss_fn = self._which.loss(self._loss_fn)
+        return tracing.trace(loss_fn, self._options, params, args, kwargs), params
+
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
     has_aux: bool = False,
     *,
+    argnums: Argnums = 0,
     only: Selector | Sequence[Selector] | None = None,
     skip: Selector | Sequence[Selector] = (),
     on_uncovered: Literal["fallback", "warn", "error"] = "fallback",
@@ -127,7 +140,7 @@ def value_and_grad(
     block_size: int | None = None,
     precision: lax.PrecisionLike = "highest",
 ) -> ValueAndGrad:
-    """`jax.value_and_grad` with respect to the first argument, and what it met on the way.
+    """`jax.value_and_grad`, and what it met on the way.
 
     The function returned calls `loss_fn` as it is, once, and differentiates it in one backward
     pass. A *site* is a product Z = XW in `loss_fn` of an activation X and a parameter W. At every
@@ -143,6 +156,9 @@ def value_and_grad(
         Traced with abstract parameters, as under `jax.jit`; the other arguments are passed as
         they are.
       has_aux: whether `loss_fn` returns auxiliary data beside the loss.
+      argnums: which arguments are the parameters: the place of one, or those of several. The
+        gradients of several are a tuple, and so should be what an update is handed; the paths of
+        their parameters begin with the place in this tuple ("0/w", "1/w").
       only: selects the parameters to capture; all by default. A pattern for paths, as in
         `fnmatch` ("params/Dense_*/kernel"), a class of Flax layers (`nn.Conv`), or several.
       skip: selects parameters to leave alone, in the same way.
@@ -176,14 +192,15 @@ def value_and_grad(
 
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of
-      `jax.value_and_grad(loss_fn, has_aux=has_aux)` and a `Captures`, last. Its method `plan`, with
-      the same arguments, says what is captured and at what cost, and runs nothing.
+      `jax.value_and_grad(loss_fn, argnums, has_aux)` and a `Captures`, last. Its method `plan`,
+      with the same arguments, says what is captured and at what cost, and runs nothing.
 
     Raises:
       ValueError: an argument is not one of those listed; `only` or `skip` selects nothing; two
         parameters have the same path; a parameter is uncovered and `on_uncovered="error"`.
-      TypeError: a parameter is not real floating-point; the loss is not a real scalar, or comes
-        with auxiliary data where `has_aux` says otherwise; `capture` is no statistic.
+      TypeError: a parameter is not real floating-point (a complex one may be skipped); the loss is
+        not a real scalar, or comes with auxiliary data where `has_aux` says otherwise; `capture` is
+        no statistic; the call has no arguments where `argnums` says.
 
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp
@@ -220,7 +237,7 @@ def value_and_grad(
         precision=precision,
     )
     options.check()
-    return ValueAndGrad(loss_fn, has_aux, on_uncovered, options)
+    return ValueAndGrad(loss_fn, has_aux, argnums, on_uncovered, options)
 
 
 def plan(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Plan]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,14 +67,39 @@ class _Place:
     number: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """The filter of a tuple of models, with a filter for each."""
+
+    filters: tuple[Any, ...]
+
+    def __call__(self, path: tuple[Any, ...], value: Any) -> bool:
+        """Whether a variable at this path in the tuple is selected."""
+        return nnx.filterlib.to_predicate(self.filters[path[0]])(path[1:], value)
+
+
+def argnums_and_filter(argnums: Any, wrt: Any) -> tuple[int | tuple[int, ...], Any]:
+    """Which arguments are models, and the filter of their variables.
+
+    Args:
+      argnums: as for `nnx.value_and_grad`: a number, an `nnx.DiffState`, or several.
+      wrt: filter for those that are no `nnx.DiffState`.
+    """
+    several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
+    each: tuple[Any, ...] = tuple(argnums) if several else (argnums,)
+    numbers: tuple[Any, ...] = tuple(a.argnum if isinstance(a, nnx.DiffState) else a for a in each)
+    filters = tuple(a.filter if isinstance(a, nnx.DiffState) else wrt for a in each)
+    return (numbers, Each(filters)) if several else (numbers[0], filters[0])
+
+
 def split(
     model: Any, wrt: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[nnx.State, Modules, tuple, dict[str, Any]]:
     """Takes modules apart, within `nnx.update_context(CONTEXT)`.
 
     Args:
-      model: the loss's first argument.
-      wrt: filter of the variables to differentiate with respect to.
+      model: the model among the loss's arguments; a tuple of models if there are several.
+      wrt: filter of the variables to differentiate with respect to: for a tuple, `Each`.
       args: the other arguments.
       kwargs: those passed by name.
 
@@ -98,13 +123,20 @@ def split(
     with nnx.split_context(CONTEXT) as context:
         graph, params, rest = context.split(model, wrt, ...)
         others_graph, others_state = context.split(others)
-    if not jax.tree.leaves(params):
-        raise ValueError(
-            f"the first argument of the loss, a {type(model).__name__}, has no variables that "
-            f"wrt={wrt} selects; expected an nnx.Module with some: pass wrt= (arrays that are no "
-            "variables are for cqjax.value_and_grad)"
-        )
+    _check_some(model, params, wrt)
     return params, Modules(rest, others_state, _Graphs(graph, others_graph)), args, kwargs
+
+
+def _check_some(model: Any, params: Any, wrt: Any) -> None:
+    if isinstance(wrt, Each):
+        for i, each in enumerate(wrt.filters):
+            _check_some(model[i], params.get(i), each)
+    elif not jax.tree.leaves(params):
+        raise ValueError(
+            f"the model among the loss's arguments, a {type(model).__name__}, has no variables "
+            f"that wrt={wrt} selects; expected an nnx.Module with some: pass wrt= (arrays that are "
+            "no variables are for cqjax.value_and_grad)"
+        )
 
 
 def functional(loss_fn: Callable[..., Any], has_aux: bool | None) -> Callable[..., Any]:
@@ -149,6 +181,21 @@ def update(modules: Modules, state: nnx.State) -> None:
     with nnx.merge_context(CONTEXT, inner=False) as context:
         assert modules.graphs.after is not None
         context.merge(modules.graphs.after, state)
+
+
+def refuse(params: PyTree) -> None:
+    """Refuses modules among parameters that are taken for plain trees.
+
+    Raises:
+      TypeError: says what to do instead.
+    """
+    for node in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Module)):
+        if isinstance(node, nnx.Module):
+            raise TypeError(
+                f"the parameters hold a {type(node).__name__}, a module of flax.nnx, whose state "
+                "would be taken for parameters, and what the loss changes in it be lost; use "
+                "cqjax.nnx.value_and_grad (or cqjax.nnx.plan)"
+            )
 
 
 def _is_module(leaf: Any) -> bool:

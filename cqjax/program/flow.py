@@ -235,7 +235,7 @@ class _Following:
                 self._starts[body] = step.position[-1], step.writes[0]
             elif body in self._starts:
                 return [self._normalisation(step, mark.name, *self._starts[body], args[0])]
-        if equation.primitive is primitives.stop_gradient_p:
+        if equation.primitive is primitives.stop_gradient_p or not equation.outputs:  # an effect
             return [{}] * len(equation.outputs)
         results = _joined(
             [

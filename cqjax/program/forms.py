@@ -230,6 +230,9 @@ def matrix_form(equation: Equation, weight: int) -> Form | str:
     Returns:
       The form, or why the equation is not a product with that operand in the weight's place.
     """
+    arrays = (*equation.inputs, *equation.outputs)
+    if any(jnp.issubdtype(array.dtype, jnp.complexfloating) for array in arrays):
+        return f"enters `{equation.primitive.name}` of complex numbers"
     if equation.primitive is primitives.dot_general_p:
         return _product(equation, weight)
     if equation.primitive is primitives.conv_general_dilated_p:

@@ -19,7 +19,7 @@ from cqjax.linalg import devices
 from cqjax.linalg.gram import accumulator
 from cqjax.program import jaxprs
 from cqjax.program.flow import Flow, Node
-from cqjax.program.forms import Convolution, Product
+from cqjax.program.forms import Product
 from cqjax.program.jaxprs import Equation
 from cqjax.program.sites import Site
 from cqjax.program.steps import Position
@@ -29,12 +29,12 @@ from cqjax.program.taps import Body, Rule
 def rules(flow: Flow) -> dict[Position, Rule]:
     """The rules of all products and normalisations that the loss depends on, by position.
 
-    A lookup has none: its input, indices, gets no signal.
+    A lookup has none, nor has a product with integers: its input gets no signal.
     """
     return {
         node.position: _product(node.site) if node.site else _normalisation(node)
         for node in flow.nodes
-        if node.site is None or isinstance(node.site.form, Product | Convolution)
+        if node.site is None or jnp.issubdtype(node.site.x[1], jnp.floating)
     }
 
 
@@ -103,7 +103,10 @@ def _normalisation(node: Node) -> Rule:
         def normalised(x: jax.Array, constant: bool) -> jax.Array:
             inside, values = {marked}, {**body.values, marked: x}
             for step in body.eqns[node.start + 1 : node.position[-1]]:
-                if any(not jaxprs.is_literal(v) and v in inside for v in step.invars):
+                # One without results was evaluated for its effect already: it has printed.
+                if step.outvars and any(
+                    not jaxprs.is_literal(v) and v in inside for v in step.invars
+                ):
                     inputs = [jaxprs.value(v, values) for v in step.invars]
                     outputs = jaxprs.evaluate(step, inputs)
                     if constant and _is_statistic(jaxprs.equation(step), x.size):

@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
+from cqjax.linalg import gram
 from cqjax.program.forms import Form
 from cqjax.program.layout import Layout
 from cqjax.program.steps import Position
@@ -60,6 +63,15 @@ class Site:
     def batch(self) -> int:
         """B, with the trips of loops that scan over the weight."""
         return math.prod(length for _, length in self.view.loops) * self.form.weight.shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which X is captured: its own, or for integers that of Z, at least float32.
+
+        Integers have no gradient, and a tap returns what it captures as one.
+        """
+        x, z = self.x[1], self.z[1]
+        return x if jnp.issubdtype(x, jnp.floating) else gram.accumulator(z)
 
     @property
     def shared_trips(self) -> int:

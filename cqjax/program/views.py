@@ -9,11 +9,12 @@ it is hashable, so captures that hold it cross `jax.jit`.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -31,7 +32,11 @@ _MOVES = frozenset(
         primitives.concatenate_p,
     }
 )
-_MOVES_BY_NAME = frozenset({"split", "unstack"})
+# Those without a public name are known by their own, and by a function that is one.
+_MOVES_BY_NAME: Mapping[str, Callable[[jax.Array], Any]] = {
+    "split": lambda x: lax.split(x, (1,)),
+    "unstack": lambda x: lax.unstack(x),
+}
 # Conversions of dtype are identities here: an update goes back through a view in its own precision.
 _IDENTITIES = frozenset(
     {
@@ -70,6 +75,12 @@ class View:
     args: tuple["View", ...] = ()
     output: int = 0
     loops: tuple[tuple[int, int], ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have the name of the primitive, whose copy would be another."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        name = None if self.primitive is None else self.primitive.name
+        return _restored, (name, {**fields, "primitive": None})
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
@@ -112,6 +123,17 @@ class View:
         structs = {p: devices.struct(shapes[p], operand.dtype, axes) for p in self.paths}
         (parameters,) = jax.linear_transpose(self, structs)(operand)
         return parameters
+
+
+def _restored(name: str | None, fields: dict[str, Any]) -> View:
+    """The view of these fields, with the primitive of this name."""
+    if name is None:
+        return View(**fields)
+    primitive = getattr(primitives, f"{name}_p", None)
+    if primitive is None:
+        one = jax.ShapeDtypeStruct((1,), jnp.float32)
+        primitive = jax.make_jaxpr(_MOVES_BY_NAME[name])(one).eqns[0].primitive
+    return View(**{**fields, "primitive": primitive})
 
 
 def parameter(path: str, shape: tuple[int, ...]) -> View:

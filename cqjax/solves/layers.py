@@ -28,24 +28,32 @@ class Layers(Mapping[str, Layer]):
       batch_size: N.
     """
 
-    def __init__(self, updates: optax.Updates, captures: Any, method: str):
+    def __init__(
+        self,
+        updates: optax.Updates,
+        captures: Any,
+        method: str,
+        params: optax.Params | None = None,
+    ):
         """Matches `updates` with `captures`.
 
         Args:
           updates: what the transformation was handed; `optax.MaskedNode`s are left alone.
           captures: what it was passed as `captures`.
           method: its name, for errors.
+          params: the parameters, if it was passed some.
 
         Raises:
           ValueError: no captures were passed, they belong to other parameters, or the batch size
-            is unknown.
+            is unknown; the parameters are in another kind of tree.
           TypeError: they are none.
         """
         if captures is None:
             raise ValueError(
                 f"{method}: no captures were passed. Take the gradient with "
                 "cqjax.value_and_grad, which returns them last, and call "
-                "update(grads, state, params, captures=captures)"
+                "update(grads, state, params, captures=captures). Flax's TrainState hands none on; "
+                "cqjax.training.TrainState does"
             )
         if not isinstance(captures, Captures):
             raise TypeError(
@@ -56,6 +64,7 @@ class Layers(Mapping[str, Layer]):
         self._tree = jax.tree.structure(updates, is_leaf=is_masked)
         self._leaves = by_path(updates, is_masked)
         self.paths = list(self._leaves)
+        self._check_kind(updates, params)
         blocks = [capture.block for capture in captures.blocks]
         self._masked = masked_paths(updates, blocks)
         self.batch_size = 1 if captures.batch_size is None else captures.batch_size
@@ -82,6 +91,21 @@ class Layers(Mapping[str, Layer]):
     def __len__(self) -> int:
         """The number of layers."""
         return len(self._layers)
+
+    def _check_kind(self, updates: optax.Updates, params: optax.Params | None) -> None:
+        """Refuses a `FrozenDict` for a `dict`, which no rule of Optax could map over together.
+
+        Raises:
+          ValueError: says what to do.
+        """
+        if jax.tree.structure(params, is_leaf=is_masked) == self._tree:
+            return
+        if list(by_path(params, is_masked)) == self.paths:
+            raise ValueError(
+                f"{self._method}: the updates are a {type(updates).__name__} and the parameters a "
+                f"{type(params).__name__}, or parts of them are, with the same paths; expected "
+                "trees of one kind: flax.core.unfreeze makes dicts of FrozenDicts"
+            )
 
     def _layer(self, label: str, capture: Capture, examples: Any) -> Layer:
         block = capture.block
@@ -224,8 +248,8 @@ def for_each_layer(
         captures: Captures | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
-        layers = Layers(updates, captures, method)
+        del extra_args
+        layers = Layers(updates, captures, method, params)
         results = {label: update(layer) for label, layer in layers.items()}
         return layers.replaced({k: v for k, v in results.items() if v is not None}), state
 

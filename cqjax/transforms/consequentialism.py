@@ -185,8 +185,8 @@ def scale_by_consequentialism(
         captures: Captures | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
-        layers = Layers(updates, captures, "scale_by_consequentialism")
+        del extra_args
+        layers = Layers(updates, captures, "scale_by_consequentialism", params)
         layers.check_counts(state.fallbacks)
         kept.check(state.moments, state.inverses, layers, ema_decay is not None)
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cqjax.capture.captures import Captures
+from cqjax.capture.checks import check_rate
 from cqjax.solves.layers import Layers, is_masked
 
 
@@ -29,6 +30,9 @@ def scale_by_learning_rates(
     Returns:
       A transformation whose `update` takes the keyword argument `captures`.
 
+    Raises:
+      TypeError: a rate is neither a number nor a schedule.
+
     Examples:
       >>> import cqjax, jax.numpy as jnp
       >>> def loss_fn(params, x):
@@ -40,6 +44,8 @@ def scale_by_learning_rates(
       >>> print(updates["w"][0] / grads["w"][0], updates["scale"] / grads["scale"])
       [-1. -1.] [-0.1 -0.1]
     """
+    check_rate(covered, "covered")
+    check_rate(uncovered, "uncovered")
 
     def init(params: optax.Params) -> ScaleByLearningRatesState:
         del params
@@ -53,8 +59,8 @@ def scale_by_learning_rates(
         captures: Captures | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
-        layers = Layers(updates, captures, "scale_by_learning_rates")
+        del extra_args
+        layers = Layers(updates, captures, "scale_by_learning_rates", params)
         paths = {path for layer in layers.values() for path in layer.block.paths}
         leaves, tree = jax.tree.flatten(updates, is_leaf=is_masked)
         scaled = []
