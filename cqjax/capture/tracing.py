@@ -13,6 +13,7 @@ from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
 from cqjax.program import arguments, steps
 from cqjax.program.flow import Flow
+from cqjax.program.known import Known
 from cqjax.program.paths import path_of
 from cqjax.program.walk import walk
 
@@ -53,7 +54,8 @@ def trace(
     program, constants = steps.flatten(jaxpr)
     batch = arguments.of_batch(program, constants, len(paths), (args, kwargs))
     avals = [atom.aval for atom in jaxpr.jaxpr.invars[: len(paths)]]
-    record = walk(program, paths, avals, program.dependent(batch))
+    known = Known(program, constants, jax.tree.leaves((args, kwargs)))
+    record = walk(program, paths, avals, program.dependent(batch), known)
     loss = [atom.aval for atom in jaxpr.jaxpr.outvars[:1]]
     size = options.batch_size
     if options.loss_reduction == "sum":

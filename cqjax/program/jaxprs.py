@@ -19,7 +19,7 @@ class Equation(NamedTuple):
 
     Attributes:
       primitive: the operation.
-      params: its parameters; empty for an operation that has jaxprs among them.
+      params: its parameters; of an operation that has jaxprs among them, how a loop runs at most.
       inputs: the operands' abstract values.
       outputs: the results' abstract values.
     """
@@ -44,7 +44,9 @@ class Scan(NamedTuple):
 
 def equation(eqn: core.JaxprEqn) -> Equation:
     """The part of an equation that outlives the trace."""
-    params = {} if bodies(eqn) else eqn.params
+    params = eqn.params
+    if bodies(eqn):
+        params = {key: params[key] for key in ("length", "reverse") if key in params}
     inputs, outputs = (tuple(atom.aval for atom in side) for side in (eqn.invars, eqn.outvars))
     return Equation(eqn.primitive, params, inputs, outputs)
 
