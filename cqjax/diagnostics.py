@@ -177,7 +177,7 @@ def report(
     for label, layer in layers.items():
         spectrum = _spectrum(layer)
         squares = jnp.square(spectrum.values)
-        mean = ridge.mean_eigenvalue(squares, layer.rank(layer.size))
+        mean = ridge.mean_eigenvalue(squares, layer.rank())
         added = damping + relative_damping * mean
         residual = reachable = None
         if learning_rate is not None:
@@ -263,7 +263,7 @@ def _residuals(
     unknown = jnp.full(len(spectrum.values), jnp.nan, spectrum.values.dtype)
     if block.parts is not None or (spectrum.left is None and not block.exact):
         return unknown, unknown
-    update = layer.update.joined
+    update = layer.change.joined
     change = spectrum.values[..., None] * _rotated(spectrum.right, update)
     if spectrum.left is None:
         gradient = _rotated(spectrum.right, layer.gradient.joined)

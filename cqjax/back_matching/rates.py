@@ -10,6 +10,7 @@ from cqjax.back_matching import chain
 from cqjax.back_matching.chain import ChainLayer
 from cqjax.back_matching.signals import Signals, signals
 from cqjax.back_matching.units import Unit, back_matching_units
+from cqjax.capture.block import Block
 from cqjax.capture.captures import Captures
 from cqjax.capture.plan import Plan
 from cqjax.linalg.gram import accumulator
@@ -141,24 +142,32 @@ def unit_rates(
     own_units = back_matching_units(source)
     owners = [path for unit in own_units for path in unit.paths]
     rates: dict[str, Any] = {}
-    covered: dict[str, jax.Array] = {}
+    covered: dict[str, Any] = {}
     for unit, factor in zip(own_units, inverse, strict=True):
         block, size = unit.block, source.batch_size
         terms = size if block is None else block.terms(size, source.examples)
         rate = factor * terms / (unit.rows if measured else unit.pooled)
         if block is None or (
-            block.view.whole and not factor.ndim and all(owners.count(p) == 1 for p in unit.paths)
+            block.view.whole
+            and not (block.view.scaled or factor.ndim)
+            and all(owners.count(p) == 1 for p in unit.paths)
         ):
             rates |= dict.fromkeys(unit.paths, rate)
             continue
-        # Parts of a parameter have rates of their own: an array of its shape.
+        # Parts of a parameter have rates of their own: an array of its shape. A parameter that is
+        # multiplied by c has 1 / c² times the rate of the product's weight.
         each = jnp.repeat(rate.reshape(-1), block.batch // factor.size)
-        for total, values in ((rates, each), (covered, jnp.ones_like(each))):
-            weight = jnp.tile(values[:, None, None], (1, block.features, block.outputs))
-            bias = None if block.bias is None else weight[:, 0]
-            for path, array in block.scatter(weight, bias).items():
-                total[path] = total[path] + array if path in total else array
-    return rates | {path: jnp.where(mask > 0, rates[path], 1) for path, mask in covered.items()}
+        per_weight, one = _scattered(block, each), _scattered(block, jnp.ones_like(each))
+        for path, scale in one.items():
+            rates[path] = rates.get(path, 0) + per_weight[path] * scale
+            covered[path] = covered.get(path, False) | (scale != 0)
+    return rates | {path: jnp.where(mask, rates[path], 1) for path, mask in covered.items()}
+
+
+def _scattered(block: Block, values: jax.Array) -> dict[str, jax.Array]:
+    """The change of the parameters that adds a number, one of B, to all entries of a weight."""
+    weight = jnp.tile(values[:, None, None], (1, block.features, block.outputs))
+    return block.scatter(weight, None if block.bias is None else weight[:, 0])
 
 
 def like(params: PyTree, rates: Mapping[str, jax.Array]) -> PyTree:

@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cqjax.capture.statistics import Statistic, Trip
 from cqjax.linalg import devices, gram
 from cqjax.program import row_weights
 from cqjax.program.forms import Lookup
+from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
 from cqjax.program.sites import Bias, Site
 from cqjax.program.steps import Position
@@ -34,6 +36,10 @@ class Block:
 
     The rows of X are those of all sites and trips; h is 1 in the rows of sites that add b. B counts
     the weights that are solved for side by side: groups, ensemble members, layers scanned over.
+
+    W and b are what the product sees: where the loss multiplies parameters by constants, as in
+    x @ (V / c), these are in W. So the damping λ is in the units of W, and the update is that of
+    x @ W, brought back to V. The same goes for a constant between a product and its bias.
 
     Attributes:
       sites: the sites, in the order of the program.
@@ -117,6 +123,15 @@ class Block:
         return self.sites[0].form.weight.shape[2]
 
     @property
+    def live(self) -> int | np.ndarray:
+        """How many of the features have weights that may differ from zero: all, or (B,)."""
+        form = self.sites[0].form
+        if isinstance(form, Lookup) or form.live == Constant(True):
+            return self.features
+        each = np.broadcast_to(form.live.value, form.weight.shape[:2]).sum(1)
+        return np.tile(each, self.batch // len(each))
+
+    @property
     def shared(self) -> bool:
         """Whether all examples share its rows."""
         return all(site.shared for site in self.sites)
@@ -193,22 +208,31 @@ class Block:
         return self.flops(self.solver) / own
 
     def weight_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """The weight, of the parameters' arrays: (B, d, o)."""
+        """The weight, or a change of it, of the parameters' arrays: (B, d, o)."""
         return _pack(self.view, self.sites[0].form.weight, arrays)
 
     def bias_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """The bias, of the parameters' arrays: (B, o)."""
+        """The bias, or a change of it, of the parameters' arrays: (B, o)."""
         assert self.bias is not None
         return _pack(self.bias.view, self.bias.layout, arrays)
 
+    def weight_gradient(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """The gradient with respect to the weight, of that of the parameters: (B, d, o)."""
+        return _pack(self.view.reciprocal, self.sites[0].form.weight, arrays)
+
+    def bias_gradient(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """The gradient with respect to the bias, of that of the parameters: (B, o)."""
+        assert self.bias is not None
+        return _pack(self.bias.view.reciprocal, self.bias.layout, arrays)
+
     def scatter(self, weight: jax.Array, bias: jax.Array | None) -> dict[str, jax.Array]:
-        """Arrays of the parameters' shapes that hold W: (B, d, o) and b: (B, o), else zeros."""
+        """Changes of the parameters that change W: (B, d, o) and b: (B, o) so, else zeros."""
         shapes = dict(self.shapes)
         layout = self.sites[0].form.weight
-        arrays = self.view.transpose(_unpack(self.view, layout, weight), shapes)
+        arrays = self.view.bring_back(_unpack(self.view, layout, weight), shapes)
         if bias is not None and self.bias is not None:
             view, layout = self.bias.view, self.bias.layout
-            arrays |= view.transpose(_unpack(view, layout, bias), shapes)
+            arrays |= view.bring_back(_unpack(view, layout, bias), shapes)
         return arrays
 
     def tap(self, site: Site, weights: jax.Array | None, examples: int | jax.Array | None) -> Tap:
@@ -234,10 +258,12 @@ class Block:
             h = None
             if self.bias is not None and self.parts is None:
                 h = jnp.full((), site.bias is not None, x.dtype)
+            x = site.activation(x)
             if factors is not None:
                 x = row_weights.weighted(site.form, x, factors)
                 h = None if h is None else h * factors.astype(x.dtype)
-            return self.statistic.take(site, Trip(x, dz, h, self.precision, factors))
+            trip = Trip(x, site.gradient(dz), h, self.precision, factors)
+            return self.statistic.take(site, trip)
 
         own = dict(site.view.loops)
         stacked = (self.statistic.every_trip or i in own for i in range(len(site.loops)))

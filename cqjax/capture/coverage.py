@@ -67,11 +67,19 @@ def _drop(site: Site, reason: str, reasons: Reasons) -> None:
 
 
 def _groups(sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites by their weight: the same view, contracted in the same way, by product or lookup."""
+    """Sites by their weight: the same view, contracted in the same way, by product or lookup.
+
+    Where a product has c times the weight of the first one, its X counts c times instead.
+    """
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        key = (site.view, site.form.weight, isinstance(site.form, Lookup))
-        groups.setdefault(key, []).append(site)
+        looks_up = isinstance(site.form, Lookup)
+        view, factor = (site.view, 1.0) if looks_up else site.view.split
+        group = groups.setdefault((view, site.form.weight, looks_up), [])
+        if group and group[0].view != site.view:
+            first = group[0].view
+            site = dataclasses.replace(site, view=first, factor=factor / first.split[1])
+        group.append(site)
     return list(groups.values())
 
 
@@ -84,7 +92,8 @@ def _without_conflicts(
         among = [i for i, sites in enumerate(groups) if path in sites[0].view.paths]
         views = [groups[i][0].view for i in among]
         if _most_occurrences(path, views, shapes) > 1:
-            reason = f"is the weight of {len(among)} products that contract it in different ways"
+            products = f"{len(among)} products that contract it in different ways, or scale it"
+            reason = f"is the weight of {products}"
             if len(among) == 1:
                 reason = "occurs more than once in one product's weight"
             refused.update(dict.fromkeys(among, reason))
@@ -102,7 +111,7 @@ def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
         total = jnp.zeros(shapes[path])
         for view in views:
             ones = jnp.ones((*(length for _, length in view.loops), *view.shape))
-            total += view.transpose(ones, shapes)[path]
+            total += view.unscaled.transpose(ones, shapes)[path]
         return int(total.max(initial=0))
 
 
@@ -151,5 +160,5 @@ def _undecided(sites: Sequence[Site], shapes: Shapes, reasons: Reasons) -> Block
         solver="primal",
         bias=bias,
         shapes=tuple((path, shapes[path]) for path in paths),
-        exact=not any(reasons[path] for path in paths),
+        exact=not any(reasons[path] for path in paths) and not any(s.stopped for s in sites),
     )

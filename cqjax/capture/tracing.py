@@ -17,6 +17,7 @@ from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
 from cqjax.program import arguments, jaxprs, sharing, steps, terms
 from cqjax.program.flow import Flow
+from cqjax.program.known import Known
 from cqjax.program.paths import leaves_with_keys, path_of
 from cqjax.program.values import Values
 from cqjax.program.walk import walk
@@ -75,13 +76,18 @@ def trace(
     jaxpr, outputs, kept, owners = _trace(loss_fn, params, args, kwargs)
     program, constants = steps.flatten(jaxpr)
     opened, _ = jaxprs.opened(jaxpr)
-    record = walk(program, paths, [atom.aval for atom in opened.invars[: len(paths)]])
+    avals = [atom.aval for atom in opened.invars[: len(paths)]]
+    known = Known(program, constants, jax.tree.leaves((args, kwargs)))
+    examples = arguments.shared_size((args, kwargs), ())
+    batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
+    record = walk(program, paths, avals, program.dependent(batch), known)
     values = Values(jaxpr, program, constants, len(paths))
     products = program.written({site.position for site in record.sites})
     found = terms.counts(program, len(paths), products, values)
     size = batch_size(found, values, options, (args, kwargs), opened.outvars[0].aval)
-    examples = arguments.shared_size((args, kwargs), ()) or terms.examples(found)
-    batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
+    if examples is None:
+        examples = terms.examples(found)
+        batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
     sites = sharing.with_sharing(record.sites, program, batch, examples)
     record = record._replace(sites=sites)
     plan = make_plan(

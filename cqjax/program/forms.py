@@ -2,22 +2,25 @@
 
 n counts rows (examples x positions), d contracted features, o outputs, and B independent products:
 groups of a convolution, members of an ensemble. A convolution's X is its im2col matrix: a row holds
-what the window sees at one position. A lookup's X is one-hot.
+what the window sees at one position. A lookup's X is one-hot (`lookups.Lookup`).
 """
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
-from cqjax.linalg import conv_gram, devices, gram, windows
+from cqjax.linalg import conv_gram, gram, windows
 from cqjax.linalg.windows import Window
+from cqjax.program import lookups
 from cqjax.program.jaxprs import Equation
+from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
+from cqjax.program.lookups import Lookup
 
 Shape = tuple[int, ...]
 
@@ -34,12 +37,14 @@ class Product:
       output: layout of the result, (B, n, o).
       axes: for each axis of the result, which of `output.sizes` it is made of.
       inputs: layout of the other operand, (B, n, d).
+      live: which features have weights that may differ from zero, (B, d); others are zero in X.
     """
 
     weight: Layout
     output: Layout
     axes: tuple[tuple[int, ...], ...]
     inputs: Layout
+    live: Constant = Constant(True)
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -48,7 +53,7 @@ class Product:
 
     def rows(self, x: jax.Array) -> jax.Array:
         """X: (B, n, d)."""
-        return self.inputs.pack(x)
+        return _live(self, self.inputs.pack(x), 2)
 
     @property
     def channels(self) -> int:
@@ -63,7 +68,8 @@ class Product:
         longest = [self.weight.sizes[i] for i in features].index(self.channels)
         weight = self.weight.in_parts(features[longest], parts)
         inputs = self.inputs.in_parts(self.inputs.groups[2][longest], parts)
-        return dataclasses.replace(self, weight=weight, inputs=inputs)
+        live = _in_parts(self.live, self.weight, weight)
+        return dataclasses.replace(self, weight=weight, inputs=inputs, live=live)
 
     def second_moment(
         self, x: jax.Array, h: jax.Array | None, precision: lax.PrecisionLike
@@ -97,6 +103,7 @@ class Convolution:
       window: how it moves over the input.
       lhs: which axes of the input are (batch, feature, *spatial).
       positions: which axes of the result are spatial.
+      live: which features have weights that may differ from zero, (B, d); others are zero in X.
     """
 
     weight: Layout
@@ -105,10 +112,12 @@ class Convolution:
     window: Window
     lhs: tuple[int, ...]
     positions: tuple[int, ...]
+    live: Constant = Constant(True)
 
     def rows(self, x: jax.Array) -> jax.Array:
         """The im2col matrix: (B, n, d), d running over the window, then over the channels."""
-        return windows.patches(self._channels_last(x), self.window, self.weight.shape[0])
+        patches = windows.patches(self._channels_last(x), self.window, self.weight.shape[0])
+        return _live(self, patches, 2)
 
     @property
     def channels(self) -> int:
@@ -118,14 +127,16 @@ class Convolution:
     def in_parts(self, parts: int) -> "Convolution":
         """The form in which each part of the channels, of equal size, is a group of its own."""
         weight = self.weight.in_parts(self.weight.groups[1][-1], parts)
-        return dataclasses.replace(self, weight=weight)
+        live = _in_parts(self.live, self.weight, weight)
+        return dataclasses.replace(self, weight=weight, live=live)
 
     def second_moment(
         self, x: jax.Array, h: jax.Array | None, precision: lax.PrecisionLike
     ) -> jax.Array:
         """XᵀX, (B, d, d), or [X, h]ᵀ[X, h], (B, d+1, d+1), for a feature h: (), or by example."""
         examples = self._channels_last(x)
-        return conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
+        xx = conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
+        return _live(self, _live(self, xx, 1), 2)
 
     def times(self, x: jax.Array, w: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
         """XV, (B, m, k), for k columns V, (B, d, k), and m of the rows, by a convolution.
@@ -135,6 +146,7 @@ class Convolution:
         examples, window = self._channels_last(x), self.window
         examples = examples[:: _stride(len(examples), SAMPLED_EXAMPLES)]
         groups, _, columns = w.shape
+        w = _live(self, w, 1)
         # The columns of the groups become output channels, of which each group has k.
         kernel = jnp.moveaxis(w.reshape(groups, *window.shape, -1, columns), 0, -2)
         space = "".join(map(chr, range(ord("a"), ord("a") + len(window.shape))))
@@ -166,66 +178,39 @@ class Convolution:
         return (batch, *spatial, feature)
 
 
-@dataclasses.dataclass(frozen=True)
-class Lookup:
-    """A `gather` of whole rows of a table: X is one-hot, XᵀX the diagonal of counts.
-
-    Attributes:
-      weight: layout of the table, (B, d, o).
-      output: layout of the result, (B, n, o).
-      axes: for each axis of the result, which of `output.sizes` it is made of.
-      dimension_numbers: the equation's.
-      mode: what the equation does with indices out of bounds.
-    """
-
-    weight: Layout
-    output: Layout
-    axes: tuple[tuple[int, ...], ...]
-    dimension_numbers: lax.GatherDimensionNumbers
-    mode: lax.GatherScatterMode
-
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """Axes of the result along which rows are positions of one example."""
-        return self.output.groups[1][1:]
-
-    def counts(self, indices: jax.Array, dtype: Any, weights: jax.Array | None) -> jax.Array:
-        """How often each row of the table is read: (1, d).
-
-        The transpose of the lookup adds up ones, or the weights (1, n), at the indices. So indices
-        out of bounds, and negative ones, count as the lookup itself reads them.
-        """
-        table = [1] * len(self.weight.sizes)
-        axis = self.dimension_numbers.start_index_map[0]
-        table[axis] = self.weight.sizes[axis]
-
-        def look_up(rows: jax.Array) -> jax.Array:
-            return lax.gather(
-                rows, indices, self.dimension_numbers, (1,) * len(table), mode=self.mode
-            )
-
-        axes = devices.varying(indices)
-        struct = devices.struct(tuple(table), dtype, axes)
-        added = jnp.ones(jax.eval_shape(look_up, struct).shape, dtype)
-        if weights is not None:
-            _, rows, outputs = self.output.groups
-            of_rows = Layout(
-                tuple(1 if i in outputs else n for i, n in enumerate(self.output.sizes)),
-                ((), rows, outputs),
-            )
-            added *= of_rows.unpack(weights.astype(dtype), of_rows.sizes)
-        (counts,) = jax.linear_transpose(look_up, struct)(devices.vary(added, axes))
-        return counts.reshape(1, -1)
-
-
 Form = Product | Convolution | Lookup
 
 
-def matrix_form(equation: Equation, weight: int) -> Form | str:
+def _live(form: Product | Convolution, array: jax.Array, axis: int) -> jax.Array:
+    """An array, (B, ...), with zeros where features along an axis (h aside) are not live."""
+    if form.live == Constant(True):
+        return array
+    batch, features, _ = form.weight.shape
+    live = np.ones((batch, array.shape[axis]), bool)
+    live[:, :features] = form.live.value
+    shape = [1] * array.ndim
+    shape[0], shape[axis] = live.shape
+    return array * live.reshape(shape).astype(array.dtype)
+
+
+def _in_parts(live: Constant, before: Layout, after: Layout) -> Constant:
+    """The live features of a weight in parts."""
+    batch, features, outputs = before.shape
+    each = np.broadcast_to(live.value, (batch, features))[..., None]
+    weight = np.broadcast_to(each, (batch, features, outputs))
+    return Constant(after.pack(before.unpack(weight, before.sizes))[..., 0])
+
+
+def matrix_form(equation: Equation, weight: int, sizes: Shape | None = None) -> Form | str:
     """The matrix form of an equation in which operand number `weight` is a parameter's view.
 
     A new kind of product is one more class, and one more case here. It has what `Product` has. For
     back-matching to match it, `matched.squared_norms` needs a case as well.
+
+    Args:
+      equation: the equation.
+      weight: the operand's number.
+      sizes: where the view has been broadcast, its size along each axis, 1 where it is repeated.
 
     Returns:
       The form, or why the equation is not a product with that operand in the weight's place.
@@ -234,15 +219,39 @@ def matrix_form(equation: Equation, weight: int) -> Form | str:
     if any(jnp.issubdtype(array.dtype, jnp.complexfloating) for array in arrays):
         return f"enters `{equation.primitive.name}` of complex numbers"
     if equation.primitive is primitives.dot_general_p:
-        return _product(equation, weight)
+        return _product(equation, weight, sizes or equation.inputs[weight].shape)
+    if sizes is not None and equation.primitive is primitives.conv_general_dilated_p:
+        return "is broadcast before a product"
     if equation.primitive is primitives.conv_general_dilated_p:
         return _convolution(equation, weight)
-    if equation.primitive is primitives.gather_p and weight == 0:
-        return _lookup(equation)
+    if equation.primitive in lookups.READS and weight == 0 and sizes is None:
+        return lookups.lookup(equation)
     return f"enters `{equation.primitive.name}`, which is no matrix product"
 
 
-def _product(equation: Equation, weight: int) -> Form:
+def masked(form: Form, pattern: np.ndarray) -> Form | str:
+    """The form with a weight some of whose entries are always zero, or why there is none.
+
+    A feature whose weights are zero for all outputs takes no part in X. An output whose weights are
+    zero needs nothing, since the outputs are solved for one by one. But where the outputs have
+    different features, each has a problem of its own.
+
+    Args:
+      form: the form.
+      pattern: which entries may differ from zero, for each trip of the loops that scan over them.
+    """
+    if isinstance(form, Lookup):
+        return form
+    if (pattern != pattern[:1]).any():
+        return "is masked differently from trip to trip of a scan"
+    used = form.weight.pack(pattern[0])
+    features, outputs = used.any(2), used.any(1)
+    if (used != features[:, :, None] & outputs[:, None]).any():
+        return "is masked differently for different outputs, of which each needs a solve of its own"
+    return form if features.all() else dataclasses.replace(form, live=Constant(features))
+
+
+def _product(equation: Equation, weight: int, sizes: Shape) -> Form | str:
     contracting, batching = equation.params["dimension_numbers"]
     other = 1 - weight
     w, x = equation.inputs[weight].shape, equation.inputs[other].shape
@@ -257,8 +266,16 @@ def _product(equation: Equation, weight: int) -> Form:
     end = len(batch_z) + len(rows if weight == 1 else outputs)
     middle, last = tuple(range(len(batch_z), end)), tuple(range(end, len(z)))
     rows_z, outputs_z = (middle, last) if weight == 1 else (last, middle)
+    # Along a batch axis, a repeated weight is one weight with more rows.
+    repeated = [i for i, axis in enumerate(batch_w) if sizes[axis] != w[axis]]
+    if any(sizes[axis] != w[axis] for axis in (*features_w, *outputs)):
+        return "is broadcast before a product"
+    rows = (*(batch_x[i] for i in repeated), *rows)
+    rows_z = (*repeated, *rows_z)
+    batch_x = tuple(axis for i, axis in enumerate(batch_x) if i not in repeated)
+    batch_z = tuple(i for i in batch_z if i not in repeated)
     return Product(
-        weight=Layout(w, (batch_w, features_w, outputs)),
+        weight=Layout(sizes, (batch_w, features_w, outputs)),
         output=Layout(z, (batch_z, rows_z, outputs_z)),
         axes=tuple((i,) for i in range(len(z))),
         inputs=Layout(x, (batch_x, rows, features_x)),
@@ -311,25 +328,3 @@ def _grouped(shape: Shape, axis: int, groups: int) -> tuple[Shape, tuple[tuple[i
         (i,) if i < axis else (i, i + 1) if i == axis else (i + 1,) for i in range(len(shape))
     )
     return sizes, axes
-
-
-def _lookup(equation: Equation) -> Form | str:
-    numbers, table = equation.params["dimension_numbers"], equation.inputs[0].shape
-    axis = numbers.start_index_map[0] if numbers.start_index_map else 0
-    slices = tuple(1 if i == axis else size for i, size in enumerate(table))
-    if (
-        tuple(numbers.start_index_map) != (axis,)
-        or tuple(numbers.collapsed_slice_dims) != (axis,)
-        or numbers.operand_batching_dims
-        or tuple(equation.params["slice_sizes"]) != slices
-    ):
-        return "enters a `gather` that does not read whole rows along one axis"
-    z = equation.outputs[0].shape
-    outputs = tuple(numbers.offset_dims)
-    return Lookup(
-        weight=Layout(table, ((), (axis,), _other_axes(table, (axis,)))),
-        output=Layout(z, ((), _other_axes(z, outputs), outputs)),
-        axes=tuple((i,) for i in range(len(z))),
-        dimension_numbers=numbers,
-        mode=equation.params["mode"],
-    )

@@ -19,10 +19,9 @@ class Equation(NamedTuple):
 
     Attributes:
       primitive: the operation.
-      params: its parameters; of an operation that has jaxprs among them, the number of trips alone.
+      params: its parameters; of an operation that has jaxprs among them, how a loop runs at most.
       inputs: the operands' abstract values.
       outputs: the results' abstract values.
-      literals: the operands that are numbers written into the program; None for variables.
       pointwise: whether each entry of its results depends on the same entries of its operands
         alone, whatever is in its body.
     """
@@ -31,7 +30,6 @@ class Equation(NamedTuple):
     params: Mapping[str, Any]
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
-    literals: tuple[Any, ...]
     pointwise: bool
 
 
@@ -49,10 +47,11 @@ class Scan(NamedTuple):
 
 def equation(eqn: core.JaxprEqn) -> Equation:
     """The part of an equation that outlives the trace."""
-    params = {k: v for k, v in eqn.params.items() if k == "length" or not bodies(eqn)}
+    params = eqn.params
+    if bodies(eqn):
+        params = {key: params[key] for key in ("length", "reverse") if key in params}
     inputs, outputs = (tuple(atom.aval for atom in side) for side in (eqn.invars, eqn.outvars))
-    literals = tuple(atom.val if is_literal(atom) else None for atom in eqn.invars)
-    return Equation(eqn.primitive, params, inputs, outputs, literals, pointwise(eqn))
+    return Equation(eqn.primitive, params, inputs, outputs, pointwise(eqn))
 
 
 _POINTWISE = frozenset(

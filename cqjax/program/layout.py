@@ -3,8 +3,13 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
+import numpy as np
+
+_Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +29,16 @@ class Layout:
         """The matrix form's shape."""
         return tuple(math.prod(self.sizes[i] for i in group) for group in self.groups)
 
-    def pack(self, array: jax.Array) -> jax.Array:
+    def narrowed(self, kept: Sequence[int]) -> "Layout":
+        """The layout of arrays that have length 1 along all of the sizes but some."""
+        sizes = tuple(n if i in kept else 1 for i, n in enumerate(self.sizes))
+        return dataclasses.replace(self, sizes=sizes)
+
+    def pack(self, array: _Array) -> _Array:
         """The matrix form of an array."""
         return array.reshape(self.sizes).transpose(self._order).reshape(self.shape)
 
-    def unpack(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def unpack(self, matrix: _Array, shape: tuple[int, ...]) -> _Array:
         """The array of `shape` that `pack` turns into `matrix`."""
         inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         permuted = matrix.reshape([self.sizes[i] for i in self._order])

@@ -61,7 +61,8 @@ def squared_norms(site: Site, eqn: core.JaxprEqn, weight: jax.Array) -> jax.Arra
     form, (shape, _) = site.form, site.x
     squares = jnp.square(weight.astype(accumulator(weight.dtype)))
     if isinstance(form, Product):
-        norms = form.weight.pack(squares).sum(-1)
+        once = squares[tuple(map(slice, form.weight.sizes))]  # of a repeated weight, one
+        norms = form.weight.pack(once).sum(-1)
         spread = jnp.broadcast_to(norms[:, None], form.inputs.shape)
         return form.inputs.unpack(spread, shape)
     params = eqn.params

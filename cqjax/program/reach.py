@@ -50,7 +50,7 @@ class _Walk:
         self._values = values
         self._writers = {n: step for step in program.steps for n in step.writes}
         needed = program.needed(program.outputs[:1], differentiable)
-        self.found: dict[int | None, Live] = {program.outputs[0]: True}
+        self.found: dict[int, Live] = {program.outputs[0]: True}
         for step in reversed(program.steps):
             results = [self.found.get(n) if n in needed else None for n in step.writes]
             if step.loops or not differentiable(step):
@@ -62,8 +62,7 @@ class _Walk:
         match step.kind:
             case Kind.EQUATION:
                 for i, number in enumerate(step.reads):
-                    if number is not None:
-                        self._add(number, self._operand(step, i, results))
+                    self._add(number, self._operand(step, i, results))
             case Kind.ENTER | Kind.CLOSE:
                 for number, result in zip(step.reads, results, strict=True):
                     if result is not None:
@@ -75,7 +74,7 @@ class _Walk:
                 for number in step.reads:
                     self._add(number, True)
 
-    def _add(self, number: int | None, result: Live) -> None:
+    def _add(self, number: int, result: Live) -> None:
         """Counts what one more use of a variable needs."""
         known = self.found.get(number)
         if known is None or result is True or known is True:
@@ -118,7 +117,7 @@ class _Walk:
                 found[axis] = along
         return found
 
-    def _count_along(self, number: int | None, size: int) -> int | None:
+    def _count_along(self, number: int, size: int) -> int | None:
         """The axis along which a variable is 0, 1, 2, … up to a size; None if there is none."""
         step = self._writers.get(number)
         places: dict[int, int] | None = None  # of the axes at hand among the variable's own
@@ -284,7 +283,7 @@ def _placed(
         result = part.broadcast_to(result, full)
         where = (slice(None),) * a + (slice(start, start + (out[a] - 1) * stride + 1, stride),)
         empty = part.zeros([size if b == a else n for b, n in enumerate(full)], bool)
-        if part is np:
+        if isinstance(empty, np.ndarray):
             empty[where] = result
             result = empty
         else:

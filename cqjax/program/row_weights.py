@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cqjax.program.forms import Convolution, Form, Lookup
-from cqjax.program.layout import Layout
 
 
 def of_rows(form: Form, entries: Any) -> Any:
@@ -37,11 +36,8 @@ def of_rows(form: Form, entries: Any) -> Any:
         return part.broadcast_to(entries.reshape(-1), (form.output.sizes[rows[0]],))
     batch = form.output.groups[0]
     alike = math.prod(sizes[i] for i in batch) == 1
-    full = tuple(
-        1 if (i in batch and alike) or i not in kept else size
-        for i, size in enumerate(form.output.sizes)
-    )
-    return Layout(full, form.output.groups).pack(part.broadcast_to(entries, full))[..., 0]
+    layout = form.output.narrowed(rows if alike else kept)
+    return layout.pack(part.broadcast_to(entries, layout.sizes))[..., 0]
 
 
 def shape(form: Form) -> tuple[int, ...]:
@@ -71,9 +67,8 @@ def weighted(form: Form, x: jax.Array, weights: jax.Array) -> jax.Array:
     if isinstance(form, Lookup):
         return x  # indices: their counts are weighted
     batch, rows, _ = form.inputs.groups
-    kept = (*batch, *rows) if len(weights) > 1 else rows
-    sizes = tuple(n if i in kept else 1 for i, n in enumerate(form.inputs.sizes))
-    factors = Layout(sizes, form.inputs.groups).unpack(weights.astype(x.dtype), sizes)
+    of_rows = form.inputs.narrowed((*batch, *rows) if len(weights) > 1 else rows)
+    factors = of_rows.unpack(weights.astype(x.dtype), of_rows.sizes)
     return (x.reshape(form.inputs.sizes) * factors).reshape(x.shape)
 
 

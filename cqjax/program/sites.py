@@ -4,10 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cqjax.linalg import gram
+from cqjax.program import views
 from cqjax.program.forms import Form
+from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
 from cqjax.program.steps import Position
 from cqjax.program.views import View
@@ -39,7 +43,11 @@ class Site:
       x: shape and dtype of the activation.
       z: shape and dtype of the result.
       bias: what is added to every row of Z; None if nothing is.
+      gain: what the equation's result is multiplied by before the bias is added, a number or one
+        for each output, (B, o). Z is the product with it then, and so is the weight.
+      factor: what x counts times, since the weight of its own product is as many times the view's.
       recomputed: whether the backward pass computes x anew.
+      stopped: whether the weight's gradient, or the bias's, is stopped in some rows.
       varying: the mesh axes over which x or the result varies within `jax.shard_map`.
       spread: those of them over which the weight does not vary, with their sizes: each device has
         other rows of the same product.
@@ -54,10 +62,40 @@ class Site:
     x: tuple[tuple[int, ...], Any]
     z: tuple[tuple[int, ...], Any]
     bias: Bias | None = None
+    gain: Constant = Constant(1.0)
+    factor: float = 1.0
     recomputed: bool = False
+    stopped: bool = False
     varying: frozenset[str] = frozenset()
     spread: tuple[tuple[str, int], ...] = ()
     shared: bool = False
+
+    def with_bias(self, bias: Bias, gain: Constant) -> "Site":
+        """The site with a bias that is added to the product of its output with a gain.
+
+        A layer's output is what its bias is added to: so the gain belongs to the weight.
+        """
+        if gain == Constant(1.0):
+            return dataclasses.replace(self, bias=bias)
+        factor, layout = gain.value, self.form.weight
+        if factor.ndim:
+            each = np.broadcast_to(factor[:, None], layout.shape)
+            factor = layout.unpack(each, self.view.shape)
+        view = views.scaled(self.view, factor)
+        return dataclasses.replace(self, view=view, bias=bias, gain=gain)
+
+    def activation(self, x: jax.Array) -> jax.Array:
+        """What the weight is multiplied by, of the equation's operand x, in its shape."""
+        return x if self.factor == 1 else x * jnp.asarray(self.factor, x.dtype)
+
+    def gradient(self, dz: jax.Array) -> jax.Array:
+        """∂L/∂Z, from the gradient with respect to the equation's result, in its shape."""
+        if self.gain == Constant(1.0):
+            return dz
+        factor, layout = self.gain.value.astype(dz.dtype), self.form.output
+        if not factor.ndim:
+            return dz / factor
+        return layout.unpack(layout.pack(dz) / factor[:, None], dz.shape)
 
     @property
     def batch(self) -> int:

@@ -11,7 +11,7 @@ its loop until nothing changes.
 """
 
 import enum
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -23,8 +23,8 @@ from cqjax.program.jaxprs import Equation
 Position = tuple[int, ...]
 """Where an equation is: its index, after those of the equations (and branches) around it."""
 
-Number = int | None
-"""A variable that is read; None for a literal."""
+Number = int
+"""A variable, or a literal: each has a number of its own."""
 
 CALLS = frozenset({primitives.jit_p, primitives.remat_p, primitives.closed_call_p})
 """Primitives that do what their body does, and no more."""
@@ -83,11 +83,13 @@ class Program(NamedTuple):
       steps: its steps, in an order in which they can be taken.
       inputs: the variables that it is given.
       outputs: the variables that it returns.
+      literals: the values of those that are literals: numbers that the loss's text holds.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
     outputs: tuple[Number, ...]
+    literals: Mapping[Number, Any]
 
     def needed(
         self, outputs: Iterable[Number], passes: Callable[["Step"], bool] = lambda _: True
@@ -98,7 +100,7 @@ class Program(NamedTuple):
           outputs: the results.
           passes: whether dependence through a step counts.
         """
-        found = {n for n in outputs if n is not None}
+        found = set(outputs)
         while True:
             before = len(found)
             for step in reversed(self.steps):
@@ -106,7 +108,7 @@ class Program(NamedTuple):
                     continue
                 for i, written in enumerate(step.writes):
                     if written in found:
-                        found.update(n for n in step.sources(i) if n is not None)
+                        found.update(step.sources(i))
             if len(found) == before:
                 return found
 
@@ -157,12 +159,13 @@ class _Flattening:
     def __init__(self) -> None:
         self._steps: list[Step] = []
         self._constants: Constants = []
+        self._literals: dict[Number, Any] = {}
         self._count = 0
 
     def program(self, jaxpr: Any) -> tuple[Program, Constants]:
         inputs = self._new(len(jaxprs.opened(jaxpr)[0].invars))
         outputs = self._body(jaxpr, inputs, _Place())
-        return Program(tuple(self._steps), inputs, tuple(outputs)), self._constants
+        return Program(tuple(self._steps), inputs, tuple(outputs), self._literals), self._constants
 
     def _new(self, number: int) -> tuple[int, ...]:
         """The numbers of new variables."""
@@ -178,21 +181,17 @@ class _Flattening:
         numbers.update(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atoms: Sequence[Any]) -> list[Number]:
-            return [None if jaxprs.is_literal(atom) else numbers[atom] for atom in atoms]
+            return [literal(a) if jaxprs.is_literal(a) else numbers[a] for a in atoms]
+
+        def literal(atom: Any) -> Number:
+            (number,) = self._new(1)
+            self._literals[number] = jaxprs.value(atom, {})
+            return number
 
         for i, eqn in enumerate(jaxpr.eqns):
             results = self._equation(eqn, read(eqn.invars), place.at(i))
             numbers.update(zip(eqn.outvars, results, strict=True))
         return read(jaxpr.outvars)
-
-    def _numbered(self, eqn: core.JaxprEqn, reads: Sequence[Number]) -> list[Number]:
-        """What an equation reads, with numbers for the literals too: a body names its inputs."""
-        numbers = list(reads)
-        for i, atom in enumerate(eqn.invars):
-            if jaxprs.is_literal(atom):
-                (numbers[i],) = self._new(1)
-                self._constants.append((numbers[i], atom.val))
-        return numbers
 
     def _equation(
         self, eqn: core.JaxprEqn, reads: Sequence[Number], place: _Place
@@ -207,7 +206,7 @@ class _Flattening:
             if eqn.primitive is primitives.remat_p:
                 place = place._replace(recomputed=True)
             body = params.get("jaxpr", params.get("call_jaxpr"))
-            return self._body(body, self._numbered(eqn, reads), place)
+            return self._body(body, reads, place)
         equation = jaxprs.equation(eqn)
 
         def step(kind: Kind, reads: Sequence[Number], number: int) -> tuple[int, ...]:

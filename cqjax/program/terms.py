@@ -106,6 +106,7 @@ class _Unknown(Exception):
 class _Walk:
     def __init__(self, program: Program, parameters: int, outputs: Set[int], values: Values):
         self._loss = program.outputs[0]
+        self._literals = program.literals
         self._writers = {n: (step, i) for step in program.steps for i, n in enumerate(step.writes)}
         self._learned = program.dependent(program.inputs[:parameters])
         self._outputs = outputs
@@ -172,9 +173,9 @@ class _Walk:
             mesh = jax.sharding.get_abstract_mesh().shape
             events += (_Event("sum", tuple(mesh.get(a, 1) for a in equation.params["axes"])),)
         elif name == "div" and own == 0:
-            events += self._divided(step.reads[1], equation.literals[1])
+            events += self._divided(step.reads[1])
         elif name == "mul":
-            events += self._multiplied(number, own, step.reads[1 - own], equation.literals[1 - own])
+            events += self._multiplied(number, own, step.reads[1 - own])
         elif name == "dot_general":
             axes, batch = (part[own] for part in equation.params["dimension_numbers"])
             if len(axes) + len(batch) < len(aval.shape):
@@ -200,58 +201,52 @@ class _Walk:
             return [self._count(events)]
         return found
 
-    def _divided(self, number: Number, literal: Any) -> _Events:
+    def _divided(self, number: Number) -> _Events:
         """A division by a variable, or by a number.
 
         Raises:
           _Unknown: the variable depends on parameters.
         """
-        number, literal = self._scalar(number, literal)
-        if literal is not None:
-            return (_Event("divided", float(literal)),)
+        number = self._source(number)
+        if number in self._literals:
+            return (_Event("divided", float(self._literals[number])),)
         if number not in self._values:
             raise _Unknown
         return (_Event("computed", number),)
 
-    def _multiplied(self, result: int, own: int, number: Number, literal: Any) -> _Events:
+    def _multiplied(self, result: int, own: int, number: Number) -> _Events:
         """A product with a variable, or with a number."""
-        source, literal = self._scalar(number, literal)
-        if literal is not None:
-            return (_Event("times", float(literal)),)
-        assert number is not None and source is not None
+        source = self._source(number)
+        if source in self._literals:
+            return (_Event("times", float(self._literals[source])),)
         step, _ = self._writers.get(source, (None, 0))
         if step is not None and step.kind is Kind.EQUATION:
-            name, literals = step.equation.primitive.name, step.equation.literals
+            name = step.equation.primitive.name
             if name == "div":  # by a divisor that is known, then: m / sum(m), or 1 / n
-                divided = self._divided(step.reads[1], literals[1])
-                if step.reads[0] is None:
+                divided = self._divided(step.reads[1])
+                if self._source(step.reads[0]) in self._literals:
                     return divided
-                return (*divided, *self._multiplied(result, own, step.reads[0], None))
+                return (*divided, *self._multiplied(result, own, step.reads[0]))
             if name == "integer_pow" and step.equation.params["y"] == -1:
-                return self._divided(step.reads[0], literals[0])
+                return self._divided(step.reads[0])
         return self._mask(result, own, number, None)
 
     def _mask(self, result: int, own: int, number: Number, case: int | None) -> _Events:
         # A number for all terms leaves none of them out.
-        if number is None or number not in self._values or self._scalar(number, None)[0] != number:
+        if number not in self._values or self._source(number) != number:
             return ()
         return (_Event("mask", Mask(result, own, number, case)),)
 
-    def _scalar(self, number: Number, literal: Any) -> tuple[Number, Any]:
-        """What a variable was broadcast or converted from; and the number, if it is one."""
-        while number is not None and number in self._writers:
+    def _source(self, number: Number) -> Number:
+        """The number that a variable was broadcast or converted from; itself for an array."""
+        while number in self._writers:
             step, _ = self._writers[number]
-            name = step.equation.primitive.name
-            if step.kind is not Kind.EQUATION or name not in ("broadcast_in_dim", *_CONVERSIONS):
-                return number, None
-            if step.equation.inputs[0].size > 1:
-                return number, None
-            number, literal = step.reads[0], step.equation.literals[0]
-        constant = self._values.constant(number)
-        # An array that is a number may be traced elsewhere: it is computed, here as there.
-        if constant is not None and not isinstance(constant, jax.Array) and np.ndim(constant) == 0:
-            literal = np.asarray(constant).item()
-        return number, literal
+            if step.kind is not Kind.EQUATION or step.equation.inputs[0].size > 1:
+                break
+            if step.equation.primitive.name not in _CONVERSIONS:
+                break
+            number = step.reads[0]
+        return number
 
     def _count(self, events: _Events) -> Count:
         """N, of all that happened between the loss and its terms.
@@ -298,7 +293,9 @@ class _Walk:
         return Count(number, tuple(sizes), tuple(computed), outermost, masks)
 
 
-_CONVERSIONS = frozenset({"convert_element_type", "reshape", "squeeze", "copy", "pvary", "pcast"})
+_CONVERSIONS = frozenset(
+    {"broadcast_in_dim", "convert_element_type", "copy", "pcast", "pvary", "reshape", "squeeze"}
+)
 
 
 class _Axis(NamedTuple):

@@ -1,7 +1,14 @@
-"""A parameter as an equation sees it: through transposes, reshapes, slices, concatenations.
+"""A parameter as an equation sees it: through transposes, reshapes, slices, concatenations, scales.
 
-A view only moves entries, so it is linear. Its transpose therefore brings an array of the operand's
-layout back to the parameters: it inverts a permutation, and writes a slice into zeros.
+A view moves entries V and multiplies them by constants c: the operand is W = c V, entry by entry.
+The layer's problem is posed in W, for W is what makes its output. So three maps lead to and fro:
+
+- a value of the parameters, or a change of them, is seen as c V: `view(arrays)`;
+- their gradient ∂L/∂V = c ∂L/∂W is seen as ∂L/∂W: `view.reciprocal(arrays)`;
+- a change ΔW is made by ΔV = ΔW / c, not by c ΔW: `view.bring_back`.
+
+Without scales they are one map and its transpose, which inverts a permutation, and writes a slice
+into zeros. Entries with c = 0 cannot change W: they are not brought back.
 
 A view is a small tree of JAX operations rather than an array of indices: it costs no memory, and
 it is hashable, so captures that hold it cross `jax.jit`.
@@ -14,12 +21,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
 from cqjax.linalg import devices
+from cqjax.program import jaxprs
 from cqjax.program.jaxprs import Equation
+from cqjax.program.known import Constant
 
 # Operations that move entries and change none of them.
 _MOVES = frozenset(
@@ -30,11 +40,13 @@ _MOVES = frozenset(
         primitives.rev_p,
         primitives.slice_p,
         primitives.concatenate_p,
+        primitives.pad_p,  # by zeros, the caller sees to it
     }
 )
 # Those without a public name are known by their own, and by a function that is one.
 _MOVES_BY_NAME: Mapping[str, Callable[[jax.Array], Any]] = {
     "split": lambda x: lax.split(x, (1,)),
+    "stack": lambda x: jnp.stack([x, x]),
     "unstack": lambda x: lax.unstack(x),
 }
 # Conversions of dtype are identities here: an update goes back through a view in its own precision.
@@ -49,23 +61,24 @@ _IDENTITIES = frozenset(
     }
 )
 _IDENTITIES_BY_NAME = frozenset({"pvary", "pcast", "mesh_cast", "reshard"})
-_PARTIAL = frozenset({"slice", "split", "unstack"})
+_PARTIAL = frozenset({"slice", "split", "unstack", "pad"})
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Parameters, moved into an operand's layout.
+    """Parameters, moved into an operand's layout, and scaled.
 
     Attributes:
       path: the parameter, where nothing has been moved yet; else None.
       shape: shape of one trip's operand: without the axes scanned over.
-      primitive: the last operation; None for the parameter itself, and where one more scan
-        slices `args[0]`.
+      primitive: the last operation; None for the parameter itself, where one more scan slices
+        `args[0]`, and where that is scaled.
       options: the operation's parameters.
       args: views of its operands.
       output: which of its results this is.
       loops: lengths of the scans that slice the parameter, keyed by nesting level. Outside the
         loops the view has these axes in front.
+      scale: what `args[0]` is multiplied by, if that is the last operation.
     """
 
     path: str | None
@@ -75,6 +88,7 @@ class View:
     args: tuple["View", ...] = ()
     output: int = 0
     loops: tuple[tuple[int, int], ...] = ()
+    scale: Constant | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles have the name of the primitive, whose copy would be another."""
@@ -95,9 +109,24 @@ class View:
         return not self._partial and self._leaves == len(self.paths)
 
     @functools.cached_property
+    def scaled(self) -> bool:
+        """Whether entries are multiplied by something."""
+        return self.scale is not None or any(arg.scaled for arg in self.args)
+
+    @functools.cached_property
+    def holes(self) -> bool:
+        """Whether entries of the operand may be zero whatever the parameters are."""
+        pads = self.primitive is primitives.pad_p
+        return pads or self._masks or any(arg.holes for arg in self.args)
+
+    @property
+    def _masks(self) -> bool:
+        return self.scale is not None and not np.all(self.scale.value)
+
+    @functools.cached_property
     def _partial(self) -> bool:
         cuts = self.primitive is not None and self.primitive.name in _PARTIAL
-        return cuts or any(arg._partial for arg in self.args)
+        return cuts or self._masks or any(arg._partial for arg in self.args)
 
     @functools.cached_property
     def _leaves(self) -> int:
@@ -107,22 +136,73 @@ class View:
         """The operand's array, `(*loop lengths, *shape)`, made from arrays of the parameters."""
         if self.path is not None:
             return parameters[self.path]
+        if self.scale is not None:
+            operand = self.args[0](parameters)
+            return operand * self.scale.value.astype(operand.dtype)
         if self.primitive is None:  # sliced by one more loop: the array is the same
             return self.args[0](parameters)
         move = functools.partial(self.primitive.bind, **dict(self.options))
+        if self.primitive is primitives.pad_p:
+            move = functools.partial(_padded, move)
         for _ in self.loops:
             move = jax.vmap(move)
         result = move(*(arg(parameters) for arg in self.args))
         return result[self.output] if self.primitive.multiple_results else result
 
+    @functools.cached_property
+    def reciprocal(self) -> "View":
+        """The view with 1 / c in the place of each scale c, and 0 in that of 0."""
+        return self._rescaled(lambda c: np.divide(1, c, out=np.zeros_like(c), where=c != 0))
+
+    @functools.cached_property
+    def unscaled(self) -> "View":
+        """The view with 1 in the place of each scale, and 0 in that of 0."""
+        return self._rescaled(lambda c: (c != 0).astype(c.dtype))
+
+    def _rescaled(self, change: Callable[[np.ndarray], np.ndarray]) -> "View":
+        if not self.scaled:
+            return self
+        scale = None if self.scale is None else Constant(change(self.scale.value))
+        return dataclasses.replace(
+            self, args=tuple(arg._rescaled(change) for arg in self.args), scale=scale
+        )
+
+    @functools.cached_property
+    def split(self) -> tuple["View", float]:
+        """The view without those scales that are numbers other than zero, and their product."""
+        if len(self.args) != 1:
+            return self, 1.0
+        arg, factor = self.args[0].split
+        if self.scale is not None and not self.scale.value.ndim and self.scale.value != 0:
+            return arg, factor * float(self.scale.value)
+        return dataclasses.replace(self, args=(arg,)), factor
+
+    def bring_back(
+        self, operand: jax.Array, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, jax.Array]:
+        """Arrays of the parameters' `shapes` that the view turns into the operand, else zeros."""
+        return self.reciprocal.transpose(operand, shapes)
+
     def transpose(
         self, operand: jax.Array, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, jax.Array]:
-        """Arrays of the parameters' `shapes` that hold the operand's entries, else zeros."""
+        """The transpose of the view, as a linear map of the parameters, of these `shapes`."""
         axes = devices.varying(operand)
         structs = {p: devices.struct(shapes[p], operand.dtype, axes) for p in self.paths}
         (parameters,) = jax.linear_transpose(self, structs)(operand)
         return parameters
+
+    def pattern(self) -> np.ndarray:
+        """Which entries of the operand, `(*loop lengths, *shape)`, depend on the parameters."""
+        with jax.ensure_compile_time_eval():
+            ones = {path: jnp.ones(shape) for path, shape in self._shapes.items()}
+            return np.asarray(self.unscaled(ones)) != 0
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.path is not None:
+            return {self.path: self.shape}
+        return {path: shape for arg in self.args for path, shape in arg._shapes.items()}
 
 
 def _restored(name: str | None, fields: dict[str, Any]) -> View:
@@ -169,10 +249,39 @@ def results(equation: Equation, args: list[View | None]) -> list[View] | None:
     ]
 
 
+def scaled(view: View, by: np.ndarray) -> View:
+    """The view, multiplied by a constant: a number, or an array of its shape."""
+    return View(None, view.shape, None, (), (view,), 0, view.loops, Constant(np.asarray(by, float)))
+
+
 def sliced(view: View, level: int) -> View:
     """The view that the body of a scan has of an operand scanned over, at nesting `level`."""
     length, *shape = view.shape
     return View(None, tuple(shape), None, (), (view,), 0, (*view.loops, (level, length)))
+
+
+def rows(view: View, axis: int, start: int, number: int) -> View:
+    """Some rows of a view, along an axis."""
+    if number == view.shape[axis]:
+        return view
+    return _moved(view, lambda x: lax.slice_in_dim(x, start, start + number, axis=axis))
+
+
+def in_turn(view: View, axis: int, level: int) -> View:
+    """The one row, along an axis, that each trip of the loop at nesting `level` has of a view."""
+    order = (axis, *(i for i in range(len(view.shape)) if i != axis))
+    row = sliced(_moved(view, lambda x: lax.transpose(x, order)), level)
+    return _moved(row, lambda x: lax.expand_dims(x, (axis,)))
+
+
+def _moved(view: View, move: Callable[[jax.Array], jax.Array]) -> View:
+    """The view after an operation of `jax.lax` that moves entries."""
+    jaxpr, _ = jaxprs.opened(jax.make_jaxpr(move)(jax.ShapeDtypeStruct(view.shape, jnp.float32)))
+    for eqn in jaxpr.eqns:
+        found = results(jaxprs.equation(eqn), [view])
+        assert found is not None
+        (view,) = found
+    return view
 
 
 def keeps_entries(equation: Equation) -> bool:
@@ -180,3 +289,7 @@ def keeps_entries(equation: Equation) -> bool:
     primitive = equation.primitive
     known = primitive in _IDENTITIES or primitive.name in _IDENTITIES_BY_NAME
     return known and jnp.issubdtype(equation.outputs[0].dtype, jnp.floating)
+
+
+def _padded(pad: Callable[..., jax.Array], operand: jax.Array) -> jax.Array:
+    return pad(operand, jnp.zeros((), operand.dtype))

@@ -11,14 +11,17 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple, assert_never
 
 import jax
+import numpy as np
 from jax.extend.core import primitives
 
-from cqjax.program import forms, jaxprs, views
+from cqjax.program import forms, jaxprs, lookups, operators, views
 from cqjax.program.forms import Form, Lookup
 from cqjax.program.jaxprs import Equation
+from cqjax.program.known import Known
+from cqjax.program.operators import Operators
 from cqjax.program.sites import Bias, Site
 from cqjax.program.steps import Kind, Number, Position, Program, Step, differentiable
-from cqjax.program.tags import Output, Spread, Tag, bias_layout, follow
+from cqjax.program.tags import Output, Spread, Tag, bias_layout, follow, scaled
 from cqjax.program.views import View
 
 
@@ -48,20 +51,32 @@ class Record(NamedTuple):
     uses: Mapping[str, tuple[Use, ...]]
 
 
-def walk(program: Program, paths: Sequence[str], avals: Sequence[Any]) -> Record:
+def walk(
+    program: Program, paths: Sequence[str], avals: Sequence[Any], batch: Set[int], known: Known
+) -> Record:
     """Finds the sites and the other uses of parameters in a loss.
 
     Args:
       program: the loss. Its first inputs are the parameters, its first output is the loss.
       paths: the parameters' paths.
       avals: the parameters' abstract values.
+      batch: the variables that depend on the batch.
+      known: the variables whose values the program's text fixes.
     """
-    return _Walk(program, paths, avals).record()
+    return _Walk(program, paths, avals, batch, known).record()
 
 
 class _Walk:
-    def __init__(self, program: Program, paths: Sequence[str], avals: Sequence[Any]):
+    def __init__(
+        self,
+        program: Program,
+        paths: Sequence[str],
+        avals: Sequence[Any],
+        batch: Set[int],
+        known: Known,
+    ):
         self._program = program
+        self._known = known
         self._varying = dict(zip(paths, map(jaxprs.varying, avals), strict=True))
         self._mesh_sizes = jax.sharding.get_abstract_mesh().shape
         self._tags: dict[Number, Tag] = {
@@ -69,6 +84,9 @@ class _Walk:
             for number, path, aval in zip(program.inputs, paths, avals, strict=False)
         }
         self._sites: list[Site] = []
+        self._with_bias: dict[int, Site] = {}  # as they are if nothing else reads their outputs
+        self._operators = Operators(program, len(paths), batch)
+        self._stopped: dict[Number, Number] = {}  # what their gradient is stopped from reaching
         self._reads: list[int] = []  # how often each site's output is read, by a bias too
         self._uses: dict[str, list[Use]] = {path: [] for path in paths}
 
@@ -80,6 +98,7 @@ class _Walk:
             self._step(step, needed)
         self._leave(loss, "is the loss")
         self._drop_shared_outputs()
+        self._drop_operators()
         uses = {path: tuple(found) for path, found in self._uses.items()}
         return Record(tuple(self._sites), uses)
 
@@ -90,7 +109,7 @@ class _Walk:
                 # What a trip leaves may be needed by the next one only, and not after the last.
                 self._leave([n for n in step.reads if n in needed], "is returned by a scan")
             case _ if needed.isdisjoint(step.writes):
-                pass
+                return
             case Kind.EQUATION:
                 args = [self._tags.get(n) for n in step.reads]
                 if any(tag is not None for tag in args):
@@ -106,6 +125,7 @@ class _Walk:
                 self._leave(step.reads[1:], "is returned by a branch")
             case _:
                 assert_never(step.kind)
+        self._operators.step(step, self._tags)
 
     def _crossing(self, step: Step, read: Number) -> Tag:
         """The tag that a variable has on the other side of a border.
@@ -131,31 +151,66 @@ class _Walk:
         """Tags of the results of an equation, after recording what it does."""
         equation = step.equation
         nothing = [None] * len(equation.outputs)
+        if equation.primitive is primitives.pad_p and self._known.scalar(step.reads[1], 0):
+            args = args[:1]
         results = views.results(equation, [t if isinstance(t, View) else None for t in args])
         if results is not None:
             return results
+        if equation.primitive is primitives.dynamic_slice_p and isinstance(args[0], View):
+            read = lookups.read_in_turn(step, args[0], self._known)
+            if read is not None:
+                return [read]
         if len(args) == 1 and args[0] is not None:
             followed = follow(equation, args[0], self._sites)
             if followed is not None:
                 return [followed]
+        tagged = [(i, tag) for i, tag in enumerate(args) if tag is not None]
+        if len(tagged) == 1:
+            ((at, tag),) = tagged
+            by = self._known.factor(step, at)
+            same = None if by is None else scaled(tag, by, self._sites)
+            if same is not None:
+                return [same]
+        unstopped = self._partly_stopped(step, args)
+        if unstopped is not None:
+            return [unstopped]
         if equation.primitive is primitives.stop_gradient_p:
+            self._stopped[step.writes[0]] = step.reads[0]
             return nothing
         for tag in args:
             if isinstance(tag, Output):
                 self._reads[tag.site] += 1
-        if equation.primitive is primitives.add_p and self._attach_bias(args):
+        if equation.primitive in (primitives.add_p, primitives.sub_p) and self._attach_bias(
+            args, equation.primitive is primitives.sub_p
+        ):
             return nothing
         entering = [(i, tag) for i, tag in enumerate(args) if isinstance(tag, View | Spread)]
         reason = "is combined with another parameter"
         if len(entering) == 1:
             ((weight, tag),) = entering
-            form = forms.matrix_form(equation, weight)
-            if isinstance(tag, View) and not isinstance(form, str):
+            form = forms.matrix_form(
+                equation, weight, tag.sizes if isinstance(tag, Spread) else None
+            )
+            if not isinstance(form, str):
                 return [self._site(step, tag, weight, form)]
-            reason = form if isinstance(form, str) else "is broadcast before a product"
+            reason = form
         for _, tag in entering:
             self._use(tag, Use(reason, step.position, equation.primitive.name))
         return nothing
+
+    def _partly_stopped(self, step: Step, args: list[Tag]) -> Tag:
+        """The tag of a broadcast view whose gradient is stopped where a predicate is false.
+
+        So `jax.vmap` of `jax.lax.cond` keeps derivatives of a branch that is not taken from
+        becoming NaN. The value is the view's own.
+        """
+        if step.equation.primitive is not primitives.select_n_p or len(step.reads) != 3:
+            return None
+        _, *cases = step.reads
+        for variable, other, tag in zip(cases, reversed(cases), args[1:], strict=True):
+            if isinstance(tag, Spread) and self._stopped.get(other) == variable:
+                return dataclasses.replace(tag, stopped=True)
+        return None
 
     def _leave(self, variables: Sequence[Number], reason: str) -> None:
         """Records that variables leave the part of the program in which tags are followed."""
@@ -170,41 +225,53 @@ class _Walk:
             if use not in self._uses[path]:
                 self._uses[path].append(use)
 
-    def _site(self, step: Step, view: View, weight: int, form: Form) -> Tag:
+    def _site(self, step: Step, tag: View | Spread, weight: int, form: Form) -> Tag:
         """Adds a site. Returns its output's tag."""
-        equation = step.equation
-        x, z = equation.inputs[1 - weight], equation.outputs[0]
+        equation, view = step.equation, tag.view if isinstance(tag, Spread) else tag
+        operand = form.operand if isinstance(form, Lookup) else 1 - weight
+        x, z = equation.inputs[operand], equation.outputs[0]
         if not (x.size and z.size and math.prod(view.shape) and math.prod(step.loops)):
             self._use(view, Use("enters a product without entries", step.position, ""))
             return None
-        _check_placement(view, equation, weight)
+        _check_placement(view, equation, operand)
         own, *others = {self._varying[path] for path in view.paths}
         if others:
             reason = "is joined with one that varies over other mesh axes"
             self._use(view, Use(reason, step.position, ""))
             return None
+        if view.holes:
+            masked = forms.masked(form, view.pattern().reshape(-1, *view.shape))
+            if isinstance(masked, str):
+                self._use(view, Use(masked, step.position, ""))
+                return None
+            form = masked
         varying = jaxprs.varying(x) | jaxprs.varying(z)
         site = Site(
             position=step.position,
             view=view,
             form=form,
             loops=step.loops,
-            operand=1 - weight,
+            operand=operand,
             x=(x.shape, x.dtype),
             z=(z.shape, z.dtype),
             recomputed=step.recomputed,
+            stopped=isinstance(tag, Spread) and tag.stopped,
             varying=varying,
             spread=tuple((axis, self._mesh_sizes[axis]) for axis in sorted(varying - own)),
         )
         self._sites.append(site)
         self._reads.append(0)
+        if isinstance(form, Lookup):
+            self._operators.looked_up(len(self._sites) - 1, step.writes[0])
         return Output(len(self._sites) - 1, form.axes)
 
-    def _attach_bias(self, args: list[Tag]) -> bool:
+    def _attach_bias(self, args: list[Tag], subtracts: bool) -> bool:
         """Gives an added view to the site whose output it is added to, if it is a bias.
 
         Whether the sum is the output's only use is known at the end: see `_drop_shared_outputs`.
         """
+        if subtracts and args[1] is not None:
+            args = [args[0], scaled(args[1], np.array(-1.0), self._sites)]
         outputs = [
             tag
             for tag in args
@@ -218,25 +285,35 @@ class _Walk:
         site, rank = self._sites[output.site], len(output.axes)
         layout = bias_layout(site.form, output.axes, sizes or (1,) * rank)
         varying = {self._varying[path] for path in (*view.paths, *site.view.paths)}
-        if layout is None or view.loops != site.view.loops or site.bias or len(varying) > 1:
+        known = output.site in self._with_bias
+        if layout is None or view.loops != site.view.loops or known or len(varying) > 1:
             return False
-        self._sites[output.site] = dataclasses.replace(site, bias=Bias(view, layout))
+        stopped = site.stopped or (isinstance(tag, Spread) and tag.stopped)
+        site = site.with_bias(Bias(view, layout), output.scale)
+        self._with_bias[output.site] = dataclasses.replace(site, stopped=stopped)
         return True
 
     def _drop_shared_outputs(self) -> None:
-        """Takes the bias from sites whose output is used without it as well.
+        """Leaves without a bias the sites whose output is used without it as well.
 
         The gradient of such a bias is not the sum over the rows of ∂L/∂Z, which also has a part
         from the other use. So it cannot be a further feature of X.
         """
-        for i, site in enumerate(self._sites):
-            if site.bias is not None and self._reads[i] > 1:
+        for i, site in self._with_bias.items():
+            if self._reads[i] == 1:
+                self._sites[i] = site
+            elif site.bias is not None:
                 reason = "is added to an output that is used without it too"
                 self._use(site.bias.view, Use(reason, (), primitives.add_p.name))
-                self._sites[i] = dataclasses.replace(site, bias=None)
+
+    def _drop_operators(self) -> None:
+        """Leaves out the lookups whose rows act on activations."""
+        self._sites, dropped = operators.without(self._sites, self._operators.acting)
+        for site in dropped:
+            self._use(site.view, Use(operators.REASON, site.position, ""))
 
 
-def _check_placement(view: View, equation: Equation, weight: int) -> None:
+def _check_placement(view: View, equation: Equation, operand: int) -> None:
     """Refuses arrays whose types carry a sharding.
 
     With explicit axes the statistics of every kind of product would need a sharding of their own.
@@ -244,7 +321,7 @@ def _check_placement(view: View, equation: Equation, weight: int) -> None:
     Raises:
       ValueError: names the parameter, and says what to do.
     """
-    for array in (equation.inputs[1 - weight], equation.outputs[0]):
+    for array in (equation.inputs[operand], equation.outputs[0]):
         spec = getattr(getattr(array, "sharding", None), "spec", ())
         if any(axis is not None for axis in spec):
             raise ValueError(

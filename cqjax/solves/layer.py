@@ -50,12 +50,6 @@ class Layer:
         """n, the number of rows that are examples: `block.rows`, without those left out."""
         return self.block.rows if self.capture.number is None else self.capture.number
 
-    def rank(self, size: int) -> int | jax.Array:
-        """How many eigenvalues of XᵀX may differ from zero, with so many features."""
-        if self.capture.number is None:
-            return min(self.block.rows, size)
-        return jnp.clip(self.capture.number, 1, size)
-
     @property
     def joint_bias(self) -> bool:
         """Whether the bias is solved for in one system with the weight."""
@@ -66,10 +60,29 @@ class Layer:
         """Features that are solved for together: d, or d + 1 with a bias among them."""
         return self.block.features + self.joint_bias
 
+    def rank(self, averaged: bool = False) -> jax.Array:
+        """How many eigenvalues of XᵀX may differ from zero: (), or (B,).
+
+        A batch's own has no more of them than there are rows; an average of many may have all.
+        """
+        features = jnp.maximum(self.block.live + self.joint_bias, 1)
+        return features if averaged else jnp.clip(self.number, 1, features)
+
     @property
     def update(self) -> Matrices:
-        """The layer's part of the updates that the transformation was handed, in ≥ float32."""
-        return self._matrices(self._updates)
+        """The layer's part of the updates that the transformation was handed, in ≥ float32.
+
+        They are taken for a gradient: where the loss multiplies parameters by constants c, they are
+        divided by c, which gives the gradient with respect to the weight that the product sees.
+        """
+        return self._gradient(self._updates)
+
+    @property
+    def change(self) -> Matrices:
+        """The same, taken for a change of the parameters: how the product's weight changes."""
+        arrays = _exact(self._updates)
+        bias = self.block.bias_matrix(arrays) if self.has_bias else None
+        return Matrices(self.block.weight_matrix(arrays), bias)
 
     @property
     def gradient(self) -> Matrices:
@@ -78,7 +91,7 @@ class Layer:
         The loss may use the weight elsewhere too. Then it takes the rows.
         """
         if self.block.exact:
-            return self._matrices(self.capture.gradients)
+            return self._gradient(self.capture.gradients)
         rows = self.rows()
         return product(rows.x, rows.dz, rows.h)
 
@@ -133,12 +146,14 @@ class Layer:
             return weight
         return weight | jnp.repeat(lost(result.bias), len(weight) // len(result.bias))
 
-    def _matrices(self, arrays: Mapping[str, jax.Array]) -> Matrices:
-        def exact(array: jax.Array) -> jax.Array:
-            return array.astype(accumulator(array.dtype))
+    def _gradient(self, arrays: Mapping[str, jax.Array]) -> Matrices:
+        arrays = _exact(arrays)
+        bias = self.block.bias_gradient(arrays) if self.has_bias else None
+        return Matrices(self.block.weight_gradient(arrays), bias)
 
-        bias = exact(self.block.bias_matrix(arrays)) if self.has_bias else None
-        return Matrices(exact(self.block.weight_matrix(arrays)), bias)
+
+def _exact(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: array.astype(accumulator(array.dtype)) for path, array in arrays.items()}
 
 
 def joint_bias(block: Block, masked: bool) -> bool:

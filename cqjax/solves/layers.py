@@ -158,7 +158,7 @@ class Layers(Mapping[str, Layer]):
             layer = self[label]
             whole = layer.block.view.whole
             if not whole:  # the difference is added, so that other entries stay
-                weight = weight - layer.update.weight
+                weight = weight - layer.change.weight
             for path, new in layer.block.scatter(weight, bias).items():
                 if path in layer.block.view.paths and not whole:
                     new += leaves[path].astype(new.dtype)

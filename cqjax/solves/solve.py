@@ -30,7 +30,7 @@ class Damping(NamedTuple):
     absolute: Any
     relative: Any
 
-    def of(self, matrix: jax.Array, rank: int | jax.Array) -> Any:
+    def of(self, matrix: jax.Array, rank: jax.Array | int) -> Any:
         """λ for a matrix, (B, m, m), of which `rank` eigenvalues may differ from zero."""
         if isinstance(self.relative, int | float) and self.relative == 0:
             return self.absolute
@@ -61,12 +61,8 @@ def primal(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> Sol
 
 
 def primal_system(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> ridge.System:
-    """N (XᵀX + λI)⁻¹, for a second moment of the layer.
-
-    A batch's own has no more eigenvalues than there are rows; an average of many may have all.
-    """
-    rank = layer.size if averaged else layer.rank(layer.size)
-    xx = layer.cropped(xx)
+    """N (XᵀX + λI)⁻¹, for a second moment of the layer."""
+    xx, rank = layer.cropped(xx), layer.rank(averaged)
     return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
 
 
@@ -140,8 +136,8 @@ def diagonal(layer: Layer, damping: Damping, counts: jax.Array) -> tuple[Matrice
     Returns:
       U, or H where U is not finite; and whether that happened, () bool.
     """
-    block, weight = layer.block, layer.update.weight
-    mean = ridge.mean_eigenvalue(counts, layer.rank(block.features))
+    weight = layer.update.weight
+    mean = ridge.mean_eigenvalue(counts, layer.rank())
     added = jnp.broadcast_to(damping.absolute + damping.relative * mean, counts.shape[:1])
     divisor = counts + along(added, counts)
     u = jnp.where(weight == 0, 0, layer.terms * weight / divisor[..., None])
@@ -151,7 +147,6 @@ def diagonal(layer: Layer, damping: Damping, counts: jax.Array) -> tuple[Matrice
 
 def _dual_system(layer: Layer, damping: Damping, precision: lax.PrecisionLike) -> ridge.System:
     """N (XXᵀ + λI)⁻¹."""
-    rows, block = layer.rows(), layer.block
+    rows, rank = layer.rows(), layer.rank()
     xx = gram.outer(rows.x, rows.h, precision)
-    rank = layer.rank(block.features + layer.has_bias)
     return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)

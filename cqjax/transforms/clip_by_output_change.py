@@ -124,8 +124,8 @@ def clip_by_output_change(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         results, events = {}, {}
         for label, layer in layers.items():
-            factor = _factor(layer, weights[label].update, max_change, rate, signs)
-            results[label] = Matrices(*(_times(factor, part) for part in layer.update))
+            factor = _factor(layer, weights[label].change, max_change, rate, signs)
+            results[label] = Matrices(*(_times(factor, part) for part in layer.change))
             events[label] = ~(factor == 1)
         clipped = state.clipped + layers.counts(events)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -138,7 +138,7 @@ def _factor(
     layer: Layer, weights: Matrices, max_change: Any, rate: Any, signs: jax.Array
 ) -> jax.Array:
     """What a layer's update is multiplied by: (B,), or (B / parts,)."""
-    block, (step, bias) = layer.block, layer.update
+    block, (step, bias) = layer.block, layer.change
     combine = _combinations(signs, block.outputs, step.dtype)
     # A table starts with 1 / √(its row's length): of d entries, a one-hot row reads but one.
     size = block.outputs if block.statistic.diagonal else block.features * (block.parts or 1)

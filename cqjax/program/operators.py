@@ -1,0 +1,141 @@
+"""Looked-up rows that act on activations: the weights of experts, adapters, and conditioned scales.
+
+An embedding hands its rows on: each is the output that the table's update is to change. But where
+a row is a matrix that multiplies an activation x, or a vector that x is multiplied by entry by
+entry, the layer's output is that product, and its update needs the x's of each row. To count how
+often a row was read would make updates that do not know the size of x, and diverge.
+
+The rule tells the two apart by what looked-up entries, merely moved or scaled, are multiplied by:
+
+- A parameter, or a constant: the rows are the activation of another layer.
+- Something made of the rows themselves: attention's queries, a normalisation's root mean square, a
+  gate. The product is no linear function of the rows. So they are an embedding.
+- A factor that is the same for all entries of a row, as a mask of positions is: an embedding, too.
+- Any other activation x, in a product or entry by entry: the rows act on x. What they were made of
+  in an earlier trip of a loop does not make x their own: a recurrent network's state.
+
+A matrix that is an argument of the loss, as the weights of a layer that is not trained, cannot be
+told from an activation. It counts as one only where rows and x are paired (batch axes).
+"""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from jax.extend.core import primitives
+
+from cqjax.program.forms import Lookup
+from cqjax.program.sites import Site
+from cqjax.program.steps import Kind, Number, Program, Step
+from cqjax.program.tags import Spread
+from cqjax.program.views import View
+
+REASON = "is looked up, and then multiplied"
+
+_MOVES = frozenset(
+    "broadcast_in_dim concatenate convert_element_type copy dynamic_slice expand_dims gather name "
+    "neg pad reduce_precision reshape rev select_n sharding_constraint slice split squeeze stack "
+    "stop_gradient transpose unstack".split()
+)
+_ELEMENTWISE = frozenset({"mul", "div"})
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
+
+_Found = frozenset[int]
+_NONE: _Found = frozenset()
+
+
+class Operators:
+    """Finds the lookups whose rows act on activations. It sees each step of a program once.
+
+    Attributes:
+      acting: numbers of these lookups' sites.
+    """
+
+    def __init__(self, program: Program, parameters: int, batch: Set[int]):
+        """Prepares to look at a program's steps.
+
+        Args:
+          program: the program.
+          parameters: how many of its inputs are parameters.
+          batch: the variables that depend on the batch.
+        """
+        self.acting: set[int] = set()
+        self._program = program
+        self._parameters = parameters
+        self._batch = batch
+        self._trained: Set[int] | None = None
+        self._moved: dict[Number, _Found] = {}  # sites whose rows' entries a variable has
+        self._made: dict[Number, _Found] = {}  # those that it depends on, within the trip
+        self._repeated: dict[Number, tuple[int, ...]] = {}  # axes along which it is the same
+
+    def looked_up(self, site: int, rows: Number) -> None:
+        """Takes note of a lookup."""
+        self._moved[rows] = self._moved.get(rows, _NONE) | {site}
+        self._made[rows] = self._made.get(rows, _NONE) | {site}
+
+    def step(self, step: Step, tags: Mapping[Number, Any]) -> None:
+        """Looks at a step, with the tags of the variables that it reads."""
+        equation, name = step.equation, step.equation.primitive.name
+        if step.kind is Kind.EQUATION and name == "broadcast_in_dim":
+            (shape,) = (aval.shape for aval in equation.inputs)
+            kept = zip(equation.params["broadcast_dimensions"], shape, strict=True)
+            own = {int(axis) for axis, size in kept if size > 1}
+            axes = range(len(equation.outputs[0].shape))
+            self._repeated[step.writes[0]] = tuple(i for i in axes if i not in own)
+        if not self._made:
+            return
+        moved = _NONE
+        if step.kind is Kind.JOIN or (step.kind is Kind.EQUATION and name in _MOVES):
+            moved = _union(self._moved, self._values(step))
+        elif name in _PRODUCTS or name in _ELEMENTWISE:
+            for at, variable in enumerate(step.reads[: 1 if name == "div" else 2]):
+                found = self._moved.get(variable, _NONE)
+                partner = step.reads[1 - at]
+                acting = self._acted_on(step, partner, tags) and found - self._made.get(
+                    partner, _NONE
+                )
+                self.acting |= acting or _NONE
+                if name in _ELEMENTWISE:
+                    moved |= found
+        for i, written in enumerate(step.writes):
+            sources = step.reads[:1] if step.kind is Kind.CARRY else step.sources(i)
+            self._made[written] = self._made.get(written, _NONE) | _union(self._made, sources)
+            if step.kind not in (Kind.EQUATION, Kind.JOIN):
+                moved = _union(self._moved, sources)
+            self._moved[written] = self._moved.get(written, _NONE) | moved
+
+    def _values(self, step: Step) -> tuple[Number, ...]:
+        """What a step's results may be made of, without what only says which."""
+        if step.kind is Kind.JOIN or step.equation.primitive is primitives.select_n_p:
+            return step.reads[1:]
+        name = step.equation.primitive.name
+        return step.reads[:1] if name in ("gather", "dynamic_slice") else step.reads
+
+    def _acted_on(self, step: Step, partner: Number, tags: Mapping[Number, Any]) -> bool:
+        """Whether looked-up rows that multiply the partner act on it."""
+        if isinstance(tags.get(partner), View | Spread):
+            return False
+        if self._trained is None:
+            inputs = self._program.inputs[: self._parameters]
+            self._trained = self._program.dependent(inputs)
+        paired, name = True, step.equation.primitive.name
+        if name == "dot_general":
+            _, batching = step.equation.params["dimension_numbers"]
+            paired = bool(batching[0])
+        elif name in _ELEMENTWISE:
+            last = len(step.equation.outputs[0].shape) - 1
+            scalar = not step.equation.inputs[step.reads.index(partner)].shape
+            paired = not (scalar or last in self._repeated.get(partner, ()))
+            if not paired:
+                return False
+        return partner in self._trained or (paired and partner in self._batch)
+
+
+def _union(found: Mapping[Number, _Found], variables: tuple[Number, ...]) -> _Found:
+    return _NONE.union(*(found.get(n, _NONE) for n in variables))
+
+
+def without(sites: list[Site], acting: Set[int]) -> tuple[list[Site], list[Site]]:
+    """The sites, without the lookups of tables whose rows act on something; and these."""
+    tables = {sites[i].view for i in acting}
+    dropped = [s for s in sites if isinstance(s.form, Lookup) and s.view in tables]
+    return [s for s in sites if s not in dropped], dropped
