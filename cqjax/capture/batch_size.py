@@ -1,13 +1,14 @@
 """N, the number of terms that a loss averages over, and how it is known."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from cqjax.capture.options import Options
 from cqjax.linalg import devices
-from cqjax.program import arguments, jaxprs, terms
+from cqjax.program import arguments, jaxprs
 from cqjax.program.terms import Count
 from cqjax.program.values import Values
 
@@ -58,11 +59,27 @@ def batch_size(
     computed = {number for count in found for number in count.computed}
     if computed and abstract:
         return BatchSize(None, source)
-    n = terms.largest(found, values.of(computed) if computed else {})
+    n = _largest(found, values.of(computed) if computed else {})
     # Where the devices' divisors differ, and the loss is the devices' mean, so is N.
     if over := devices.varying(n) - jaxprs.varying(loss):
         n = jax.lax.pmean(n, tuple(over))
     return BatchSize(n, source, "" if computed else _doubt(n, found, shared, args))
+
+
+def _largest(found: Sequence[Count], values: Mapping[int, Any]) -> Any:
+    """The largest divisor, by the values of the variables that they name."""
+    numbers = []
+    for count in found:
+        number: Any = count.number
+        for variable in count.computed:
+            number *= jnp.mean(jnp.asarray(values[variable]), dtype=jnp.float32)
+        # An int that crosses `jax.jit` must fit into 32 bits.
+        numbers.append(number if count.computed or number < 2**31 else float(number))
+    largest = numbers[0]
+    for number in numbers[1:]:
+        static = isinstance(number, int) and isinstance(largest, int)
+        largest = max(number, largest) if static else jnp.maximum(number, largest)
+    return largest
 
 
 def _doubt(n: Any, found: Sequence[Count], shared: int | None, args: PyTree) -> str:

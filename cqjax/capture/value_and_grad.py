@@ -280,8 +280,9 @@ def _report(plan: Plan, on_uncovered: str) -> None:
     )
     if not plan.blocks:  # then nothing that cqjax does has an effect
         message = (
-            "no parameter is covered, and each keeps its gradient: csgd is plain SGD then, "
-            f'and cadam plain Adam.\n{reasons}\nName them in skip= if that is meant (all: skip="*").'
+            "no parameter is covered, and each keeps its gradient: csgd is plain SGD then, and "
+            f"cadam plain Adam.\n{reasons}\n"
+            'Name them in skip= if that is meant (all: skip="*").'
         )
     if on_uncovered == "error":
         raise ValueError(message)

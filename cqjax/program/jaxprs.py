@@ -72,14 +72,17 @@ def pointwise(eqn: core.JaxprEqn) -> bool:
     inner = bodies(eqn)
     if not inner:
         return eqn.primitive.name in _POINTWISE
-    shapes = {out.aval.shape for out in eqn.outvars}
-    return len(shapes) == 1 and all(
+    results: Sequence[Any] = eqn.outvars
+    return len({out.aval.shape for out in results}) == 1 and all(
         pointwise(each)
-        or each.primitive.name == "broadcast_in_dim"
-        and not each.invars[0].aval.shape
+        or (each.primitive.name == "broadcast_in_dim" and _size(each.invars[0]) == 1)
         for body in inner
         for each in opened(body)[0].eqns
     )
+
+
+def _size(atom: Any) -> int:
+    return atom.aval.size
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -21,7 +21,7 @@ def of_rows(form: Form, entries: Any) -> Any:
       form: the product's form.
       entries: which entries of the output do, of length 1 along axes where all are alike.
     """
-    part = jnp if isinstance(entries, jax.Array) else np
+    part: Any = jnp if isinstance(entries, jax.Array) else np
     rows = form.output.groups[1]
     kept = rows[:1] if isinstance(form, Convolution) else (*form.output.groups[0], *rows)
     sizes: list[int] = []

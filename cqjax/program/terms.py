@@ -8,11 +8,10 @@ of the loss, as ½ is. A computed divisor (the sum of a mask) counts where a sum
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.extend.core import primitives
 
 from cqjax.program.steps import Kind, Number, Program, Step
@@ -331,24 +330,3 @@ def examples(found: Sequence[Count]) -> int | None:
     """How many examples there are, as far as a mean tells: the size of its first axis."""
     firsts = {count.summed[0] for count in found if count.summed}
     return firsts.pop() if len(firsts) == 1 else None
-
-
-def largest(found: Sequence[Count], values: Mapping[int, Any]) -> Any:
-    """N: the largest divisor.
-
-    Args:
-      found: the divisors.
-      values: of the variables that they name.
-    """
-    numbers = []
-    for count in found:
-        number: Any = count.number
-        for variable in count.computed:
-            number *= jax.numpy.mean(values[variable].astype(np.float32))
-        # An int that crosses `jax.jit` must fit into 32 bits.
-        numbers.append(number if count.computed or number < 2**31 else float(number))
-    largest = numbers[0]
-    for number in numbers[1:]:
-        static = isinstance(number, int) and isinstance(largest, int)
-        largest = max(number, largest) if static else jax.numpy.maximum(number, largest)
-    return largest
