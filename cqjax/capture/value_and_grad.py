@@ -13,6 +13,7 @@ from cqjax.capture import tracing
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_option
 from cqjax.capture.options import Options, Signal
+from cqjax.capture.origins import Origin, record
 from cqjax.capture.parameters import Selector
 from cqjax.capture.plan import Plan
 from cqjax.capture.statistics import Statistic
@@ -84,6 +85,7 @@ class ValueAndGrad:
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=self._has_aux)
         value, (grads, statistics) = differentiate(params, {at: t.zero() for at, t in taps.items()})
         gradients = dict(zip(traced.paths, jax.tree.leaves(grads), strict=True))
+        record(gradients.values(), Origin.GRADIENT)
         captures = tuple(
             Capture(
                 tuple(
@@ -252,8 +254,8 @@ def _report(plan: Plan, on_uncovered: str) -> None:
     )
     if not plan.blocks:  # then nothing that cqjax does has an effect
         message = (
-            "no parameter is covered, and each keeps its gradient: csgd is plain SGD then, and cadam "
-            f'plain Adam.\n{reasons}\nName them in skip= if that is meant (all: skip="*").'
+            "no parameter is covered, and each keeps its gradient: csgd is plain SGD then, and "
+            f'cadam plain Adam.\n{reasons}\nName them in skip= if that is meant (all: skip="*").'
         )
     if on_uncovered == "error":
         raise ValueError(message)
