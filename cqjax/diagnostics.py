@@ -45,6 +45,8 @@ class LayerReport:
       reachable_residual: (B,), the same for the parts of the outputs that some ΔW could move, which
         are their projections on the columns of X. XᵀX and the gradient suffice for it.
       fallbacks: () int32, the number of failed solves; None without a state.
+      foreign: () int32, how often the layer's update came to the solve with another direction than
+        the gradient that was captured; None without a state.
       clipped: () int32, how often `clip_by_output_change` shortened the update; None without a
         state of it.
       block: the block: the uses of the weight in the loss, which share one solve.
@@ -58,6 +60,7 @@ class LayerReport:
     residual: jax.Array | None
     reachable_residual: jax.Array | None
     fallbacks: jax.Array | None
+    foreign: jax.Array | None
     clipped: jax.Array | None
     block: Block = dataclasses.field(metadata={"static": True})
 
@@ -122,8 +125,8 @@ def report(
       learning_rate: μ, which says how far the updates were meant to move the outputs.
       damping: λ of the solves.
       relative_damping: as in `cqjax.scale_by_consequentialism`.
-      opt_state: the optimizer's state for the same parameters, which counts failed solves and
-        shortened updates.
+      opt_state: the optimizer's state for the same parameters, which counts failed solves, foreign
+        and shortened updates.
 
     Returns:
       A `Report`. Residuals are NaN for a weight that is solved for in diagonal blocks. They are NaN
@@ -166,8 +169,10 @@ def report(
         blocks = captures.blocks if isinstance(captures, Captures) else ()
         updates = {path: g for capture in blocks for path, g in capture.gradients.items()}
     layers = Layers(updates, captures, _NAME)
-    failed = {} if opt_state is None else _counts(layers, opt_state, "fallbacks")
-    clipped = {} if opt_state is None else _counts(layers, opt_state, "clipped")
+    failed, foreign, clipped = (
+        {} if opt_state is None else _counts(layers, opt_state, name)
+        for name in ("fallbacks", "foreign", "clipped")
+    )
     if opt_state is not None and not failed:
         raise ValueError(
             f"{_NAME}: the opt_state counts no failed solves; expected that of an optimizer with "
@@ -187,6 +192,7 @@ def report(
             residual=residual,
             reachable_residual=reachable,
             fallbacks=failed.get(layer.block.view.paths[0]),
+            foreign=foreign.get(layer.block.view.paths[0]),
             clipped=clipped.get(layer.block.view.paths[0]),
             block=layer.block,
         )
@@ -316,6 +322,7 @@ _NUMBERS = {
     "effective_rank": "eff. rank",
     "effective_dimension": "eff. dim.",
     "fallbacks": "fallbacks",
+    "foreign": "foreign",
     "clipped": "clipped",
     "residual": "residual",
     "reachable_residual": "reachable",

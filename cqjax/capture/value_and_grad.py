@@ -13,6 +13,7 @@ from cqjax.capture.argnums import Argnums, Which
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_option
 from cqjax.capture.options import Options, Signal
+from cqjax.capture.origins import Origin, record
 from cqjax.capture.parameters import Selector
 from cqjax.capture.plan import Plan
 from cqjax.capture.statistics import Statistic
@@ -98,6 +99,7 @@ class ValueAndGrad:
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=self._has_aux)
         value, (grads, statistics) = differentiate(params, {at: t.zero() for at, t in taps.items()})
         gradients = dict(zip(traced.paths, jax.tree.leaves(grads), strict=True))
+        record(gradients.values(), Origin.GRADIENT)
         captures = tuple(
             Capture(
                 tuple(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture
+from cqjax.capture.origins import Origin, origin_of
 from cqjax.capture.statistics import Rows
 from cqjax.linalg.gram import accumulator
 from cqjax.solves.matrices import Matrices, product
@@ -99,6 +100,35 @@ class Layer:
     def is_gradient(self) -> bool:
         """Whether the updates are the gradient, as far as tracing can tell: the same arrays."""
         return all(leaf is self.capture.gradients[path] for path, leaf in self._updates.items())
+
+    @property
+    def origins(self) -> set[Origin | None]:
+        """Where those updates come from that are not the captured gradient, as far as is known.
+
+        That of another call is told from a copy of this one's by the captures: theirs is no copy.
+        """
+        pairs = ((leaf, self.capture.gradients[path]) for path, leaf in self._updates.items())
+        return {
+            origin_of(leaf)
+            for leaf, gradient in pairs
+            if leaf is not gradient
+            and (origin_of(leaf), origin_of(gradient)) != (Origin.GRADIENT, None)
+        }
+
+    def cosine(self) -> jax.Array:
+        """|cos| of the angle between updates and gradient of the weight, (); NaN if one is zero."""
+        # Of the weight alone: a bias before a normalisation has a gradient of rounding errors.
+        pairs = [
+            [array.astype(accumulator(array.dtype)) for array in (self._updates[p], g)]
+            for p, g in self.capture.gradients.items()
+            if p in self.block.view.paths
+        ]
+
+        def length(i: int) -> jax.Array:
+            return jnp.sqrt(sum(jnp.sum(jnp.square(pair[i])) for pair in pairs))
+
+        common = sum(jnp.sum(update * gradient) for update, gradient in pairs)
+        return jnp.abs(common) / length(0) / length(1)
 
     def differs(self) -> jax.Array:
         """Whether any entry of the updates differs from the gradient: () bool."""

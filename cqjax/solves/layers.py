@@ -170,19 +170,27 @@ class Layers(Mapping[str, Layer]):
         """How many events, () or (B,) bool, the layers had: (P,) int32.
 
         P is the number of leaves of the updates' tree; a layer's are counted at its first path.
-        One more is counted for each parameter without a layer whose update is not finite.
         """
-        total = jnp.zeros(len(self.paths), jnp.int32)
-        first = [(self[label].block.view.paths[0], event) for label, event in events.items()]
+        return self._counted(
+            [(self[label].block.view.paths[0], event) for label, event in events.items()]
+        )
+
+    def lost(self) -> jax.Array:
+        """1 for each parameter without a layer whose update is not finite: (P,) int32."""
         solved = {path for layer in self.values() for path in layer.block.paths}
-        others = [
-            (path, ~jnp.isfinite(leaf).all())
-            for path, leaf in self._leaves.items()
-            if path not in solved | self._masked
-        ]
-        if not first and not others:
+        return self._counted(
+            [
+                (path, ~jnp.isfinite(leaf).all())
+                for path, leaf in self._leaves.items()
+                if path not in solved | self._masked
+            ]
+        )
+
+    def _counted(self, events: Sequence[tuple[str, jax.Array]]) -> jax.Array:
+        total = jnp.zeros(len(self.paths), jnp.int32)
+        if not events:
             return total
-        paths, each = zip(*first, *others, strict=True)
+        paths, each = zip(*events, strict=True)
         each = [
             devices.total(jnp.ravel(event).astype(jnp.int32), devices.varying(event))
             for event in each

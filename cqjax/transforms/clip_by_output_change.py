@@ -127,7 +127,7 @@ def clip_by_output_change(
             factor = _factor(layer, weights[label].change, max_change, rate, signs)
             results[label] = Matrices(*(_times(factor, part) for part in layer.change))
             events[label] = ~(factor == 1)
-        clipped = state.clipped + layers.counts(events)
+        clipped = state.clipped + layers.counts(events) + layers.lost()
         count = jnp.asarray(optax.safe_increment(state.count))
         return layers.replaced(results), ClipByOutputChangeState(count, clipped)
 

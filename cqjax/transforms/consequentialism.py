@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding
 
 from cqjax.capture.captures import Captures
 from cqjax.capture.checks import check_number, check_positive
+from cqjax.capture.origins import Origin, record
 from cqjax.capture.plan import Plan, check_plan
 from cqjax.linalg import devices, ridge
-from cqjax.solves import kept, solve
+from cqjax.solves import foreign, kept, solve
 from cqjax.solves.kept import Kept, Moment
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers, is_masked
@@ -35,6 +36,8 @@ class ScaleByConsequentialismState(NamedTuple):
         parameters' tree, in its order (those that `optax.masked` leaves out are among them): a
         layer's failures are counted at its weight, at the first parameter of a joined one. The
         total is their sum.
+      foreign: (P,) int32, likewise: how often a layer's update came in with another direction than
+        the gradient that was captured (|cos| < .9). Above 0, it was of another batch, or changed.
       moments: with `ema_decay`, the moving average of each weight's XᵀX / N.
       inverses: with `update_every`, N (XᵀX + λI)⁻¹, (B, d, d), of the weights that are not solved
         for anew in each step; whether there has been one, (B,), and whether the last attempt
@@ -43,6 +46,7 @@ class ScaleByConsequentialismState(NamedTuple):
 
     count: chex.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     fallbacks: jax.Array
+    foreign: jax.Array
     moments: dict[str, Moment]
     inverses: dict[str, Kept]
 
@@ -174,8 +178,10 @@ def scale_by_consequentialism(
         if plan is not None and update_every is not None:
             inverses = kept.empty_inverses(plan, params, update_every, ema_decay is not None)
         leaves = jax.tree.leaves(params, is_leaf=is_masked)
-        count, fallbacks = jnp.zeros((), jnp.int32), jnp.zeros(len(leaves), jnp.int32)
-        return ScaleByConsequentialismState(count, fallbacks, moments, inverses)
+        none = jnp.zeros(len(leaves), jnp.int32)
+        return ScaleByConsequentialismState(
+            jnp.zeros((), jnp.int32), none, jnp.copy(none), moments, inverses
+        )
 
     def update(
         updates: optax.Updates,
@@ -188,6 +194,7 @@ def scale_by_consequentialism(
         del extra_args
         layers = Layers(updates, captures, "scale_by_consequentialism", params)
         layers.check_counts(state.fallbacks)
+        elsewhere = layers.counts(foreign.found(layers.values(), "scale_by_consequentialism"))
         kept.check(state.moments, state.inverses, layers, ema_decay is not None)
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
         moments, inverses, left_out, repaired = state.moments, state.inverses, {}, {}
@@ -202,9 +209,11 @@ def scale_by_consequentialism(
         updates, failures = _precondition(
             layers, now, moments, inverses, (left_out, repaired), spread_over
         )
+        record(jax.tree.leaves(updates), Origin.SOLUTION)
         count = jnp.asarray(optax.safe_increment(state.count))
-        fallbacks = state.fallbacks + failures
-        return updates, ScaleByConsequentialismState(count, fallbacks, moments, inverses)
+        return updates, ScaleByConsequentialismState(
+            count, state.fallbacks + failures, state.foreign + elsewhere, moments, inverses
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -289,7 +298,7 @@ def _precondition(
             events = [failed[label] for failed in (*before, repaired) if label in failed]
             lost = ~good | layers[label].overflows(results[label])
             failures[label] = functools.reduce(jnp.logical_or, events, lost)
-        return layers.replaced(results), layers.counts(failures)
+        return layers.replaced(results), layers.counts(failures) + layers.lost()
 
     # The dual starts from the rows, and so from the gradient. Within one trace it is known without
     # computing anything that the updates still are the gradient. Across a `jit` they are compared.

@@ -16,7 +16,7 @@ from cqjax.capture.plan import Plan, check_plan
 from cqjax.capture.statistics import Rows, quadratic_form
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
-from cqjax.solves import kept
+from cqjax.solves import foreign, kept
 from cqjax.solves.layers import Layers, labelled
 
 
@@ -132,6 +132,7 @@ def multi_steps(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         layers = Layers(updates, captures, "multi_steps")
+        foreign.found(layers.values(), "multi_steps")
         batch_size = state.batch_size + layers.batch_size
         share = layers.batch_size / batch_size
         moments = _added(state.moments, layers, share)

@@ -11,6 +11,7 @@ import optax
 
 from cqjax.capture.checks import check_number
 from cqjax.linalg.gram import accumulator
+from cqjax.solves import foreign
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import for_each_layer
 from cqjax.solves.matrices import Matrices, along, decomposed, product
@@ -69,6 +70,7 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
 
 def _normalised(eps: float, layer: Layer) -> Matrices:
     """The layer's update."""
+    foreign.found([layer], "scale_by_nlms")
     n = layer.terms
     if layer.block.statistic.diagonal:  # a lookup's one-hot rows have norm 1
         return Matrices(n * layer.update.weight / (1 + eps), None)

@@ -48,6 +48,11 @@ def searched(search):
     update(tx, value=value, grad=grads, value_fn=lambda params: loss_fn(params, ARGS[1]))
 
 
+def update_with_captures_of_another_call():
+    (_, grads, _), (*_, captures) = (cqjax.value_and_grad(loss_fn)(*ARGS) for _ in range(2))
+    OURS.update(grads, OURS.init(ARGS[0]), captures=captures)
+
+
 def back_matched():
     tx = cqjax.scale_by_back_matching(plan(), factors="measured")
     update(optax.masked(tx, {"w": False}), value_fn=lambda params: loss_fn(params, ARGS[1]))
@@ -60,6 +65,9 @@ REFUSED = {
     "sam": (TypeError, lambda: update(optax.contrib.sam(OURS, optax.sgd(0.1)))),
     "backtracking": (TypeError, lambda: searched(optax.scale_by_backtracking_linesearch(5))),
     "zoom": (TypeError, lambda: searched(optax.scale_by_zoom_linesearch(5))),
+    "MultiSteps": (ValueError, lambda: update(optax.MultiSteps(cqjax.csgd(0.1), 4))),
+    "twice": (ValueError, lambda: update(optax.chain(OURS, cqjax.csgd(0.1)))),
+    "another call": (ValueError, update_with_captures_of_another_call),
     "flatten": (ValueError, lambda: update(optax.flatten(OURS))),
     "half a weight masked": (
         ValueError,

@@ -13,7 +13,6 @@ from two_layers import (
     direction,
     gradient,
     loss_fn,
-    precondition,
     problem,
     train,
 )
@@ -229,15 +228,3 @@ def test_schedule_free():
         y = jax.tree.map(lambda x, z: 0.8 * x + 0.2 * z, x, z)
         assert_close(got, y)
     assert_close(optax.contrib.schedule_free_eval_params(state, visited[-1]), x)
-
-
-def test_multi_steps_of_optax_takes_the_last_rows():
-    """The mean gradient, with the last microbatch's N and XᵀX alone."""
-    params, batches = problem((6, 6, 6))
-    tx = optax.MultiSteps(ours(), 3)
-    got, _ = train(tx, params, batches)
-    assert_close(got[1], params)
-    grads, rows = zip(*(gradient(params, *batch) for batch in batches), strict=True)
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *grads)
-    last = {layer: rows[-1][layer].T @ rows[-1][layer] for layer in ("a", "c")}
-    assert_close(got[2], descend(params, precondition(mean, last, 6)), rtol=1e-6)
