@@ -143,8 +143,10 @@ def _union(found: Mapping[Number, _Found], variables: tuple[Number, ...]) -> _Fo
     return _NONE.union(*(found.get(n, _NONE) for n in variables))
 
 
-def without(sites: list[Site], acting: Set[int]) -> tuple[list[Site], list[Site]]:
-    """The sites, without the lookups of tables whose rows act on something; and these."""
+def parted(sites: list[Site], acting: Set[int]) -> tuple[list[Site], list[Site]]:
+    """The sites, without the lookups of tables whose rows act on something; and these lookups."""
     tables = {sites[i].view for i in acting}
-    dropped = [s for s in sites if isinstance(s.form, Lookup) and s.view in tables]
-    return [s for s in sites if s not in dropped], dropped
+    parts: tuple[list[Site], list[Site]] = [], []
+    for site in sites:
+        parts[isinstance(site.form, Lookup) and site.view in tables].append(site)
+    return parts

@@ -60,8 +60,10 @@ class Layer:
 
         A batch's own has no more of them than there are rows; an average of many may have all.
         """
-        features = jnp.maximum(self.block.live + self.joint_bias, 1)
-        return features if averaged else jnp.minimum(features, self.block.rows)
+        rank = jnp.asarray(self.block.live + self.joint_bias)
+        if not averaged:
+            rank = jnp.minimum(rank, self.capture.row_counts())
+        return jnp.maximum(rank, 1)
 
     @property
     def update(self) -> Matrices:
