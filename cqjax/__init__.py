@@ -27,9 +27,10 @@ from cqjax.back_matching.units import back_matching_units as back_matching_units
 from cqjax.capture.block import Block as Block
 from cqjax.capture.captures import Capture as Capture
 from cqjax.capture.captures import Captures as Captures
+from cqjax.capture.own_statistics import Counts as Counts
+from cqjax.capture.own_statistics import Groups as Groups
 from cqjax.capture.parameters import Parameter as Parameter
 from cqjax.capture.plan import Plan as Plan
-from cqjax.capture.statistics import Counts as Counts
 from cqjax.capture.statistics import Gram as Gram
 from cqjax.capture.statistics import Inputs as Inputs
 from cqjax.capture.statistics import Rows as Rows

@@ -16,6 +16,7 @@ from cqjax.program import row_weights
 from cqjax.program.forms import Lookup
 from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
+from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Bias, Site
 from cqjax.program.steps import Position
 from cqjax.program.taps import Tap
@@ -123,10 +124,15 @@ class Block:
         return self.sites[0].form.weight.shape[2]
 
     @property
+    def grouped(self) -> bool:
+        """Whether the B weights divide the rows among themselves: those of a ragged product."""
+        return isinstance(self.sites[0].form, Ragged)
+
+    @property
     def live(self) -> int | np.ndarray:
         """How many of the features have weights that may differ from zero: all, or (B,)."""
         form = self.sites[0].form
-        if isinstance(form, Lookup) or form.live == Constant(True):
+        if isinstance(form, Lookup | Ragged) or form.live == Constant(True):
             return self.features
         each = np.broadcast_to(form.live.value, form.weight.shape[:2]).sum(1)
         return np.tile(each, self.batch // len(each))
@@ -143,7 +149,7 @@ class Block:
         Else XᵀX + λI from other rows is nearly singular along some of a batch's own: its inverse
         would make updates too large there, up to a factor of its eigenvalues over λ.
         """
-        return self.rows >= SPANNING * self.features
+        return not self.grouped and self.rows >= SPANNING * self.features
 
     @property
     def moment_shape(self) -> tuple[int, ...]:
@@ -204,7 +210,8 @@ class Block:
     def relative_flops(self) -> float:
         """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
         rows = sum(site.local_rows for site in self.sites)
-        own = 6 * self.batch * rows * self.features * self.outputs
+        batch = 1 if self.grouped else self.batch
+        own = 6 * batch * rows * self.features * self.outputs
         return self.flops(self.solver) / own
 
     def weight_matrix(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
@@ -246,7 +253,7 @@ class Block:
         # Beside rows of the examples' own, one that they share stands for as many.
         mixed = site.shared and not self.shared and examples is not None
 
-        def take(x: jax.Array, dz: jax.Array) -> Statistic:
+        def take(x: jax.Array, dz: jax.Array, sizes: jax.Array | None = None) -> Statistic:
             if not self.statistic.diagonal:  # else x are indices
                 x = x.astype(site.dtype)
             factors = weights
@@ -262,12 +269,16 @@ class Block:
             if factors is not None:
                 x = row_weights.weighted(site.form, x, factors)
                 h = None if h is None else h * factors.astype(x.dtype)
-            trip = Trip(x, site.gradient(dz), h, self.precision, factors)
+            trip = Trip(x, site.gradient(dz), h, self.precision, sizes, factors)
             return self.statistic.take(site, trip)
 
         own = dict(site.view.loops)
         stacked = (self.statistic.every_trip or i in own for i in range(len(site.loops)))
-        return Tap(take, site.operand, site.x, site.z, tuple(stacked), site.loops, site.varying)
+        more = ()
+        if isinstance(site.form, Ragged) and site.sizes is not None:
+            more = ((site.form.sizes, site.sizes),)
+        stacked = tuple(stacked)
+        return Tap(take, site.operand, site.x, site.z, stacked, site.loops, site.varying, more)
 
 
 def _pack(view: View, layout: Layout, arrays: Mapping[str, jax.Array]) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cqjax.capture.block import Block
+from cqjax.capture.own_statistics import Groups
 from cqjax.capture.parameters import Parameter
 from cqjax.capture.statistics import Rows, Statistic
 from cqjax.program.flow import Flow
@@ -23,8 +24,8 @@ class Capture:
     """What was captured for the sites that share one weight.
 
     Attributes:
-      sites: a statistic for each site: `Rows`, `Inputs`, `Gram`, `Counts`, or what `capture=` asked
-        for.
+      sites: a statistic for each site: `Rows`, `Inputs`, `Gram`, `Counts`, `Groups`, or what
+        `capture=` asked for.
       gradients: the gradients of the parameters involved, as `value_and_grad` returned them: by
         them a transformation can tell whether its updates are still the gradient. (Of a
         `value_and_grad` that is jitted apart from the update they are outputs once more.)
@@ -55,10 +56,18 @@ class Capture:
                 f"the rows of {self.block.name} were not captured, only their second moment; "
                 'pass capture=cqjax.Rows (or solver="dual") to cqjax.value_and_grad'
                 + (" (a lookup's rows never are)" if self.block.statistic.diagonal else "")
+                + (" (a ragged product's rows never are)" if self.block.grouped else "")
             )
         if len(sites) == 1:
             return sites[0]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *sites)
+
+    def row_counts(self) -> int | jax.Array:
+        """How many rows of each of the B weights are examples: n, or (B,) where they differ."""
+        sizes = [site.sizes for site in self.sites if isinstance(site, Groups)]
+        if sizes:
+            return functools.reduce(jnp.add, sizes)
+        return self.block.rows if self.number is None else self.number
 
     def second_moment(self) -> jax.Array:
         """Sum over the sites of XᵀX, (B, d, d), or with the bias [X, h]ᵀ[X, h], (B, d+1, d+1).

@@ -12,6 +12,7 @@ from cqjax.capture.parameters import Shapes
 from cqjax.capture.policy import decided
 from cqjax.capture.statistics import Gram
 from cqjax.program.forms import Lookup
+from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Site
 from cqjax.program.views import View
 from cqjax.program.walk import Record
@@ -67,15 +68,15 @@ def _drop(site: Site, reason: str, reasons: Reasons) -> None:
 
 
 def _groups(sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites by their weight: the same view, contracted in the same way, by product or lookup.
+    """Sites by their weight: the same view, contracted in the same way and by the same kind.
 
     Where a product has c times the weight of the first one, its X counts c times instead.
     """
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        looks_up = isinstance(site.form, Lookup)
-        view, factor = (site.view, 1.0) if looks_up else site.view.split
-        group = groups.setdefault((view, site.form.weight, looks_up), [])
+        kind = type(site.form) if isinstance(site.form, Lookup | Ragged) else None
+        view, factor = (site.view, 1.0) if kind is Lookup else site.view.split
+        group = groups.setdefault((view, site.form.weight, kind), [])
         if group and group[0].view != site.view:
             first = group[0].view
             site = dataclasses.replace(site, view=first, factor=factor / first.split[1])

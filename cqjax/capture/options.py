@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from cqjax.capture.checks import check_option, check_positive
+from cqjax.capture.own_statistics import Groups
 from cqjax.capture.parameters import Selector
 from cqjax.capture.statistics import Gram, Inputs, Rows, Statistic
 
@@ -78,7 +79,7 @@ def _check_capture(options: Options) -> None:
         return
     statistic = isinstance(capture, type) and issubclass(capture, Statistic)
     # A diagonal second moment is a lookup's.
-    if not statistic or capture in (Statistic, Inputs) or capture.diagonal:
+    if not statistic or capture in (Statistic, Inputs, Groups) or capture.diagonal:
         raise TypeError(
             f"capture={capture!r}: expected cqjax.Rows, cqjax.Gram, or a class of your own derived "
             "from cqjax.Statistic, with diagonal=False"

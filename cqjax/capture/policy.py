@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 from cqjax.capture.block import Block, Solver
 from cqjax.capture.options import Options
-from cqjax.capture.statistics import Counts, Gram, Rows
+from cqjax.capture.own_statistics import Counts, Groups
+from cqjax.capture.statistics import Gram, Rows
 from cqjax.program.forms import Lookup
+from cqjax.program.ragged import Ragged
 
 
 def decided(block: Block, options: Options) -> Block | str:
@@ -14,6 +16,10 @@ def decided(block: Block, options: Options) -> Block | str:
     block = dataclasses.replace(block, max_dim=options.max_dim, precision=options.precision)
     if isinstance(block.sites[0].form, Lookup):
         return dataclasses.replace(block, solver="diagonal", statistic=Counts)
+    if isinstance(block.sites[0].form, Ragged):
+        if not block.small("primal"):
+            return _too_large(block.size("primal"))
+        return dataclasses.replace(block, statistic=Groups)
     solvers = _solvers(options)
     small: list[Solver] = [solver for solver in solvers if block.small(solver)]
     if small:
@@ -22,7 +28,10 @@ def decided(block: Block, options: Options) -> Block | str:
         return dataclasses.replace(block, solver=solver, statistic=options.capture or needed)
     if options.block_size is not None and (parts := _parts(block, options.block_size)):
         return _in_parts(block, parts)
-    size = min(block.size(solver) for solver in solvers)
+    return _too_large(min(block.size(solver) for solver in solvers))
+
+
+def _too_large(size: int) -> str:
     return f"needs the inverse of a matrix of {size} rows, more than max_dim"
 
 
@@ -41,7 +50,7 @@ def _parts(block: Block, size: int) -> int | None:
     window's offsets of some of the channels. A prime number of channels leaves parts of one.
     """
     form = block.sites[0].form
-    assert not isinstance(form, Lookup)
+    assert not isinstance(form, Lookup | Ragged)
     numbers = (n for n in range(1, form.channels + 1) if form.channels % n == 0)
     return next((n for n in numbers if block.features // n <= size), None)
 
@@ -50,7 +59,7 @@ def _in_parts(block: Block, parts: int) -> Block:
     """The block with diagonal blocks of XᵀX in its place: see `Block.parts`."""
     sites = []
     for site in block.sites:
-        assert not isinstance(site.form, Lookup)
+        assert not isinstance(site.form, Lookup | Ragged)
         sites.append(dataclasses.replace(site, form=site.form.in_parts(parts)))
     return dataclasses.replace(
         block, sites=tuple(sites), solver="primal", statistic=Gram, parts=parts

@@ -13,6 +13,7 @@ from jax import lax
 from cqjax.linalg import devices, gram
 from cqjax.program import row_weights
 from cqjax.program.forms import Lookup, Product
+from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Site
 
 _pytree = jax.tree_util.register_dataclass
@@ -44,6 +45,7 @@ class Trip(NamedTuple):
         other sites have one; None where none has, or where it is solved for alone. Where rows have
         weights, one for each row (or, of a convolution, for each example).
       precision: of products with X.
+      sizes: how many rows each group of a ragged product has, (B,); None elsewhere.
       weights: where rows have weights, by which x is multiplied already: 0 for rows that are no
         examples. None where all are.
     """
@@ -52,6 +54,7 @@ class Trip(NamedTuple):
     dz: jax.Array
     h: jax.Array | None
     precision: lax.PrecisionLike
+    sizes: jax.Array | None = None
     weights: jax.Array | None = None
 
 
@@ -166,7 +169,7 @@ class Rows(Statistic):
     @classmethod
     def take(cls, site: Site, trip: Trip) -> "Rows":
         """The rows of one trip."""
-        assert not isinstance(site.form, Lookup)
+        assert not isinstance(site.form, Lookup | Ragged)
         rows = site.form.rows(trip.x)
         h = None if trip.h is None else row_weights.column(site.form, trip.h, rows.shape[:2])
         return cls(rows, site.form.output.pack(trip.dz), h)
@@ -230,14 +233,14 @@ class Inputs(Statistic):
 
     def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
         """XᵀX, of all devices."""
-        assert not isinstance(site.form, Lookup)
+        assert not isinstance(site.form, Lookup | Ragged)
         return devices.total(site.form.second_moment(self.x, self.h, precision), site.reduced)
 
     def squared_outputs(
         self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
     ) -> jax.Array:
         """An estimate by some of the rows, of all devices."""
-        assert not isinstance(site.form, Lookup)
+        assert not isinstance(site.form, Lookup | Ragged)
         z = site.form.times(self.x, weight, precision)
         if bias is not None and self.h is not None:
             h = row_weights.sampled(site.form, self.h, z.shape[1])
@@ -266,7 +269,7 @@ class Gram(Statistic):
         """
         if not site.loops and not site.recomputed:
             return Inputs(trip.x, trip.h)
-        assert not isinstance(site.form, Lookup)
+        assert not isinstance(site.form, Lookup | Ragged)
         return cls(site.form.second_moment(trip.x, trip.h, trip.precision))
 
     def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
@@ -305,28 +308,3 @@ class SketchedGram(Gram):
             h = row_weights.column(form, trip.h, rows.shape[:2]).astype(rows.dtype)
             rows = jnp.concatenate([rows, h[..., None]], -1)
         return cls(gram.inner(gram.sketched(rows, wanted), None, trip.precision))
-
-
-@_pytree
-@dataclasses.dataclass(frozen=True)
-class Counts(Statistic):
-    """The second moment of a lookup's one-hot rows, which is diagonal.
-
-    Attributes:
-      counts: how often each of the d entries was read, (B, d), as floating-point numbers.
-    """
-
-    diagonal: ClassVar[bool] = True
-
-    counts: jax.Array
-
-    @classmethod
-    def take(cls, site: Site, trip: Trip) -> "Counts":
-        """The counts of one trip, for which x are the indices."""
-        assert isinstance(site.form, Lookup)
-        return cls(site.form.counts(trip.x, gram.accumulator(trip.dz.dtype), trip.weights))
-
-    def second_moment(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
-        """The diagonal of XᵀX."""
-        del site, precision
-        return self.counts

@@ -147,7 +147,8 @@ def value_and_grad(
     The function returned calls `loss_fn` as it is, once, and differentiates it in one backward
     pass. A *site* is a product Z = XW in `loss_fn` of an activation X and a parameter W. At every
     site it also captures what a solve for the effect of ΔW on Z needs: the rows of X and
-    Z̄ = ∂L/∂Z, or XᵀX.
+    Z̄ = ∂L/∂Z, or XᵀX. Where W is a parameter V times constants of the program, as in
+    `x @ (V / 8)`, or `(x @ V) / 8 + b`, the problem is that of W, the damping included.
 
     Call it under `jax.jit`, together with the update. Outside of `jax.jit` each call traces the
     loss anew. Together, the update sees that it was handed the gradient's
@@ -168,10 +169,12 @@ def value_and_grad(
         normalisation, say) and which is not skipped: keep its gradient ("fallback"), and warn
         ("warn"), or refuse ("error"). Where no parameter at all is covered, "fallback" warns too.
       solver: how a weight's update is solved for: "dual" from rows, "primal" from XᵀX, "auto" by
-        what costs less, for each weight. A lookup's XᵀX is diagonal in any case.
+        what costs less, for each weight. A lookup's XᵀX is diagonal in any case, and a ragged
+        product is solved for by the XᵀX of each group.
       capture: what is captured of each product: `cqjax.Rows` or `cqjax.Gram` (XᵀX), or a class of
         your own derived from `cqjax.Statistic`. By default what the solver needs. Of a lookup, its
-        counts are captured in any case.
+        counts are captured in any case (`cqjax.Counts`), and of a ragged product the XᵀX of each
+        group (`cqjax.Groups`).
       batch_size: N, the number of terms that the loss averages over; a number, or a scalar array.
         By default it is read off the loss's program: the divisor of the sum over its terms (the
         size of what a mean is over, the sum of a mask), 1 for a sum. Constant factors are a scale

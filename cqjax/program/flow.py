@@ -17,6 +17,7 @@ from jax.extend.core import primitives
 
 from cqjax.program import jaxprs, marks
 from cqjax.program.jaxprs import Equation
+from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Site
 from cqjax.program.steps import Kind, Number, Position, Program, Step
 from cqjax.program.walk import Record
@@ -97,11 +98,11 @@ class Flow:
     def unknown(self) -> tuple[str, ...]:
         """Paths of parameters that belong to none of the layers, and are not merely added."""
         known = {path for node in self.nodes for path in node.paths}
-        return tuple(
-            path
-            for path, uses in self._record.uses.items()
-            if path not in known and any(use.primitive != "add" for use in uses)
-        )
+        uses = self._record.uses.items()
+        used = {path for path, us in uses if any(use.primitive != "add" for use in us)}
+        sites = [node.site for node in self.nodes if node.site is not None]
+        ragged = {p for site in sites if isinstance(site.form, Ragged) for p in site.view.paths}
+        return tuple(path for path, _ in uses if path in (used - known) | ragged)
 
     @functools.cached_property
     def _found(self) -> _Found:

@@ -21,6 +21,7 @@ from cqjax.program.jaxprs import Equation
 from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
 from cqjax.program.lookups import Lookup
+from cqjax.program.ragged import RAGGED, Ragged, ragged
 
 Shape = tuple[int, ...]
 
@@ -178,7 +179,7 @@ class Convolution:
         return (batch, *spatial, feature)
 
 
-Form = Product | Convolution | Lookup
+Form = Product | Convolution | Lookup | Ragged
 
 
 def _live(form: Product | Convolution, array: jax.Array, axis: int) -> jax.Array:
@@ -224,6 +225,8 @@ def matrix_form(equation: Equation, weight: int, sizes: Shape | None = None) -> 
         return "is broadcast before a product"
     if equation.primitive is primitives.conv_general_dilated_p:
         return _convolution(equation, weight)
+    if equation.primitive.name == RAGGED and sizes is None:
+        return ragged(equation, weight)
     if equation.primitive in lookups.READS and weight == 0 and sizes is None:
         return lookups.lookup(equation)
     return f"enters `{equation.primitive.name}`, which is no matrix product"
@@ -242,6 +245,8 @@ def masked(form: Form, pattern: np.ndarray) -> Form | str:
     """
     if isinstance(form, Lookup):
         return form
+    if isinstance(form, Ragged):
+        return form if pattern.all() else "is masked in a ragged product"
     if (pattern != pattern[:1]).any():
         return "is masked differently from trip to trip of a scan"
     used = form.weight.pack(pattern[0])

@@ -72,17 +72,16 @@ def pointwise(eqn: core.JaxprEqn) -> bool:
     inner = bodies(eqn)
     if not inner:
         return eqn.primitive.name in _POINTWISE
-    results: Sequence[Any] = eqn.outvars
-    return len({out.aval.shape for out in results}) == 1 and all(
+    return len({_aval(out).shape for out in eqn.outvars}) == 1 and all(
         pointwise(each)
-        or (each.primitive.name == "broadcast_in_dim" and _size(each.invars[0]) == 1)
+        or (each.primitive.name == "broadcast_in_dim" and _aval(each.invars[0]).size == 1)
         for body in inner
         for each in opened(body)[0].eqns
     )
 
 
-def _size(atom: Any) -> int:
-    return atom.aval.size
+def _aval(atom: Any) -> Any:
+    return atom.aval
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -102,10 +102,12 @@ class Known:
         It is a number, or an array of the operand's shape.
         """
         name = step.equation.primitive.name
-        if name not in ("neg", "mul", "div", "select_n"):
+        shape = step.equation.outputs[0].shape
+        if name not in ("neg", "mul", "div", "select_n") or step.equation.inputs[at].shape != shape:
             return None
         others = [self(n) for i, n in enumerate(step.reads) if i != at]
         arrays = [known.array for known in others if known is not None and not known.levels]
+        arrays = [np.broadcast_to(a, shape) if a.ndim else a for a in arrays]
         if len(arrays) < len(others):
             return None
         match name:

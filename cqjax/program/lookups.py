@@ -132,8 +132,8 @@ def row_axis(
 def read_in_turn(step: Step, view: View, known: Known) -> View | None:
     """The row of a view that a `dynamic_slice` reads, if the program's text names it.
 
-    Of each trip of a loop that is the next row, where a counter names it: as if the loop scanned
-    over the rows.
+    Of each trip of a loop that is the next row, or the one before, where a counter names it: as if
+    the loop scanned over the rows.
     """
     sizes = step.equation.params["slice_sizes"]
     axis = row_axis(view.shape, sizes, range(len(sizes)))
@@ -143,8 +143,13 @@ def read_in_turn(step: Step, view: View, known: Known) -> View | None:
     rows = np.clip(index.array, 0, view.shape[axis] - 1)
     if not index.levels:
         return views.rows(view, axis, int(rows), 1)
-    level, start = index.levels[-1], int(rows.flat[0])
+    level, number, start = index.levels[-1], len(rows), int(rows.min())
     inner = all(level > other for other, _ in view.loops)
-    if len(index.levels) > 1 or not inner or (rows != start + np.arange(len(rows))).any():
+    if len(index.levels) > 1 or not inner:
         return None
-    return views.in_turn(views.rows(view, axis, start, len(rows)), axis, level)
+    view = views.rows(view, axis, start, min(number, view.shape[axis] - start))
+    if np.array_equal(rows, np.arange(start, start + number)):
+        return views.in_turn(view, axis, level)
+    if np.array_equal(rows[::-1], np.arange(start, start + number)):
+        return views.in_turn(views.reversed_rows(view, axis), axis, level)
+    return None

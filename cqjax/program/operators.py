@@ -15,9 +15,11 @@ The rule tells the two apart by what looked-up entries, merely moved or scaled, 
   in an earlier trip of a loop does not make x their own: a recurrent network's state.
 
 A matrix that is an argument of the loss, as the weights of a layer that is not trained, cannot be
-told from an activation. It counts as one only where rows and x are paired (batch axes).
+told from an activation. It counts as one only where rows and x are paired: by batch axes, or by the
+trips of a loop.
 """
 
+import functools
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -62,7 +64,6 @@ class Operators:
         self._program = program
         self._parameters = parameters
         self._batch = batch
-        self._trained: Set[int] | None = None
         self._moved: dict[Number, _Found] = {}  # sites whose rows' entries a variable has
         self._made: dict[Number, _Found] = {}  # those that it depends on, within the trip
         self._repeated: dict[Number, tuple[int, ...]] = {}  # axes along which it is the same
@@ -114,28 +115,38 @@ class Operators:
         """Whether looked-up rows that multiply the partner act on it."""
         if isinstance(tags.get(partner), View | Spread):
             return False
-        if self._trained is None:
-            inputs = self._program.inputs[: self._parameters]
-            self._trained = self._program.dependent(inputs)
-        paired, name = True, step.equation.primitive.name
-        if name == "dot_general":
-            _, batching = step.equation.params["dimension_numbers"]
-            paired = bool(batching[0])
-        elif name in _ELEMENTWISE:
-            last = len(step.equation.outputs[0].shape) - 1
-            scalar = not step.equation.inputs[step.reads.index(partner)].shape
-            paired = not (scalar or last in self._repeated.get(partner, ()))
-            if not paired:
+        equation = step.equation
+        if equation.primitive.name in _ELEMENTWISE:
+            shape = equation.inputs[step.reads.index(partner)].shape
+            if shape[-1:] in ((), (1,)) or len(shape) - 1 in self._repeated.get(partner, ()):
                 return False
+            return partner in self._trained or partner in self._batch
+        paired = True
+        if equation.primitive is primitives.dot_general_p:
+            _, (batching, _) = equation.params["dimension_numbers"]
+            paired = bool(batching) or (bool(step.loops) and partner in self._of_trips)
         return partner in self._trained or (paired and partner in self._batch)
+
+    @functools.cached_property
+    def _of_trips(self) -> Set[int]:
+        """The variables that each trip of a loop has its own of."""
+        own = [s for s in self._program.steps if s.kind in (Kind.SLICE, Kind.CARRY)]
+        return self._program.dependent(n for step in own for n in step.writes)
+
+    @functools.cached_property
+    def _trained(self) -> Set[int]:
+        """The variables that depend on parameters."""
+        return self._program.dependent(self._program.inputs[: self._parameters])
 
 
 def _union(found: Mapping[Number, _Found], variables: tuple[Number, ...]) -> _Found:
     return _NONE.union(*(found.get(n, _NONE) for n in variables))
 
 
-def without(sites: list[Site], acting: Set[int]) -> tuple[list[Site], list[Site]]:
-    """The sites, without the lookups of tables whose rows act on something; and these."""
+def parted(sites: list[Site], acting: Set[int]) -> tuple[list[Site], list[Site]]:
+    """The sites, without the lookups of tables whose rows act on something; and these lookups."""
     tables = {sites[i].view for i in acting}
-    dropped = [s for s in sites if isinstance(s.form, Lookup) and s.view in tables]
-    return [s for s in sites if s not in dropped], dropped
+    parts: tuple[list[Site], list[Site]] = [], []
+    for site in sites:
+        parts[isinstance(site.form, Lookup) and site.view in tables].append(site)
+    return parts

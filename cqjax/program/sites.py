@@ -42,6 +42,7 @@ class Site:
       operand: which of the equation's operands is the activation.
       x: shape and dtype of the activation.
       z: shape and dtype of the result.
+      sizes: shape and dtype of the operand with the sizes of a ragged product's groups.
       bias: what is added to every row of Z; None if nothing is.
       gain: what the equation's result is multiplied by before the bias is added, a number or one
         for each output, (B, o). Z is the product with it then, and so is the weight.
@@ -61,6 +62,7 @@ class Site:
     operand: int
     x: tuple[tuple[int, ...], Any]
     z: tuple[tuple[int, ...], Any]
+    sizes: tuple[tuple[int, ...], Any] | None = None
     bias: Bias | None = None
     gain: Constant = Constant(1.0)
     factor: float = 1.0

@@ -32,7 +32,7 @@ class Tap:
     """What the backward pass captures at one equation.
 
     Attributes:
-      statistic: what one trip contributes, of the activation x and the signal dz.
+      statistic: what one trip contributes, of the activation x, the signal dz, and `more`.
       operand: which of the equation's operands is x.
       x: shape and dtype of x.
       z: shape and dtype of the result.
@@ -40,25 +40,26 @@ class Tap:
         than a sum over it.
       loops: lengths of these loops.
       varying: the mesh axes over which x or dz varies, and the statistic with them.
+      more: further operands that the statistic needs, with their shapes and dtypes.
     """
 
-    statistic: Callable[[jax.Array, jax.Array], Any]
+    statistic: Callable[..., Any]
     operand: int
     x: Shaped
     z: Shaped
     stacked: tuple[bool, ...]
     loops: tuple[int, ...]
     varying: frozenset[str] = frozenset()
+    more: tuple[tuple[int, Shaped], ...] = ()
 
-    def __call__(self, x: jax.Array, dz: jax.Array) -> Any:
+    def __call__(self, x: jax.Array, dz: jax.Array, *more: jax.Array) -> Any:
         """What one trip contributes."""
-        return devices.vary(self.statistic(x, dz), self.varying)
+        return devices.vary(self.statistic(x, dz, *more), self.varying)
 
     def zero(self) -> Any:
         """The probe."""
-        one = jax.eval_shape(
-            self.statistic, jax.ShapeDtypeStruct(*self.x), jax.ShapeDtypeStruct(*self.z)
-        )
+        shaped = (self.x, self.z, *(shaped for _, shaped in self.more))
+        one = jax.eval_shape(self.statistic, *(jax.ShapeDtypeStruct(*each) for each in shaped))
         loops = [n for n, stacked in zip(self.loops, self.stacked, strict=True) if stacked]
         zeros = jax.tree.map(lambda s: jnp.zeros((*loops, *s.shape), s.dtype), one)
         return devices.vary(zeros, self.varying)
@@ -127,7 +128,8 @@ class Evaluation:
                 results = jaxprs.evaluate(eqn, args)
             if at in self._taps:
                 tap = self._taps[at]
-                results = [_tap(tap, results[0], args[tap.operand], probes[at])]
+                read = tuple(args[i] for i in (tap.operand, *(i for i, _ in tap.more)))
+                results = [_tap(tap, results[0], read, probes[at])]
             values.update(zip(eqn.outvars, results, strict=True))
         return [jaxprs.value(atom, values) for atom in jaxpr.outvars]
 
@@ -188,15 +190,19 @@ class Evaluation:
         return [*carry, *ys]
 
 
-def _tap(tap: Tap, z: jax.Array, x: jax.Array, probe: Any) -> jax.Array:
+def _tap(tap: Tap, z: jax.Array, read: tuple[jax.Array, ...], probe: Any) -> jax.Array:
     """The identity on z, whose transpose leaves the tap's statistic in the probe's gradient."""
 
     @jax.custom_vjp
-    def identity(z: jax.Array, x: jax.Array, probe: Any) -> jax.Array:
+    def identity(z: jax.Array, read: tuple[jax.Array, ...], probe: Any) -> jax.Array:
         return z
 
-    identity.defvjp(lambda z, x, probe: (z, x), lambda x, dz: (dz, None, tap(x, dz)))
-    return identity(z, x, probe)
+    def backward(read: tuple[jax.Array, ...], dz: jax.Array) -> tuple[jax.Array, None, Any]:
+        x, *more = read
+        return dz, None, tap(x, dz, *more)
+
+    identity.defvjp(lambda z, read, probe: (z, read), backward)
+    return identity(z, read, probe)
 
 
 def _jit(body: Callable[..., Any], params: Mapping[str, Any]) -> Callable[..., Any]:

@@ -267,6 +267,11 @@ def rows(view: View, axis: int, start: int, number: int) -> View:
     return _moved(view, lambda x: lax.slice_in_dim(x, start, start + number, axis=axis))
 
 
+def reversed_rows(view: View, axis: int) -> View:
+    """A view whose last row, along an axis, is the first."""
+    return _moved(view, lambda x: lax.rev(x, (axis,)))
+
+
 def in_turn(view: View, axis: int, level: int) -> View:
     """The one row, along an axis, that each trip of the loop at nesting `level` has of a view."""
     order = (axis, *(i for i in range(len(view.shape)) if i != axis))

@@ -19,6 +19,7 @@ from cqjax.program.forms import Form, Lookup
 from cqjax.program.jaxprs import Equation
 from cqjax.program.known import Known
 from cqjax.program.operators import Operators
+from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Bias, Site
 from cqjax.program.steps import Kind, Number, Position, Program, Step, differentiable
 from cqjax.program.tags import Output, Spread, Tag, bias_layout, follow, scaled
@@ -254,6 +255,7 @@ class _Walk:
             operand=operand,
             x=(x.shape, x.dtype),
             z=(z.shape, z.dtype),
+            sizes=_sizes(equation, form),
             recomputed=step.recomputed,
             stopped=isinstance(tag, Spread) and tag.stopped,
             varying=varying,
@@ -275,7 +277,8 @@ class _Walk:
         outputs = [
             tag
             for tag in args
-            if isinstance(tag, Output) and not isinstance(self._sites[tag.site].form, Lookup)
+            if isinstance(tag, Output)
+            and not isinstance(self._sites[tag.site].form, Lookup | Ragged)
         ]
         added = [tag for tag in args if isinstance(tag, View | Spread)]
         if len(outputs) != 1 or len(added) != 1:
@@ -308,9 +311,17 @@ class _Walk:
 
     def _drop_operators(self) -> None:
         """Leaves out the lookups whose rows act on activations."""
-        self._sites, dropped = operators.without(self._sites, self._operators.acting)
+        self._sites, dropped = operators.parted(self._sites, self._operators.acting)
         for site in dropped:
             self._use(site.view, Use(operators.REASON, site.position, ""))
+
+
+def _sizes(equation: Equation, form: Form) -> tuple[tuple[int, ...], Any] | None:
+    """Shape and dtype of the operand with the sizes of a ragged product's groups."""
+    if not isinstance(form, Ragged):
+        return None
+    sizes = equation.inputs[form.sizes]
+    return sizes.shape, sizes.dtype
 
 
 def _check_placement(view: View, equation: Equation, operand: int) -> None:

@@ -47,11 +47,6 @@ class Layer:
         return self.capture.block
 
     @property
-    def number(self) -> int | jax.Array:
-        """n, the number of rows that are examples: `block.rows`, without those left out."""
-        return self.block.rows if self.capture.number is None else self.capture.number
-
-    @property
     def joint_bias(self) -> bool:
         """Whether the bias is solved for in one system with the weight."""
         return joint_bias(self.block, not self.has_bias)
@@ -66,8 +61,10 @@ class Layer:
 
         A batch's own has no more of them than there are rows; an average of many may have all.
         """
-        features = jnp.maximum(self.block.live + self.joint_bias, 1)
-        return features if averaged else jnp.clip(self.number, 1, features)
+        rank = jnp.asarray(self.block.live + self.joint_bias)
+        if not averaged:
+            rank = jnp.minimum(rank, self.capture.row_counts())
+        return jnp.maximum(rank, 1)
 
     @property
     def update(self) -> Matrices:

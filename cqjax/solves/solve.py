@@ -63,7 +63,11 @@ def primal(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> Sol
 def primal_system(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> ridge.System:
     """N (XᵀX + λI)⁻¹, for a second moment of the layer."""
     xx, rank = layer.cropped(xx), layer.rank(averaged)
-    return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
+    added = damping.of(xx, rank)
+    if layer.block.grouped:  # a group without rows has no gradient: with any λ, nothing to solve
+        empty = jnp.trace(xx, axis1=1, axis2=2) == 0
+        added = jnp.where(empty & (added == 0), 1, added)
+    return ridge.System(xx, added, rank, layer.terms)
 
 
 def preconditioned(
@@ -76,7 +80,9 @@ def preconditioned(
         return Matrices.parted(u, True), u[:, 0]
     u = ridge.solve(inverse, weight)
     if bias is not None:  # alone: its X is a column of ones
-        share = layer.number / layer.block.rows  # of the rows, those that are examples
+        share = (
+            layer.capture.row_counts() / layer.block.rows
+        )  # of the rows, those that are examples
         ones = share * layer.block.rows_with_bias * (1 + damping.relative)
         bias *= layer.terms / (ones + damping.absolute)
     return Matrices(u, bias), u[:, 0]

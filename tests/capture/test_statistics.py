@@ -91,7 +91,7 @@ def test_a_second_moment_that_was_not_captured():
 
 
 @pytest.mark.parametrize(
-    "capture", ["rows", jax.Array, 3, cqjax.Statistic, cqjax.Counts, cqjax.Inputs]
+    "capture", ["rows", jax.Array, 3, cqjax.Statistic, cqjax.Counts, cqjax.Inputs, cqjax.Groups]
 )
 def test_what_no_product_gives(capture):
     with pytest.raises(TypeError, match=r"^capture=.*: expected cqjax.Rows, cqjax.Gram, or a"):

@@ -114,9 +114,7 @@ def from_the_second(w, x):
 
 
 @pytest.mark.parametrize("solver", ["primal", "dual"])
-@pytest.mark.parametrize(
-    "network", [by_counter, by_carry, by_numbers, backwards, from_the_second]
-)
+@pytest.mark.parametrize("network", [by_counter, by_carry, by_numbers, backwards, from_the_second])
 def test_layers_by_a_loops_counter(network, solver):
     """Each trip has a weight of its own: the update is that of the layers written out."""
     w = RNG.normal(size=(3, D, D)) / 2
@@ -212,6 +210,11 @@ def projected_attention(p, x, ids):
     return jax.nn.softmax(q @ k.T) @ e
 
 
+def gated(p, x, ids):
+    e = p["w"][ids]
+    return e * jax.nn.sigmoid(e)
+
+
 def normalised(p, x, ids):
     e = p["w"][ids]
     return (e * lax.rsqrt(jnp.mean(e**2, -1, keepdims=True) + 1e-6)) @ p["m"]
@@ -223,7 +226,7 @@ EMBEDDINGS = {
     "learned scale": lambda p, x, ids: p["w"][ids] * p["m"][0],
     "constant": lambda p, x, ids: p["w"][ids] @ np.ones((D, 2), np.float32),
     "masked": lambda p, x, ids: p["w"][ids] * (ids > 0)[:, None].astype(jnp.float32),
-    "gated": lambda p, x, ids: p["w"][ids] * jax.nn.sigmoid(p["w"][ids]),
+    "gated": gated,
     "and added": lambda p, x, ids: jnp.tanh(x + p["w"][ids]) * x,
     "attention": attention,
     "projected attention": projected_attention,

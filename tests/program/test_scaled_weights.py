@@ -256,3 +256,38 @@ def test_arrays_among_the_arguments_are_no_constants():
     for mask in (FULL, jnp.asarray(FULL, jnp.float32)):
         plan = cqjax.plan(loss_fn, batch_size=N)(W, X, mask)
         assert plan.uncovered()[""] == ("enters `mul`, which is no matrix product",)
+
+
+def test_captures_of_scaled_weights_cross_jit():
+    """The constants are hashable: the second call is not traced anew."""
+    traces = []
+
+    def loss_fn(w, x):
+        traces.append(1)
+        return jnp.mean((x @ (w * jnp.asarray(BY_INPUT, jnp.float32))) ** 2)
+
+    w, x = jnp.asarray(W, jnp.float32), jnp.asarray(X, jnp.float32)
+    tx = cqjax.scale_by_consequentialism()
+    differentiate, update = jax.jit(cqjax.value_and_grad(loss_fn)), jax.jit(tx.update)
+    for _ in range(2):
+        _, grads, captures = differentiate(w, x)
+        update(grads, tx.init(w), captures=captures)
+    assert len(traces) == update._cache_size() == 1
+
+
+@pytest.mark.parametrize("by", [0.5, BY_OUTPUT])
+def test_back_matching_rates_of_a_scaled_weight(by):
+    """A parameter times c moves its product c² times as fast."""
+
+    def network(params, x, by):
+        return jnp.mean((jax.nn.relu(x @ (params["w"] * by)) @ params["v"]) ** 2)
+
+    def rates(w, by):
+        params = {"w": jnp.asarray(w), "v": jnp.ones((K, 2))}
+        plan = cqjax.plan(lambda p, x: network(p, x, by))(params, X)
+        return cqjax.back_matching_rates(plan, params)
+
+    scaled, plain = rates(W, by), rates(W * by, 1)
+    expected = np.broadcast_to(plain["w"] / np.square(by), (D, K))
+    np.testing.assert_allclose(scaled["w"], expected, rtol=1e-5)
+    np.testing.assert_allclose(scaled["v"], plain["v"], rtol=1e-5)
