@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from cqjax.capture.statistics import Statistic, Trip
 from cqjax.linalg import gram
@@ -110,7 +111,7 @@ class Block:
         Else XᵀX + λI from other rows is nearly singular along some of a batch's own: its inverse
         would make updates too large there, up to a factor of its eigenvalues over λ.
         """
-        return self.rows >= SPANNING * self.features
+        return not is_symbolic_dim(self.rows) and self.rows >= SPANNING * self.features
 
     @property
     def moment_shape(self) -> tuple[int, ...]:

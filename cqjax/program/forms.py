@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.extend.core import primitives
 
 from cqjax.linalg import conv_gram, devices, gram, windows
@@ -133,7 +134,7 @@ class Convolution:
         The rows are those of about `SAMPLED_EXAMPLES` examples.
         """
         examples, window = self._channels_last(x), self.window
-        examples = examples[:: _stride(len(examples), SAMPLED_EXAMPLES)]
+        examples = examples[:: _stride(examples.shape[0], SAMPLED_EXAMPLES)]
         groups, _, columns = w.shape
         # The columns of the groups become output channels, of which each group has k.
         kernel = jnp.moveaxis(w.reshape(groups, *window.shape, -1, columns), 0, -2)
@@ -259,8 +260,11 @@ def _product(equation: Equation, weight: int) -> Form:
 
 
 def _stride(number: int, wanted: int) -> int:
-    """The distance at which about so many are left. It is odd: positions in texts are even."""
-    return max(1, number // wanted) | 1
+    """The distance at which about so many are left. It is odd: positions in texts are even.
+
+    Of a symbolic number, all are left.
+    """
+    return 1 if is_symbolic_dim(number) else max(1, number // wanted) | 1
 
 
 def _other_axes(shape: Shape, *known: tuple[int, ...]) -> tuple[int, ...]:

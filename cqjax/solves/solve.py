@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import min_dim  # `min` where the number of rows is symbolic, too
 
 from cqjax.linalg import gram, ridge
 from cqjax.solves.layer import Layer
@@ -65,7 +66,7 @@ def primal_system(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool)
 
     A batch's own has no more eigenvalues than there are rows; an average of many may have all.
     """
-    rank = layer.size if averaged else min(layer.block.rows, layer.size)
+    rank = layer.size if averaged else min_dim(layer.block.rows, layer.size)
     xx = layer.cropped(xx)
     return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
 
@@ -140,7 +141,7 @@ def diagonal(layer: Layer, damping: Damping, counts: jax.Array) -> tuple[Matrice
       U, or H where U is not finite; and whether that happened, () bool.
     """
     block, weight = layer.block, layer.update.weight
-    mean = ridge.mean_eigenvalue(counts, min(block.rows, block.features))
+    mean = ridge.mean_eigenvalue(counts, min_dim(block.rows, block.features))
     added = jnp.broadcast_to(damping.absolute + damping.relative * mean, counts.shape[:1])
     divisor = counts + along(added, counts)
     u = jnp.where(weight == 0, 0, layer.terms * weight / divisor[..., None])
@@ -152,5 +153,5 @@ def _dual_system(layer: Layer, damping: Damping, precision: lax.PrecisionLike) -
     """N (XXᵀ + λI)⁻¹."""
     rows, block = layer.rows(), layer.block
     xx = gram.outer(rows.x, rows.h, precision)
-    rank = min(block.rows, block.features + layer.has_bias)
+    rank = min_dim(block.rows, block.features + layer.has_bias)
     return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
