@@ -27,6 +27,7 @@ class Plan:
       examples: how many examples the batch has; None where that is not plain.
       flow: which layer feeds which.
       signal: what is propagated from layer to layer.
+      unknown: where N is unknown: the arrays by which it was looked for, with their shapes.
     """
 
     parameters: tuple[Parameter, ...]
@@ -35,11 +36,12 @@ class Plan:
     examples: int | None
     flow: Flow
     signal: Signal
+    unknown: str = ""
 
     def __str__(self) -> str:
         """The plan as a table."""
         covered = sum(p.status in ("covered", "partly covered") for p in self.parameters)
-        size = self.batch_size if self.batch_size is not None else "not inferred"
+        size = f"not inferred ({self.unknown})" if self.unknown else self.batch_size
         total = f"{covered} of {len(self.parameters)} parameters covered; batch size {size}"
         if self.signal == "matched":
             unmatched = ", ".join(self.unmatched) or "no layer with parameters"

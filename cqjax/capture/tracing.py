@@ -1,5 +1,6 @@
 """From a user's loss function to its jaxpr and plan: what every evaluation starts with."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,6 +89,8 @@ def trace(
         batch_size=size,
         examples=arguments.shared_size((args, kwargs), ()) or None,
     )
+    if size is None:
+        plan = dataclasses.replace(plan, unknown=arguments.described(args, kwargs))
     _check_devices_agree(plan)
     _check_real(plan, leaves)
     return Traced(jaxpr, outputs, kept, paths, plan)

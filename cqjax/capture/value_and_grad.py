@@ -112,6 +112,7 @@ class ValueAndGrad:
                 _value(plan.examples),
                 plan.parameters,
                 plan.flow,
+                plan.unknown,
             ),
         )
 

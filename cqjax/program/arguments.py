@@ -1,6 +1,6 @@
 """Which of a loss's arguments and constants are the batch, and its size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,19 @@ def shared_size(arguments: PyTree, loss: Sequence[Any]) -> int | None:
     # Where the loss varies too, it is each device's own mean, and N is one device's.
     over = devices.varying(arrays).difference(*map(jaxprs.varying, loss))
     return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
+
+
+def described(args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """The arrays that may have a row for each example, with their shapes: the first six."""
+    args = tuple(arg for arg in args if not isinstance(arg, Aside))
+    found = [
+        f"{name}{jax.tree_util.keystr(keys)} {leaf.shape}"
+        for name, tree in (("args", args), ("kwargs", kwargs))
+        for keys, leaf in jax.tree.leaves_with_path(tree)
+        if _may_be_batch(leaf)
+    ]
+    more = [f"{len(found) - 6} more"] if len(found) > 6 else []
+    return ", ".join(found[:6] + more) or "there are no arrays among them"
 
 
 def of_batch(
