@@ -12,8 +12,6 @@ from cqjax.program import arguments, jaxprs
 from cqjax.program.terms import Count
 from cqjax.program.values import Values
 
-PyTree = Any
-
 
 class BatchSize(NamedTuple):
     """N, and where it comes from.
@@ -30,7 +28,7 @@ class BatchSize(NamedTuple):
 
 
 def batch_size(
-    found: Sequence[Count], values: Values, options: Options, args: PyTree, loss: Any
+    found: Sequence[Count], values: Values, options: Options, args: tuple, loss: Any
 ) -> BatchSize:
     """N: as it was given, else as the program says it, else as the arguments suggest it.
 
@@ -38,7 +36,7 @@ def batch_size(
       found: the divisors of the loss's sums: `terms.counts`.
       values: of the variables that they name.
       options: what was asked for.
-      args: the loss's arguments beside the parameters.
+      args: the loss's arguments beside the parameters, by position and by name.
       loss: its abstract value.
     """
     if options.loss_reduction == "sum":
@@ -82,14 +80,14 @@ def _largest(found: Sequence[Count], values: Mapping[int, Any]) -> Any:
     return largest
 
 
-def _doubt(n: Any, found: Sequence[Count], shared: int | None, args: PyTree) -> str:
+def _doubt(n: Any, found: Sequence[Count], shared: int | None, args: tuple) -> str:
     """What to say where the arguments suggest another N.
 
     A mean over the arguments' leading dimension and others (tokens, outputs) explains itself.
     """
     if shared is None or n == shared or any(shared in count.sizes for count in found):
         return ""
-    arrays = arguments.described(args)
+    arrays = arguments.described(*args)
     return (
         f"cqjax takes N = {n} ({found[0]}), though the arguments share the leading dimension "
         f"{shared} ({arrays}). If that is meant, pass batch_size={n} to cqjax.value_and_grad"

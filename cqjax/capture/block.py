@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from cqjax.capture.statistics import Statistic, Trip
 from cqjax.linalg import devices, gram
@@ -149,7 +150,8 @@ class Block:
         Else XᵀX + λI from other rows is nearly singular along some of a batch's own: its inverse
         would make updates too large there, up to a factor of its eigenvalues over λ.
         """
-        return not self.grouped and self.rows >= SPANNING * self.features
+        known = not self.grouped and not is_symbolic_dim(self.rows)
+        return known and self.rows >= SPANNING * self.features
 
     @property
     def moment_shape(self) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ class Capture:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["blocks", "batch_size", "examples"],
-    meta_fields=["parameters", "flow"],
+    meta_fields=["parameters", "flow", "unknown"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captures(Mapping[str, tuple[Capture, ...]]):
@@ -124,6 +124,7 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
       examples: how many examples the batch has; None where that is not plain.
       parameters: what the plan says of each parameter.
       flow: which layer feeds which.
+      unknown: where N is unknown: the arrays by which it was looked for, with their shapes.
     """
 
     blocks: tuple[Capture, ...]
@@ -131,6 +132,7 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
     examples: int | jax.Array | None
     parameters: tuple[Parameter, ...]
     flow: Flow
+    unknown: str = ""
 
     def __getitem__(self, path: str) -> tuple[Capture, ...]:
         """The captures in which the parameter at `path` takes part.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from cqjax.capture.checks import check_option, check_positive
 from cqjax.capture.own_statistics import Groups
@@ -54,7 +55,7 @@ class Options(NamedTuple):
 
 
 def _check_batch_size(size: Any, loss_reduction: str) -> None:
-    if size is not None and jnp.ndim(size):
+    if size is not None and not is_symbolic_dim(size) and jnp.ndim(size):
         raise ValueError(f"batch_size has shape {jnp.shape(size)}: expected a scalar")
     if isinstance(size, int | float | np.number) and not size > 0:
         raise ValueError(f"batch_size={size}: expected a positive number of examples")

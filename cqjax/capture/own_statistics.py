@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from cqjax.capture.statistics import Statistic, Trip

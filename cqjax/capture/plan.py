@@ -30,6 +30,7 @@ class Plan:
       examples: how many examples the batch has; None where that is not plain.
       flow: which layer feeds which.
       signal: what is propagated from layer to layer.
+      unknown: where N is unknown: the arrays by which it was looked for, with their shapes.
     """
 
     parameters: tuple[Parameter, ...]
@@ -39,12 +40,15 @@ class Plan:
     examples: int | None
     flow: Flow
     signal: Signal
+    unknown: str = ""
 
     def __str__(self) -> str:
         """The plan as a table."""
         covered = sum(p.status in ("covered", "partly covered") for p in self.parameters)
         total = f"{covered} of {len(self.parameters)} parameters covered; "
         total += f"N = {self.batch_size_source}"
+        if self.unknown:
+            total += f" ({self.unknown})"
         if self.signal == "matched":
             unmatched = ", ".join(self.unmatched) or "no layer with parameters"
             total += f"\nsignal: matched; as in backpropagation through {unmatched}"

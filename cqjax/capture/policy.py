@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+from jax.export import is_symbolic_dim
+
 from cqjax.capture.block import Block, Solver
 from cqjax.capture.options import Options
 from cqjax.capture.own_statistics import Counts, Groups
@@ -20,7 +22,7 @@ def decided(block: Block, options: Options) -> Block | str:
         if not block.small("primal"):
             return _too_large(block.size("primal"))
         return dataclasses.replace(block, statistic=Groups)
-    solvers = _solvers(options)
+    solvers = _solvers(block, options)
     small: list[Solver] = [solver for solver in solvers if block.small(solver)]
     if small:
         solver = min(small, key=block.flops)
@@ -35,12 +37,25 @@ def _too_large(size: int) -> str:
     return f"needs the inverse of a matrix of {size} rows, more than max_dim"
 
 
-def _solvers(options: Options) -> Sequence[Solver]:
-    """The solvers to choose from."""
+def _solvers(block: Block, options: Options) -> Sequence[Solver]:
+    """The solvers to choose from.
+
+    Where the number of rows is symbolic (`jax.export`), nothing is known to cost less than the
+    primal, whose matrix is of known size.
+
+    Raises:
+      ValueError: the dual is asked for there.
+    """
+    symbolic = is_symbolic_dim(block.rows)
+    if symbolic and options.solver == "dual":
+        raise ValueError(
+            f'solver="dual" needs the number of rows of {block.name}, which is {block.rows}: '
+            'expected solver="auto" or "primal", or shapes without symbolic dimensions'
+        )
     if options.solver != "auto":
         return (options.solver,)
     has_rows = options.capture is None or issubclass(options.capture, Rows)
-    return ("dual", "primal") if has_rows else ("primal",)
+    return ("dual", "primal") if has_rows and not symbolic else ("primal",)
 
 
 def _parts(block: Block, size: int) -> int | None:

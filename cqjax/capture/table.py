@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence, Set
 
+from jax.export import is_symbolic_dim
+
 from cqjax.capture.block import Block
 from cqjax.capture.parameters import Parameter
 
@@ -50,5 +52,6 @@ def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
         others = ", ".join(p for p in block.view.paths if p != parameter.path)
         notes = "; ".join(filter(None, (f"joined with {others}", notes)))
     sizes = (block.batch, block.rows, block.features, block.outputs)
-    cost = "-" if block.solver == "diagonal" else f"{block.relative_flops():.1%}"
+    unknown = block.solver == "diagonal" or is_symbolic_dim(block.rows)
+    cost = "-" if unknown else f"{block.relative_flops():.1%}"
     return (*head, str(len(block.sites)), *map(str, sizes), block.solver, cost, notes)

@@ -1,5 +1,6 @@
 """From a user's loss function to its jaxpr and plan: what every evaluation starts with."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def trace(
     opened, _ = jaxprs.opened(jaxpr)
     avals = [atom.aval for atom in opened.invars[: len(paths)]]
     known = Known(program, constants, jax.tree.leaves((args, kwargs)))
-    examples = arguments.shared_size((args, kwargs), ())
+    examples = arguments.shared_size((args, kwargs), ()) or None
     batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
     record = walk(program, paths, avals, program.dependent(batch), known)
     values = Values(jaxpr, program, constants, len(paths))
@@ -102,6 +103,8 @@ def trace(
         batch_size=size,
         examples=examples,
     )
+    if size.value is None and not found:
+        plan = dataclasses.replace(plan, unknown=arguments.described(args, kwargs))
     _check_devices_agree(plan)
     _check_real(plan, leaves)
     counted = Rows(program, found, values)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from cqjax.capture import tracing
 from cqjax.capture.argnums import Argnums, Which
@@ -115,7 +117,14 @@ class ValueAndGrad:
         return (
             value,
             grads,
-            Captures(captures, plan.batch_size, examples, plan.parameters, plan.flow),
+            Captures(
+                captures,
+                _value(plan.batch_size),
+                _value(examples),
+                plan.parameters,
+                plan.flow,
+                plan.unknown,
+            ),
         )
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tracing.Traced, PyTree]:
@@ -170,7 +179,8 @@ def value_and_grad(
         ("warn"), or refuse ("error"). Where no parameter at all is covered, "fallback" warns too.
       solver: how a weight's update is solved for: "dual" from rows, "primal" from XᵀX, "auto" by
         what costs less, for each weight. A lookup's XᵀX is diagonal in any case, and a ragged
-        product is solved for by the XᵀX of each group.
+        product is solved for by the XᵀX of each group. Where the number of rows is a symbolic
+        dimension of `jax.export`, "auto" is the primal.
       capture: what is captured of each product: `cqjax.Rows` or `cqjax.Gram` (XᵀX), or a class of
         your own derived from `cqjax.Statistic`. By default what the solver needs. Of a lookup, its
         counts are captured in any case (`cqjax.Counts`), and of a ragged product the XᵀX of each
@@ -272,6 +282,11 @@ def plan(loss_fn: Callable[..., Any], **options: Any) -> Callable[..., Plan]:
       {'scale': ('enters `mul`, which is no matrix product',)}
     """
     return value_and_grad(loss_fn, **options).plan
+
+
+def _value(size: Any) -> Any:
+    """A number of terms that may be an array in a pytree: of a symbolic one, its value."""
+    return jnp.asarray(size) if is_symbolic_dim(size) else size
 
 
 def _report(plan: Plan, on_uncovered: str) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from cqjax.linalg import gram, windows
 from cqjax.linalg.windows import Window
@@ -39,6 +40,9 @@ SUMMED = 1 << 14
 
 PARTS = 8
 """The largest number of partial sums, each of which is a convolution in the program."""
+
+ASSUMED = 64
+"""The number of examples for which costs are compared where it is symbolic (`jax.export`)."""
 
 Padding = Sequence[tuple[int, int]]
 
@@ -63,7 +67,8 @@ def inner(
       XᵀX, (groups, d, d), or with h [X, h]ᵀ[X, h], (groups, d+1, d+1), in at least float32. By way
       of the autocorrelation no array is much larger than x or XᵀX; the other route builds X.
     """
-    if correlation_cost(x.shape, window, groups) < patches_cost(x.shape, window, groups):
+    shape = _assumed(x.shape)
+    if correlation_cost(shape, window, groups) < patches_cost(shape, window, groups):
         product = correlation(x, window, groups, precision)
     else:
         product = gram.inner(windows.patches(x, window, groups), precision=precision)
@@ -71,20 +76,24 @@ def inner(
         return product
     h = jnp.asarray(h, product.dtype)
     if h.ndim:
-        x = x * h.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype)
-    sums = windows.column_sums(x, window, groups)[..., None]
-    if not h.ndim:
-        sums *= h
-    squares = jnp.broadcast_to(h * h, (len(x),)).sum() if h.ndim else h * h * len(x)
+        x, squares = x * h.reshape(-1, *(1,) * (x.ndim - 1)).astype(x.dtype), (h * h).sum()
+        sums = windows.column_sums(x, window, groups)[..., None]
+    else:
+        sums, squares = h * windows.column_sums(x, window, groups)[..., None], h * h * x.shape[0]
     corner = jnp.full((groups, 1, 1), squares * math.prod(window.positions(x.shape[1:-1])))
     return jnp.block([[product, sums], [sums.mT, corner]])
 
 
 def flops(shape: tuple[int, ...], window: Window, groups: int = 1) -> float:
     """The floating-point operations of `inner`, for an input of this shape."""
-    routes = correlation_cost, patches_cost
+    shape, routes = _assumed(shape), (correlation_cost, patches_cost)
     cheaper = min(routes, key=lambda cost: cost(shape, window, groups))
     return cheaper(shape, window, groups, word=0)
+
+
+def _assumed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape to estimate costs by: symbolic numbers, of examples, are taken to be `ASSUMED`."""
+    return tuple(ASSUMED if is_symbolic_dim(size) else size for size in shape)
 
 
 def correlation(
@@ -238,8 +247,10 @@ def _autocorrelation(
     # Partial sums are more accurate than one running sum: see `SUMMED`. Each takes every so many-th
     # example. So if the batch is split over devices, each device has its share of every sum, and no
     # example moves. The number of sums is a power of two, as numbers of devices usually are.
-    examples = max(SUMMED // max(1, math.prod(x.shape[1:-1])), -(-len(x) // PARTS), 1)
-    number = min(1 << (-(-len(x) // examples) - 1).bit_length(), len(x)) or 1
+    number = 1
+    if not is_symbolic_dim(x.shape[0]):
+        examples = max(SUMMED // max(1, math.prod(x.shape[1:-1])), -(-len(x) // PARTS), 1)
+        number = min(1 << (-(-len(x) // examples) - 1).bit_length(), len(x)) or 1
     parts = [x[start::number] for start in range(number)]
     half = functools.reduce(jnp.add, [_correlation(p, p, reach, precision) for p in parts])
     mirrored = jnp.flip(half[:, 1:], tuple(range(1, half.ndim - 1))).swapaxes(0, -1)

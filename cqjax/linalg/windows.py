@@ -164,10 +164,10 @@ def gather(x: jax.Array, axes: Sequence[Blocks], window: Window) -> jax.Array:
     x = _pad(x, [(0, 0, inserted - 1) for inserted in window.lhs_dilation])
     x = x[:, *(slice(a.start, a.start + (a.entries - 1) * a.step + 1, a.step) for a in axes)]
     x = _pad(x, [(a.zeros, a.length * a.size - a.zeros - a.entries, 0) for a in axes])
-    x = x.reshape(len(x), *itertools.chain(*((a.length, a.size) for a in axes)), x.shape[-1])
+    x = x.reshape(x.shape[0], *itertools.chain(*((a.length, a.size) for a in axes)), x.shape[-1])
     entries = range(2, x.ndim - 1, 2)
     x = x.transpose(0, *(i - 1 for i in entries), *entries, x.ndim - 1)
-    return x.reshape(len(x), *(a.length for a in axes), -1)
+    return x.reshape(x.shape[0], *(a.length for a in axes), -1)
 
 
 def ungather(product: jax.Array, axes: Sequence[Blocks], window: Window) -> jax.Array:

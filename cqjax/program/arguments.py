@@ -1,6 +1,6 @@
 """Which of a loss's arguments and constants are the batch, and its size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,6 @@ import numpy as np
 
 from cqjax.linalg import devices
 from cqjax.program import jaxprs
-from cqjax.program.paths import path_of
 from cqjax.program.steps import Constants, Program
 
 PyTree = Any
@@ -37,16 +36,17 @@ def shared_size(arguments: PyTree, loss: Sequence[Any]) -> int | None:
     return sizes.pop() * devices.number(over) if len(sizes) == 1 else None
 
 
-def described(arguments: PyTree) -> str:
-    """The arrays among the arguments that may have a row for each example, with their shapes."""
-    keyed, _ = jax.tree_util.tree_flatten_with_path(
-        arguments, is_leaf=lambda node: isinstance(node, Aside)
-    )
-    texts = [
-        f"argument {path_of(keys[1:])}: {leaf.shape}" for keys, leaf in keyed if _may_be_batch(leaf)
+def described(args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """The arrays that may have a row for each example, with their shapes: the first six."""
+    args = tuple(arg for arg in args if not isinstance(arg, Aside))
+    found = [
+        f"{name}{jax.tree_util.keystr(keys)} {leaf.shape}"
+        for name, tree in (("args", args), ("kwargs", kwargs))
+        for keys, leaf in jax.tree.leaves_with_path(tree)
+        if _may_be_batch(leaf)
     ]
-    more = len(texts) - 6
-    return ", ".join(texts[:6]) + (f", and {more} more" if more > 0 else "")
+    more = [f"{len(found) - 6} more"] if len(found) > 6 else []
+    return ", ".join(found[:6] + more) or "there are no arrays among them"
 
 
 def of_batch(

@@ -7,12 +7,14 @@ take a residual network for a chain.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.extend.core import primitives
 
 from cqjax.program import jaxprs, marks
@@ -245,7 +247,8 @@ class _Following:
                 if traces
             ]
         )
-        return [results if _differentiable(out) else {} for out in equation.outputs]
+        floating = (jnp.issubdtype(out.dtype, jnp.floating) for out in equation.outputs)
+        return [results if differentiable else {} for differentiable in floating]
 
     def _product(self, site: Site, args: Sequence[_Traces]) -> _Traces:
         """The site's output: a new layer's, whatever it reads."""
@@ -288,8 +291,8 @@ def _after(equation: Equation, before: tuple[int, ...], trace: _Trace) -> _Trace
     Pooling is what leaves fewer positions: windows, slices, and reductions of whole axes.
     """
     name, params, after = equation.primitive.name, equation.params, equation.outputs[0].shape
-    if trace.axes is None:
-        return trace
+    if trace.axes is None or any(is_symbolic_dim(before[i]) for i in trace.axes):
+        return trace._replace(axes=None)
     if name.startswith("reduce_window") or name == "slice":
         part = math.prod(after[i] / before[i] for i in trace.axes)
         return trace._replace(pooled=trace.pooled * part)
@@ -318,24 +321,23 @@ def _reshaped(
     axes: tuple[int, ...], before: tuple[int, ...], after: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """Which axes of a reshaped variable the given ones have become; None if they were merged."""
-    found: list[int] = []
-    for axis in axes:
-        size, start = before[axis], math.prod(before[:axis])
+    # What is in front stays: so a symbolic number of examples need not be compared.
+    alike = (a == b for a, b in zip(before, after, strict=False))
+    same = sum(itertools.takewhile(bool, alike))
+    found = [axis for axis in axes if axis < same]
+    for axis in (axis for axis in axes if axis >= same):
+        size, start = before[axis], math.prod(before[same:axis])
         parts = [
             i
             for i, length in enumerate(after)
-            if length > 1 and start <= math.prod(after[:i]) < start * size
+            if i >= same and length > 1 and start <= math.prod(after[same:i]) < start * size
         ]
         if math.prod(after[i] for i in parts) != size or (
-            parts and math.prod(after[: parts[0]]) != start
+            parts and math.prod(after[same : parts[0]]) != start
         ):
             return None
         found += parts
     return tuple(found)
-
-
-def _differentiable(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def _joined(traces: Sequence[_Traces]) -> _Traces:

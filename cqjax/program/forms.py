@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.extend.core import primitives
 
 from cqjax.linalg import conv_gram, gram, windows
@@ -145,7 +146,7 @@ class Convolution:
         The rows are those of about `SAMPLED_EXAMPLES` examples.
         """
         examples, window = self._channels_last(x), self.window
-        examples = examples[:: _stride(len(examples), SAMPLED_EXAMPLES)]
+        examples = examples[:: _stride(examples.shape[0], SAMPLED_EXAMPLES)]
         groups, _, columns = w.shape
         w = _live(self, w, 1)
         # The columns of the groups become output channels, of which each group has k.
@@ -288,8 +289,11 @@ def _product(equation: Equation, weight: int, sizes: Shape) -> Form | str:
 
 
 def _stride(number: int, wanted: int) -> int:
-    """The distance at which about so many are left. It is odd: positions in texts are even."""
-    return max(1, number // wanted) | 1
+    """The distance at which about so many are left. It is odd: positions in texts are even.
+
+    Of a symbolic number, all are left.
+    """
+    return 1 if is_symbolic_dim(number) else max(1, number // wanted) | 1
 
 
 def _other_axes(shape: Shape, *known: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ def with_sharing(
       batch: the variables that hold the batch.
       examples: how many examples there are; None where that is not plain.
     """
-    if examples is None:
+    if examples is None or examples == 1:
         return sites
     dependent = program.dependent(batch)
 
@@ -53,13 +53,13 @@ def _repeats(step: Step, dependent: Set[int], examples: int) -> bool:
             )
             if result.shape[axis] == size
         }
-        return any(n == examples > 1 and a not in kept for a, n in enumerate(result.shape))
+        return any(n == examples and a not in kept for a, n in enumerate(result.shape))
     if equation.pointwise:  # an axis of length 1 is repeated
         (result, *_) = equation.outputs
         return any(
             number not in dependent
             and len(aval.shape) == len(result.shape)
-            and any(m < n == examples for m, n in zip(aval.shape, result.shape, strict=True))
+            and any(m != n == examples for m, n in zip(aval.shape, result.shape, strict=True))
             for number, aval in zip(step.reads, equation.inputs, strict=True)
         )
     if equation.primitive.name == "dot_general":

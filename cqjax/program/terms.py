@@ -167,7 +167,7 @@ class _Walk:
         if name in _ONE_OPERAND:
             pass
         elif name == "reduce_sum":
-            events += (_Event("sum", tuple(aval.shape[a] for a in equation.params["axes"])),)
+            events += (_Event("sum", _sizes(aval, equation.params["axes"])),)
         elif name in _SUMS_OVER_DEVICES:
             mesh = jax.sharding.get_abstract_mesh().shape
             events += (_Event("sum", tuple(mesh.get(a, 1) for a in equation.params["axes"])),)
@@ -179,7 +179,7 @@ class _Walk:
             axes, batch = (part[own] for part in equation.params["dimension_numbers"])
             if len(axes) + len(batch) < len(aval.shape):
                 return [self._count(events)]  # a matrix: its rows are no coefficients
-            events += (_Event("sum", tuple(aval.shape[a] for a in axes)),)
+            events += (_Event("sum", _sizes(aval, axes)),)
         else:
             return [self._count(events)]
         return self._visit(step.reads[own], events)
@@ -297,6 +297,11 @@ _CONVERSIONS = frozenset(
 )
 
 
+def _sizes(aval: Any, axes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of some axes; 0 for a symbolic one, which the program computes where it counts."""
+    return tuple(n if isinstance(n, int) else 0 for n in (aval.shape[a] for a in axes))
+
+
 class _Axis(NamedTuple):
     """An axis that was summed over: by which event, which of its axes, and its size."""
 
@@ -329,4 +334,4 @@ def _matching(axes: Sequence[_Axis], divisor: float) -> list[_Axis]:
 def examples(found: Sequence[Count]) -> int | None:
     """How many examples there are, as far as a mean tells: the size of its first axis."""
     firsts = {count.summed[0] for count in found if count.summed}
-    return firsts.pop() if len(firsts) == 1 else None
+    return (firsts.pop() or None) if len(firsts) == 1 else None

@@ -76,8 +76,9 @@ class Layers(Mapping[str, Layer]):
         if captures.batch_size is None and self._layers:
             raise ValueError(
                 f"{method}: the batch size could not be inferred, since the loss's arguments do "
-                "not share one leading dimension. Pass batch_size= to cqjax.value_and_grad: the "
-                'number of terms that the loss averages over (or loss_reduction="sum")'
+                f"not share one leading dimension ({captures.unknown}). Pass batch_size= to "
+                "cqjax.value_and_grad: the number of terms that the loss averages over (or "
+                'loss_reduction="sum")'
             )
 
     def __getitem__(self, label: str) -> Layer:

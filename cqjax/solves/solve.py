@@ -80,10 +80,9 @@ def preconditioned(
         return Matrices.parted(u, True), u[:, 0]
     u = ridge.solve(inverse, weight)
     if bias is not None:  # alone: its X is a column of ones
-        share = (
-            layer.capture.row_counts() / layer.block.rows
-        )  # of the rows, those that are examples
-        ones = share * layer.block.rows_with_bias * (1 + damping.relative)
+        ones = layer.block.rows_with_bias * (1 + damping.relative)
+        if layer.capture.number is not None:  # of these, the part that are examples
+            ones *= layer.capture.number / layer.block.rows
         bias *= layer.terms / (ones + damping.absolute)
     return Matrices(u, bias), u[:, 0]
 
