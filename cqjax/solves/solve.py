@@ -154,4 +154,12 @@ def _dual_system(layer: Layer, damping: Damping, precision: lax.PrecisionLike) -
     """N (XXᵀ + λI)⁻¹."""
     rows, rank = layer.rows(), layer.rank()
     xx = gram.outer(rows.x, rows.h, precision)
-    return ridge.System(xx, damping.of(xx, rank), rank, layer.terms)
+    added = damping.of(xx, rank)
+    if (
+        layer.capture.number is not None
+    ):  # rows of zeros have no part in U, but must not be singular
+        xx += (
+            jnp.eye(xx.shape[-1], dtype=xx.dtype)
+            * (jnp.diagonal(xx, axis1=1, axis2=2) == 0)[:, None]
+        )
+    return ridge.System(xx, added, rank, layer.terms)
