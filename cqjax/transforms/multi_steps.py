@@ -176,7 +176,10 @@ def multi_steps(
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sum(Capture):
-    """What several calls captured of one weight: no statistic of a site, but their moments' sum."""
+    """What several calls captured of one weight: no statistic of a site, but their moments' sum.
+
+    How many rows a ragged product's groups had is not kept: relative damping counts up to n each.
+    """
 
     moment: jax.Array
 
