@@ -1,7 +1,7 @@
 """Small models as others write them: their updates are those of float64 NumPy.
 
-In the reference every layer's output has zeros added to it, of which `jax.grad` gives Z̄; X is handed
-out beside the loss. Nothing of cqjax is used.
+In the reference every layer's output has zeros added to it, of which `jax.grad` gives Z̄; X is
+handed out beside the loss. Nothing of cqjax is used.
 """
 
 import jax
