@@ -64,7 +64,7 @@ def signals(value_fn: Callable[[Any], Any], params: Any, flow: Flow) -> list[Sig
     }
 
     def backwards(rules: dict[Position, Rule]) -> Probes:
-        evaluation = Evaluation(taps, rules)
+        evaluation = Evaluation(taps, rules, {})
 
         def loss(probes: Probes) -> jax.Array:
             return evaluation(traced.jaxpr, jax.tree.leaves(params), probes)[0]

@@ -1,6 +1,8 @@
 """Which rows of the products of a loss are examples."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,26 +22,35 @@ class Rows:
     that are left. An example whose error is zero is one, and asks to stay where it is.
     """
 
-    def __init__(self, program: Program, found: Sequence[Count], values: Values):
-        """Prepares what is known of a loss by the divisors of its sums."""
+    def __init__(
+        self,
+        program: Program,
+        found: Sequence[Count],
+        values: Values,
+        twins: Mapping[Position, Position],
+    ):
+        """Prepares what is known of a loss by the divisors of its sums, and its `twins`."""
+        self.twins = twins
         self._program = program
         self._masks = tuple(dict.fromkeys(mask for count in found for mask in count.masks))
         self._values = values
 
-    def weights(self, sites: Iterable[Site]) -> dict[Position, jax.Array]:
+    def weights(self, sites: Sequence[Site]) -> dict[Position, jax.Array]:
         """For each product of which some rows do not count, 1 for those that do, else 0."""
-        positions = {site.position: site for site in sites}
-        outputs = {
-            n: positions[step.position]
-            for step in self._program.steps
-            if step.position in positions
-            for n in step.writes
-        }
-        live = reach.live(self._program, self._masks, self._of_masks(), set(outputs))
+        outputs: dict[Position, list[int]] = {site.position: [] for site in sites}
+        for step in self._program.steps:
+            first = self.twins.get(step.position, step.position)
+            if first in outputs:
+                outputs[first] += step.writes
+        wanted = {number for numbers in outputs.values() for number in numbers}
+        live = reach.live(self._program, self._masks, self._of_masks(), wanted)
         weights = {}
-        for number, entries in live.items():
-            site = outputs[number]
-            of_rows = row_weights.of_rows(site.form, entries)
+        for site in sites:
+            numbers = outputs[site.position]
+            if not live.keys() >= set(numbers):
+                continue  # of one evaluation all rows count
+            rows = [row_weights.of_rows(site.form, live[number]) for number in numbers]
+            of_rows = functools.reduce(operator.or_, rows)
             if isinstance(of_rows, jax.Array) or not of_rows.all():
                 weights[site.position] = jnp.asarray(of_rows, site.z[1])
         return weights

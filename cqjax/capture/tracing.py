@@ -20,6 +20,7 @@ from cqjax.program import arguments, jaxprs, sharing, steps, terms
 from cqjax.program.flow import Flow
 from cqjax.program.known import Known
 from cqjax.program.paths import leaves_with_keys, path_of
+from cqjax.program.twins import twins
 from cqjax.program.values import Values
 from cqjax.program.walk import walk
 
@@ -91,9 +92,13 @@ def trace(
         batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
     sites = sharing.with_sharing(record.sites, program, batch, examples)
     record = record._replace(sites=sites)
+    flow = Flow(program, record)
+    # Back-matching goes from layer to layer as the program does.
+    again = twins(program, sites) if options.signal == "gradient" else {}
+    alone = tuple(site for site in sites if site.position not in again)
     plan = make_plan(
-        record,
-        Flow(program, record),
+        record._replace(sites=alone),
+        flow,
         {path: jnp.shape(leaf) for path, leaf in leaves.items()},
         {
             path_of(keys): ownership.owners_of(tuple(path_of((key,)) for key in keys), owners)
@@ -107,7 +112,7 @@ def trace(
         plan = dataclasses.replace(plan, unknown=arguments.described(args, kwargs))
     _check_devices_agree(plan)
     _check_real(plan, leaves)
-    counted = Rows(program, found, values)
+    counted = Rows(program, found, values, again)
     return Traced(jaxpr, outputs, kept, paths, plan, size.doubt, counted)
 
 

@@ -93,7 +93,7 @@ class ValueAndGrad:
             for site in block.sites
         }
         rules = matched.rules(plan.flow) if plan.signal == "matched" else {}
-        evaluation = Evaluation(taps, rules)
+        evaluation = Evaluation(taps, rules, traced.rows.twins)
 
         def tapped(params: PyTree, probes: Probes) -> Any:
             return traced.results(evaluation(traced.jaxpr, jax.tree.leaves(params), probes))

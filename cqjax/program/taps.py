@@ -84,15 +84,23 @@ Rule = Callable[[core.JaxprEqn, list[Any], Body], list[Any]]
 class Evaluation:
     """Evaluates a jaxpr like `jax.core.eval_jaxpr`, tapping equations on its way."""
 
-    def __init__(self, taps: Mapping[Position, Tap], rules: Mapping[Position, Rule]):
+    def __init__(
+        self,
+        taps: Mapping[Position, Tap],
+        rules: Mapping[Position, Rule],
+        twins: Mapping[Position, Position],
+    ):
         """Prepares the evaluation of a program.
 
         Args:
           taps: what is taken out of its backward pass, by the equations' positions.
           rules: how some of its equations are evaluated.
+          twins: equations whose result is that of an earlier one of the same body. It is used
+            again, so that its tap sees the sum of their gradients.
         """
         self._taps = taps
         self._rules = rules
+        self._twins = twins
         self._bodies = {at[:i] for at in (*taps, *rules) for i in range(1, len(at))}
 
     def __call__(
@@ -116,8 +124,12 @@ class Evaluation:
         values = dict(zip(jaxpr.constvars, consts, strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
 
+        tapped: dict[Position, list[Any]] = {}
         for i, eqn in enumerate(jaxpr.eqns):
             at = (*position, i)
+            if self._twins.get(at) in tapped:
+                values.update(zip(eqn.outvars, tapped[self._twins[at]], strict=True))
+                continue
             args = [jaxprs.value(atom, values) for atom in eqn.invars]
             if at in self._rules:
                 results = self._rules[at](eqn, args, Body(jaxpr.eqns, values))
@@ -129,7 +141,7 @@ class Evaluation:
             if at in self._taps:
                 tap = self._taps[at]
                 read = tuple(args[i] for i in (tap.operand, *(i for i, _ in tap.more)))
-                results = [_tap(tap, results[0], read, probes[at])]
+                results = tapped[at] = [_tap(tap, results[0], read, probes[at])]
             values.update(zip(eqn.outvars, results, strict=True))
         return [jaxprs.value(atom, values) for atom in jaxpr.outvars]
 
