@@ -75,8 +75,9 @@ class Layers(Mapping[str, Layer]):
         }
         if captures.batch_size is None and self._layers:
             raise ValueError(
-                f"{method}: the batch size could not be inferred, since the loss's arguments do "
-                f"not share one leading dimension ({captures.unknown}). Pass batch_size= to "
+                f"{method}: the batch size could not be inferred, since the loss is no sum or mean "
+                "over its terms, and its arguments do not share one leading dimension "
+                f"({captures.unknown}). Pass batch_size= to "
                 "cqjax.value_and_grad: the number of terms that the loss averages over (or "
                 'loss_reduction="sum")'
             )
