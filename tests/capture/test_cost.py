@@ -68,6 +68,7 @@ def test_a_layer_that_is_too_large_keeps_its_gradient():
         (50, "dual", 49, None),
     ],
 )
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 def test_the_solver_whose_matrix_is_small_enough(rows, solver, max_dim, taken):
     """20 features and a bias."""
     params, x, y = problem(rows, 20, 2, bias=True)
