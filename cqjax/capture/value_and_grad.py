@@ -291,14 +291,15 @@ def _value(size: Any) -> Any:
 
 def _report(plan: Plan, on_uncovered: str) -> None:
     uncovered = plan.uncovered()
-    if not uncovered or (on_uncovered == "fallback" and plan.blocks):
+    in_vain = not plan.blocks and plan.signal == "gradient"  # nothing that cqjax does has an effect
+    if not uncovered or (on_uncovered == "fallback" and not in_vain):
         return
     reasons = "\n".join(f"  {path}: {'; '.join(why)}" for path, why in uncovered.items())
     message = (
         f"{len(uncovered)} parameters are not covered and keep their gradient:\n{reasons}\n"
         'Name them in skip= if that is meant, or pass on_uncovered="fallback".'
     )
-    if not plan.blocks:  # then nothing that cqjax does has an effect
+    if in_vain:
         message = (
             "no parameter is covered, and each keeps its gradient: csgd is plain SGD then, and "
             f"cadam plain Adam.\n{reasons}\n"

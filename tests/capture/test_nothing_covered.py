@@ -46,6 +46,12 @@ def test_what_is_skipped_is_meant(selection):
         cqjax.value_and_grad(solver_loss, **selection)(PARAMS, jnp.ones((4, 3)))
 
 
+def test_a_matched_signal_has_its_effect_without_layers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cqjax.back_matching_value_and_grad(solver_loss)(PARAMS, jnp.ones((4, 3)))
+
+
 def test_one_layer_is_enough():
     model = nn.Sequential([nn.Dense(3), nn.LayerNorm()])
     params = model.init(jax.random.key(0), jnp.ones((4, 3)))

@@ -96,6 +96,7 @@ def solved(capture, incoming, solver):
     return {weight: result} | ({bias: u[-1]} if bias else {})
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 @pytest.mark.parametrize(
     ("view", "shape"),
     [
