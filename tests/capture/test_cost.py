@@ -280,6 +280,7 @@ def rows_and_parts(x, kernel, groups, block_size):
     return rows[0], None
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 @given(layer=layers(), bias=st.booleans(), seed=st.integers(0, 2**16))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_split(layer, bias, seed):
