@@ -109,7 +109,7 @@ ERRORS = {
     ),
     "rates without a batch size": (
         lambda: back_matching_rates(
-            cqjax.plan(lambda p, x, y: chained(p, x))(PARAMS, X, jnp.ones(7)), PARAMS
+            cqjax.plan(lambda p, x, y: jnp.sqrt(chained(p, x)))(PARAMS, X, jnp.ones(7)), PARAMS
         ),
         "the batch size could not be inferred, .* Pass batch_size= to cqjax.plan or cqjax.value",
     ),
