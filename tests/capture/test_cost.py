@@ -52,6 +52,7 @@ def test_a_layer_that_is_too_large_keeps_its_gradient():
     assert not np.allclose(grads["params/Dense_0/kernel"], got["params/Dense_0/kernel"])
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 @pytest.mark.parametrize(
     ("rows", "solver", "max_dim", "taken"),
     [
@@ -279,6 +280,7 @@ def rows_and_parts(x, kernel, groups, block_size):
     return rows[0], None
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 @given(layer=layers(), bias=st.booleans(), seed=st.integers(0, 2**16))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_split(layer, bias, seed):
