@@ -52,6 +52,7 @@ def test_a_layer_that_is_too_large_keeps_its_gradient():
     assert not np.allclose(grads["params/Dense_0/kernel"], got["params/Dense_0/kernel"])
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is covered")
 @pytest.mark.parametrize(
     ("rows", "solver", "max_dim", "taken"),
     [
