@@ -74,7 +74,7 @@ def test_n_is_the_number_of_terms_that_the_mean_runs_over(kind, work, start):
     assert float(loss) * work.terms == pytest.approx(terms.sum(), rel=1e-5)
     assert terms.size == work.terms == size * (64 if kind == "language" else 1)
     inferred = cqjax.plan(work.loss_fn, has_aux=True)(params, state, x, y).batch_size
-    assert inferred == (None if kind == "cnn" else size)  # so texts must say their N
+    assert inferred == work.terms
 
 
 def test_metrics_are_those_of_their_parts(kind, work, start):

@@ -66,7 +66,7 @@ def test_tricky_programs(name, solver):
 
     @jax.jit
     def run(params, x, handed):
-        _, grads, captures = cqjax.value_and_grad(loss, solver=solver)(params, x)
+        _, grads, captures = cqjax.value_and_grad(loss, solver=solver, batch_size=5)(params, x)
         updates = [tx.update(g, tx.init(params), captures=captures)[0] for g in (grads, handed)]
         return grads, captures, updates, jax.grad(loss)(params, x)
 
@@ -132,7 +132,7 @@ def test_a_skipped_partner_makes_a_weight_inexact():
         return sq(x @ p["w"]) + sq(jnp.tanh(x) @ jnp.concatenate([p["w"], p["v"]], 1))
 
     tx = cqjax.scale_by_consequentialism(damping=0.1, relative_damping=0.0)
-    grads, _, updates, _ = first_step(tx, loss, params, x, skip="v", solver="dual")
+    grads, _, updates, _ = first_step(tx, loss, params, x, skip="v", solver="dual", batch_size=5)
     a = np.asarray(x)
     want = 5 * np.linalg.solve(a.T @ a + 0.1 * np.eye(4), np.asarray(grads["w"]))
     np.testing.assert_allclose(updates["w"], want, rtol=1e-6)
