@@ -1,5 +1,7 @@
 """N, the number of terms that a loss averages over, and how it is known."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +66,13 @@ def batch_size(
     return BatchSize(n, source, "" if computed else _doubt(n, found, shared, args))
 
 
+def _is_product(number: int, sizes: Sequence[int]) -> bool:
+    """Whether a number is the product of some of the sizes."""
+    lengths = range(1, len(sizes) + 1)
+    chosen = itertools.chain(*(itertools.combinations(sizes, n) for n in lengths))
+    return number in map(math.prod, chosen)
+
+
 def _largest(found: Sequence[Count], values: Mapping[int, Any]) -> Any:
     """The largest divisor, by the values of the variables that they name."""
     numbers = []
@@ -85,7 +94,7 @@ def _doubt(n: Any, found: Sequence[Count], shared: int | None, args: tuple) -> s
 
     A mean over the arguments' leading dimension and others (tokens, outputs) explains itself.
     """
-    if shared is None or n == shared or any(shared in count.sizes for count in found):
+    if shared is None or n == shared or any(_is_product(shared, c.sizes) for c in found):
         return ""
     arrays = arguments.described(*args)
     return (

@@ -78,6 +78,8 @@ def trace(
     jaxpr, outputs, kept, owners = _trace(loss_fn, params, args, kwargs)
     program, constants = steps.flatten(jaxpr)
     opened, _ = jaxprs.opened(jaxpr)
+    if not opened.outvars:
+        check_loss(outputs, isinstance(outputs, tuple | list))
     avals = [atom.aval for atom in opened.invars[: len(paths)]]
     known = Known(program, constants, jax.tree.leaves((args, kwargs)))
     examples = arguments.shared_size((args, kwargs), ()) or None

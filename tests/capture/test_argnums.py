@@ -67,13 +67,13 @@ def test_parameters_by_name():
     for args, kwargs in calls:
         _, grads, captures = cqjax.value_and_grad(loss_fn, argnums=(0, 2))(*args, **kwargs)
         assert set(captures) == {"0/w", "0/b", "1/w"} and len(grads) == 2
-        assert captures.batch_size == 8
+        assert captures.batch_size == 8 * SECOND["w"].shape[1]
 
 
 @pytest.mark.parametrize("name", ["params", "self", "args"])
 def test_other_arguments_have_any_name(name):
     def loss(weights, **others):
-        return jnp.mean((others[name] @ weights["w"]) ** 2)
+        return jnp.mean(jnp.sum((others[name] @ weights["w"]) ** 2, -1))
 
     assert cqjax.value_and_grad(loss)({"w": jnp.ones((3, 2))}, **{name: X})[2].batch_size == 8
 

@@ -109,9 +109,9 @@ def test_consequentialism_across_batches(options):
 def test_a_plan_counts_the_rows_of_all_devices():
     params, batch = dense(examples=32)
     plan = plan_of(dense_mean, params, batch)
-    assert plan.batch_size == 32
+    assert plan.batch_size == 32 * 6  # examples of all devices, times outputs
     assert [(block.rows, block.rows_with_bias) for block in plan.blocks] == [(32, 32)] * 3
-    assert plan_of(dense_loss, params, batch).batch_size == 4
+    assert plan_of(dense_loss, params, batch).batch_size == 4 * 6
     assert {block.solver for block in plan.blocks} == {"primal"}  # 32 rows, though 4 on each
     assert plan.blocks[0].flops("primal") < cqjax.plan(dense_loss)(params, *batch).blocks[0].flops(
         "primal"

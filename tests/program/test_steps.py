@@ -191,7 +191,9 @@ def test_what_the_loss_does_not_depend_on_is_no_site():
 def test_a_weight_handed_on_as_it_is():
     """Its rows are those of all trips, and of the product after them."""
     assert statuses(handed_on)["w"][0] == "covered"
-    _, grads, captures = cqjax.value_and_grad(handed_on, capture=cqjax.Rows)(PARAMS, XS)
+    _, grads, captures = cqjax.value_and_grad(handed_on, capture=cqjax.Rows, batch_size=20)(
+        PARAMS, XS
+    )
     (capture,) = captures["w"]
     rows = capture.rows()
     assert rows.x.shape == (1, 3 * 5 + 5, 4)
@@ -239,12 +241,16 @@ def no_trips_of_weights(params, xs):
 
 
 def test_a_scan_without_trips_returns_its_first_value():
-    _, grads, captures = cqjax.value_and_grad(no_trips, capture=cqjax.Rows)(PARAMS, XS)
+    _, grads, captures = cqjax.value_and_grad(no_trips, capture=cqjax.Rows, batch_size=20)(
+        PARAMS, XS
+    )
     assert {capture.block.exact for capture in captures.blocks} == {True}
     rows = captures["w"][0].rows()
     assert rows.x.shape == (1, 10, 4)
     np.testing.assert_allclose(rows.x[0].T @ rows.dz[0], grads["w"], rtol=1e-5)
-    _, _, captures = cqjax.value_and_grad(no_trips_of_weights, capture=cqjax.Rows)(PARAMS, XS)
+    _, _, captures = cqjax.value_and_grad(no_trips_of_weights, capture=cqjax.Rows, batch_size=20)(
+        PARAMS, XS
+    )
     assert captures["w"][0].rows().x.shape == (1, 10, 4)
 
 
@@ -254,9 +260,8 @@ def by_platform(params, xs):
     def both(x, ones, v):
         return 2 * x, ones @ v
 
-    x, ones = xs[0], jnp.ones((1, 4))
-    x, row = jax.lax.platform_dependent(x, ones, params["v"], cpu=both, default=both)
-    return jnp.mean(x @ params["w"]) + jnp.mean((row @ params["w"]) ** 2)
+    x, row = jax.lax.platform_dependent(xs, jnp.ones((1, 4)), params["v"], cpu=both, default=both)
+    return jnp.mean((x @ params["w"] + row @ params["w"]) ** 2)
 
 
 def test_branches_for_platforms():

@@ -235,7 +235,7 @@ def test_several_readers_add_up():
     below = [(d @ w.T) / np.sum(w**2, 1) for d, w in ((z, a), (z * np.cos(x @ b), b), (z, c))]
     want = below[0] + below[1] + 2 * below[2]
     want[:, :2] += z
-    fn = cqjax.back_matching_value_and_grad(loss_fn, weights="plain")
+    fn = cqjax.back_matching_value_and_grad(loss_fn, weights="plain", loss_reduction="sum")
     _, grads = jit(fn)(params, x)
     np.testing.assert_allclose(grads["shift"], want, rtol=1e-10)
 

@@ -77,7 +77,7 @@ def described(model, x_shape, dtype=jnp.float64, seed=0):
 
     def loss_fn(params, x):
         z = model.apply({"params": params}, x, mutable="batch_stats")[0]
-        return jnp.mean(z**2)
+        return jnp.mean(jnp.sum(z**2, range(1, z.ndim)))
 
     plan = cqjax.plan(loss_fn)(params, x)
     return plan, params, {k: np.asarray(p, np.float64) for k, p in flatten(params).items()}
