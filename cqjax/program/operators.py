@@ -79,7 +79,7 @@ class Operators:
         if step.kind is Kind.EQUATION and name == "broadcast_in_dim":
             (shape,) = (aval.shape for aval in equation.inputs)
             kept = zip(equation.params["broadcast_dimensions"], shape, strict=True)
-            own = {int(axis) for axis, size in kept if size > 1}
+            own = {int(axis) for axis, size in kept if size != 1}
             axes = range(len(equation.outputs[0].shape))
             self._repeated[step.writes[0]] = tuple(i for i in axes if i not in own)
         if not self._made:

@@ -240,9 +240,10 @@ class _Walk:
         """The number that a variable was broadcast or converted from; itself for an array."""
         while number in self._writers:
             step, _ = self._writers[number]
-            if step.kind is not Kind.EQUATION or step.equation.inputs[0].size > 1:
+            equation = step.equation
+            if step.kind is not Kind.EQUATION or equation.primitive.name not in _CONVERSIONS:
                 break
-            if step.equation.primitive.name not in _CONVERSIONS:
+            if equation.inputs[0].size != 1:
                 break
             number = step.reads[0]
         return number

@@ -81,8 +81,8 @@ def test_auxiliary_results_and_keyword_arguments():
     evaluate = cqjax.nnx.value_and_grad(with_aux, has_aux=True)
     (loss, aux), grads, captures = evaluate(model, X, y=Y)
     np.testing.assert_allclose(aux["z"], model(X), rtol=1e-5)
-    assert captures.batch_size == len(X) and set(captures) > {"first/kernel"}
-    assert cqjax.nnx.plan(with_aux)(model, X, y=Y).batch_size == len(X)
+    assert captures.batch_size == 2 * len(X) and set(captures) > {"first/kernel"}
+    assert cqjax.nnx.plan(with_aux)(model, X, y=Y).batch_size == 2 * len(X)
     with pytest.raises(TypeError, match=r"expected a scalar, or a pair \(loss, aux\)"):
         cqjax.nnx.value_and_grad(with_aux)(model, X, y=Y)
     with pytest.raises(TypeError, match=r"has_aux=True: expected the loss to return a pair"):
@@ -189,7 +189,7 @@ def test_other_modules_are_updated_and_not_differentiated():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert_same(arrays(grads), arrays(gradient))
     assert teacher.calls[...] == 2 and rngs.default.count[...] == 1
-    assert captures.batch_size == len(X)
+    assert captures.batch_size == 2 * len(X)  # two outputs
 
 
 def test_two_modules_that_share_one():
