@@ -19,7 +19,7 @@ from experiments.training import History, capturing_step, gradient_step, shuffle
 
 DEFAULTS = {  # one epoch; five epochs. The rates are the best of those tried for each optimizer
     "Fashion-MNIST": {
-        "steps": 1875,
+        "steps": 1250,
         "sgd_learning_rate": 0.03,
         "adam_learning_rate": 1e-4,
         "csgd_learning_rate": 0.05,
@@ -60,7 +60,7 @@ class Quickstart(Experiment):
     )
     """The optimizers to run, in this order."""
     steps: int | None = None
-    """Training steps; 1,875 on Fashion-MNIST (one epoch) and 225 on digits (five) if not given."""
+    """Training steps; 1,250 on Fashion-MNIST and 225 on digits (five epochs) if not given."""
     batch_size: int = 32
     """Images of a batch."""
     width: int = 800
