@@ -157,7 +157,7 @@ class _Walk:
         if name == "select_n" and 0 not in learned:
             results = []
             for i in learned:
-                mask = self._mask(number, i, step.reads[0], i - 1)
+                mask = self._mask(step, number, i, step.reads[0], i - 1)
                 results += self._visit(step.reads[i], (*events, *mask))
             return self._one(results, events)
         if len(learned) != 1:
@@ -174,7 +174,7 @@ class _Walk:
         elif name == "div" and own == 0:
             events += self._divided(step.reads[1])
         elif name == "mul":
-            events += self._multiplied(number, own, step.reads[1 - own])
+            events += self._multiplied(step, number, own, step.reads[1 - own])
         elif name == "dot_general":
             axes, batch = (part[own] for part in equation.params["dimension_numbers"])
             if len(axes) + len(batch) < len(aval.shape):
@@ -213,7 +213,7 @@ class _Walk:
             raise _Unknown
         return (_Event("computed", number),)
 
-    def _multiplied(self, result: int, own: int, number: Number) -> _Events:
+    def _multiplied(self, product: Step, result: int, own: int, number: Number) -> _Events:
         """A product with a variable, or with a number."""
         source = self._source(number)
         if source in self._literals:
@@ -225,14 +225,15 @@ class _Walk:
                 divided = self._divided(step.reads[1])
                 if self._source(step.reads[0]) in self._literals:
                     return divided
-                return (*divided, *self._multiplied(result, own, step.reads[0]))
+                return (*divided, *self._multiplied(product, result, own, step.reads[0]))
             if name == "integer_pow" and step.equation.params["y"] == -1:
                 return self._divided(step.reads[0])
-        return self._mask(result, own, number, None)
+        return self._mask(product, result, own, number, None)
 
-    def _mask(self, result: int, own: int, number: Number, case: int | None) -> _Events:
+    def _mask(self, step: Step, result: int, own: int, number: Number, case: int | None) -> _Events:
         # A number for all terms leaves none of them out.
-        if number not in self._values or self._source(number) != number:
+        other = step.equation.inputs[0 if case is not None else 1 - own]
+        if number not in self._values or self._source(number) != number or other.size == 1:
             return ()
         return (_Event("mask", Mask(result, own, number, case)),)
 

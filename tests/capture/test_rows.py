@@ -296,3 +296,12 @@ def test_training_with_padding_is_training_without():
     valid = jnp.arange(16) < 5
     got = trained(lambda p, x, y: jnp.mean(losses(p, x, y), where=valid), padded)
     np.testing.assert_allclose(got, without, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.5), jnp.float32(0.5), 0.5])
+def test_a_scale_is_no_mask(scale):
+    _, _, captures = cqjax.value_and_grad(lambda p, x, y: scale * jnp.mean(losses(p, x, y)))(
+        PARAMS, X, Y
+    )
+    assert captures.batch_size == B * T
+    assert all(capture.number is None for capture in captures.blocks)
