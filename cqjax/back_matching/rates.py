@@ -134,11 +134,16 @@ def unit_rates(
       ValueError: the batch size is unknown.
     """
     if source.batch_size is None:
+        why = "the loss computes it of its arguments"
+        if source.unknown:
+            why = (
+                "since the loss is no sum or mean over its terms, and its arguments do not share "
+                f"one leading dimension ({source.unknown})"
+            )
         raise ValueError(
-            "the batch size could not be inferred, since the loss is no sum or mean over its "
-            "terms, and its arguments do not share one leading dimension "
-            f"({source.unknown}). Pass batch_size= to cqjax.plan or cqjax.value_and_grad: the "
-            'number of terms that the loss averages over (or loss_reduction="sum")'
+            f"the batch size could not be inferred: {why}. Pass batch_size= to cqjax.plan or "
+            "cqjax.value_and_grad: the number of terms that the loss averages over (or "
+            'loss_reduction="sum")'
         )
     own_units = back_matching_units(source)
     owners = [path for unit in own_units for path in unit.paths]

@@ -22,11 +22,13 @@ class BatchSize(NamedTuple):
       value: N; None where it is unknown, or cannot be computed yet.
       source: how it is known, in words.
       doubt: what speaks against it, in words; empty where nothing does.
+      computed: whether it was computed of the loss's arguments.
     """
 
     value: int | jax.Array | None
     source: str
     doubt: str = ""
+    computed: bool = False
 
 
 def batch_size(
@@ -44,7 +46,8 @@ def batch_size(
     if options.loss_reduction == "sum":
         return BatchSize(1, '1, as loss_reduction="sum" says')
     if (given := options.batch_size) is not None:
-        return BatchSize(given, f"{given}, as batch_size= says")
+        number = isinstance(given, int | float)
+        return BatchSize(given, f"{given if number else 'computed'}, as batch_size= says")
     # Outside of `jax.shard_map`, and where the loss is a mean over devices, too, it is the same.
     shared = arguments.shared_size(args, [loss])
     if not found:
@@ -58,12 +61,13 @@ def batch_size(
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(args))
     computed = {number for count in found for number in count.computed}
     if computed and abstract:
-        return BatchSize(None, source)
+        return BatchSize(None, source, computed=True)
     n = _largest(found, values.of(computed) if computed else {})
     # Where the devices' divisors differ, and the loss is the devices' mean, so is N.
     if over := devices.varying(n) - jaxprs.varying(loss):
         n = jax.lax.pmean(n, tuple(over))
-    return BatchSize(n, source, "" if computed else _doubt(n, found, shared, args))
+    doubt = "" if computed else _doubt(n, found, shared, args)
+    return BatchSize(n, source, doubt, bool(computed))
 
 
 def _is_product(number: int, sizes: Sequence[int]) -> bool:

@@ -25,7 +25,7 @@ class Plan:
       parameters: all parameters, in the order of their tree.
       blocks: one for each weight that is solved for.
       batch_size: N, the number of terms that the loss averages over; None where it is unknown, or
-        will be computed from arguments that are abstract.
+        computed anew in each call (the sum of a mask).
       batch_size_source: how it is known, in words.
       examples: how many examples the batch has; None where that is not plain.
       flow: which layer feeds which.
@@ -111,7 +111,9 @@ def make_plan(
         if status in ("covered", "skipped"):
             notes = _notes_on_rows(path, blocks, examples)
         parameters.append(Parameter(path, shape, classes, status, notes))
-    size, source, _ = batch_size
+    # A plan outlives the trace, and so it holds nothing that was computed in it.
+    size = None if batch_size.computed else batch_size.value
+    source = batch_size.source
     return Plan(tuple(parameters), blocks, size, source, examples, flow, options.signal)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from cqjax.capture.batch_size import batch_size
+from cqjax.capture.batch_size import BatchSize, batch_size
 from cqjax.capture.options import Options
 from cqjax.capture.plan import Plan, make_plan
 from cqjax.capture.rows import Rows
@@ -36,7 +36,7 @@ class Traced(NamedTuple):
       kept: those leaves of its results, by number, that tracing leaves as they are.
       paths: paths of the parameters' leaves.
       plan: what is captured of it.
-      doubt: what speaks against its N, in words.
+      size: N.
       rows: which of the products' rows count.
     """
 
@@ -45,7 +45,7 @@ class Traced(NamedTuple):
     kept: Mapping[int, Any]
     paths: list[str]
     plan: Plan
-    doubt: str
+    size: BatchSize
     rows: Rows
 
     def results(self, values: Sequence[Any]) -> PyTree:
@@ -112,10 +112,10 @@ def trace(
     )
     if size.value is None and not found:
         plan = dataclasses.replace(plan, unknown=arguments.described(args, kwargs))
-    _check_devices_agree(plan)
+    _check_devices_agree(plan, size.value)
     _check_real(plan, leaves)
     counted = Rows(program, found, values, again)
-    return Traced(jaxpr, outputs, kept, paths, plan, size.doubt, counted)
+    return Traced(jaxpr, outputs, kept, paths, plan, size, counted)
 
 
 def _trace(
@@ -170,9 +170,9 @@ def _check_manual_axes() -> None:
         )
 
 
-def _check_devices_agree(plan: Plan) -> None:
+def _check_devices_agree(plan: Plan, batch_size: Any) -> None:
     reduced = {axis for block in plan.blocks for site in block.sites for axis in site.reduced}
-    if axes := sorted(reduced & devices.varying(plan.batch_size)):
+    if axes := sorted(reduced & devices.varying(batch_size)):
         raise ValueError(
             f"batch_size varies over {', '.join(axes)}, where devices share weights; expected the "
             f"number of terms that the loss averages over on all of them: "

@@ -83,8 +83,8 @@ class ValueAndGrad:
         tracing.check_loss(traced.outputs, self._has_aux)
         plan = traced.plan
         _report(plan, self._on_uncovered)
-        if traced.doubt:
-            warnings.warn(traced.doubt, stacklevel=2)
+        if traced.size.doubt:
+            warnings.warn(traced.size.doubt, stacklevel=2)
         sites = [site for block in plan.blocks for site in block.sites]
         weights, examples = traced.rows.weights(sites), traced.rows.examples(plan.examples)
         taps = {
@@ -119,7 +119,7 @@ class ValueAndGrad:
             grads,
             Captures(
                 captures,
-                _value(plan.batch_size),
+                _value(traced.size.value),
                 _value(examples),
                 plan.parameters,
                 plan.flow,

@@ -209,3 +209,18 @@ def test_a_scaled_loss_with_as_many_times_fewer_terms_has_the_same_update():
         return tx.update(grads, tx.init(W), captures=captures)[0]
 
     np.testing.assert_allclose(update(1024.0), update(1.0), rtol=1e-5)
+
+
+def test_a_plan_holds_nothing_of_the_trace():
+    """Of a mask's sum, too: it can be returned, and compared."""
+    plans = []
+
+    @jax.jit
+    def run(w, x, y, m):
+        plans.append(cqjax.plan(masked)(w, x, y, m))
+        return jnp.zeros(())
+
+    run(W, X, Y, MASK)
+    plans.append(cqjax.plan(masked)(W, X, Y, MASK))
+    assert plans[0].batch_size is plans[1].batch_size is None
+    assert str(plans[0]) == str(plans[1])
