@@ -111,7 +111,7 @@ ERRORS = {
         lambda: back_matching_rates(
             cqjax.plan(lambda p, x, y: jnp.sqrt(chained(p, x)))(PARAMS, X, jnp.ones(7)), PARAMS
         ),
-        "the batch size could not be inferred, .* Pass batch_size= to cqjax.plan or cqjax.value",
+        "the batch size could not be inferred: .* Pass batch_size= to cqjax.plan or cqjax.value",
     ),
     "value_fn with auxiliary results": (
         lambda: back_matching_rates(plan(), PARAMS, value_fn=lambda p: (chained(p, X), 0)),

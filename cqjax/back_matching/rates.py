@@ -137,7 +137,7 @@ def unit_rates(
         why = "the loss computes it of its arguments"
         if source.unknown:
             why = (
-                "since the loss is no sum or mean over its terms, and its arguments do not share "
+                "the loss is no sum or mean over its terms, and its arguments do not share "
                 f"one leading dimension ({source.unknown})"
             )
         raise ValueError(
