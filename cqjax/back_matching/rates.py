@@ -70,7 +70,8 @@ def back_matching_rates(
     Examples:
       >>> import cqjax, jax, jax.numpy as jnp
       >>> def loss_fn(params, x):
-      ...     return jnp.mean((jax.nn.relu(x @ params["w1"]) @ params["w2"]) ** 2)
+      ...     z = jax.nn.relu(x @ params["w1"]) @ params["w2"]
+      ...     return jnp.mean(jnp.sum(z**2, -1))
       >>> params = {"w1": jnp.ones((3, 8)), "w2": jnp.full((8, 2), 0.25)}
       >>> plan = cqjax.plan(loss_fn)(params, jnp.ones((5, 3)))
       >>> rates = cqjax.back_matching_rates(plan, params)
