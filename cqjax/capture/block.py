@@ -252,18 +252,25 @@ class Block:
           weights: 1 for its rows that are examples, else 0, as in `row_weights`; None if all are.
           examples: how many there are; None where that is not plain.
         """
-        # Beside rows of the examples' own, one that they share stands for as many.
-        mixed = site.shared and not self.shared and examples is not None
+        given, more, dtype = (), (), site.z[1]
+        if weights is not None:
+            given = (weights, jnp.ones((), dtype))
+        if site.shared and not self.shared and examples is not None:
+            # Beside rows of the examples' own, one that they share stands for as many.
+            copies = jnp.sqrt(jnp.asarray(examples, dtype))
+            ones = jnp.ones(row_weights.shape(site.form), dtype)
+            given = (copies * (ones if weights is None else weights), copies)
+        if isinstance(site.form, Ragged) and site.sizes is not None:
+            more = ((site.form.sizes, site.sizes),)
 
-        def take(x: jax.Array, dz: jax.Array, sizes: jax.Array | None = None) -> Statistic:
+        def take(x: jax.Array, dz: jax.Array, *arrays: jax.Array) -> Statistic:
             if not self.statistic.diagonal:  # else x are indices
                 x = x.astype(site.dtype)
-            factors = weights
-            if mixed:
-                copies = jnp.sqrt(jnp.asarray(examples, dz.dtype))
+            sizes = arrays[0] if more else None
+            factors = None
+            if given:
+                factors, copies = arrays[len(more) :]
                 dz = dz / copies
-                ones = jnp.ones(row_weights.shape(site.form), dz.dtype)
-                factors = copies * (ones if factors is None else factors)
             h = None
             if self.bias is not None and self.parts is None:
                 h = jnp.full((), site.bias is not None, x.dtype)
@@ -276,11 +283,17 @@ class Block:
 
         own = dict(site.view.loops)
         stacked = (self.statistic.every_trip or i in own for i in range(len(site.loops)))
-        more = ()
-        if isinstance(site.form, Ragged) and site.sizes is not None:
-            more = ((site.form.sizes, site.sizes),)
-        stacked = tuple(stacked)
-        return Tap(take, site.operand, site.x, site.z, stacked, site.loops, site.varying, more)
+        return Tap(
+            take,
+            site.operand,
+            site.x,
+            site.z,
+            tuple(stacked),
+            site.loops,
+            site.varying,
+            more,
+            given,
+        )
 
 
 def _pack(view: View, layout: Layout, arrays: Mapping[str, jax.Array]) -> jax.Array:

@@ -32,7 +32,7 @@ class Tap:
     """What the backward pass captures at one equation.
 
     Attributes:
-      statistic: what one trip contributes, of the activation x, the signal dz, and `more`.
+      statistic: what one trip contributes, of the activation x, the signal dz, `more` and `given`.
       operand: which of the equation's operands is x.
       x: shape and dtype of x.
       z: shape and dtype of the result.
@@ -41,6 +41,7 @@ class Tap:
       loops: lengths of these loops.
       varying: the mesh axes over which x or dz varies, and the statistic with them.
       more: further operands that the statistic needs, with their shapes and dtypes.
+      given: further arrays that it needs, which are none of the program's.
     """
 
     statistic: Callable[..., Any]
@@ -51,6 +52,7 @@ class Tap:
     loops: tuple[int, ...]
     varying: frozenset[str] = frozenset()
     more: tuple[tuple[int, Shaped], ...] = ()
+    given: tuple[jax.Array, ...] = ()
 
     def __call__(self, x: jax.Array, dz: jax.Array, *more: jax.Array) -> Any:
         """What one trip contributes."""
@@ -59,7 +61,8 @@ class Tap:
     def zero(self) -> Any:
         """The probe."""
         shaped = (self.x, self.z, *(shaped for _, shaped in self.more))
-        one = jax.eval_shape(self.statistic, *(jax.ShapeDtypeStruct(*each) for each in shaped))
+        structs = (jax.ShapeDtypeStruct(*each) for each in shaped)
+        one = jax.eval_shape(self.statistic, *structs, *self.given)
         loops = [n for n, stacked in zip(self.loops, self.stacked, strict=True) if stacked]
         zeros = jax.tree.map(lambda s: jnp.zeros((*loops, *s.shape), s.dtype), one)
         return devices.vary(zeros, self.varying)
@@ -103,23 +106,23 @@ class Evaluation:
         self._twins = twins
         self._bodies = {at[:i] for at in (*taps, *rules) for i in range(1, len(at))}
 
-    def __call__(
-        self,
-        jaxpr: Any,
-        inputs: Sequence[Any],
-        probes: Probes,
-        position: Position = (),
-        level: int = 0,
-    ) -> list[Any]:
+    def __call__(self, jaxpr: Any, inputs: Sequence[Any], probes: Probes) -> list[Any]:
         """The results of an open or closed jaxpr.
 
         Args:
           jaxpr: the jaxpr.
           inputs: its inputs.
-          probes: zeros for the statistics of the sites within.
-          position: where the jaxpr is.
-          level: how many scans are around it.
+          probes: zeros for the statistics of its sites.
         """
+        # What taps are given goes into bodies with the probes. A tap that closed over a traced
+        # array could not be within a `jax.jit` of the loss.
+        given = {at: (probe, self._taps[at].given) for at, probe in probes.items()}
+        return self._body(jaxpr, inputs, given, (), 0)
+
+    def _body(
+        self, jaxpr: Any, inputs: Sequence[Any], probes: Probes, position: Position, level: int
+    ) -> list[Any]:
+        """The results of a jaxpr at a position, with so many scans around it."""
         jaxpr, consts = jaxprs.opened(jaxpr)
         values = dict(zip(jaxpr.constvars, consts, strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
@@ -141,7 +144,8 @@ class Evaluation:
             if at in self._taps:
                 tap = self._taps[at]
                 read = tuple(args[i] for i in (tap.operand, *(i for i, _ in tap.more)))
-                results = tapped[at] = [_tap(tap, results[0], read, probes[at])]
+                probe, given = probes[at]
+                results = tapped[at] = [_tap(tap, results[0], (*read, *given), probe)]
             values.update(zip(eqn.outvars, results, strict=True))
         return [jaxprs.value(atom, values) for atom in jaxpr.outvars]
 
@@ -169,7 +173,7 @@ class Evaluation:
     def _function(
         self, jaxpr: Any, at: Position, level: int
     ) -> Callable[[Sequence[Any], Probes], list[Any]]:
-        return lambda inputs, probes: self(jaxpr, inputs, probes, at, level)
+        return lambda inputs, probes: self._body(jaxpr, inputs, probes, at, level)
 
     def _scan(
         self, eqn: core.JaxprEqn, args: list[Any], probes: Probes, at: Position, level: int
@@ -181,14 +185,13 @@ class Evaluation:
             args[split.consts : split.consts + split.carry],
             args[split.consts + split.carry :],
         )
-        stacked = {p: probe for p, probe in probes.items() if self._taps[p].stacked[level]}
+        stacked = {p: probe for p, (probe, _) in probes.items() if self._taps[p].stacked[level]}
         summed = {p: probe for p, probe in probes.items() if p not in stacked}
 
         def body(carry: list[Any], trip: tuple[list[Any], Probes]) -> tuple[list, list]:
-            inputs, probes = trip
-            results = self(
-                params["jaxpr"], [*consts, *carry, *inputs], summed | probes, at, level + 1
-            )
+            inputs, slices = trip
+            inner = summed | {p: (probe, probes[p][1]) for p, probe in slices.items()}
+            results = self._body(params["jaxpr"], [*consts, *carry, *inputs], inner, at, level + 1)
             return results[: split.carry], results[split.carry :]
 
         carry, ys = lax.scan(

@@ -39,6 +39,7 @@ MASKED = {
     "selected": lambda p, x, y, m: jnp.where(m > 0, losses(p, x, y), 0).sum() / m.sum(),
     "weights": lambda p, x, y, m: jnp.sum(losses(p, x, y) * (m / m.sum())),
     "rematerialised": lambda p, x, y, m: jnp.sum(jax.checkpoint(losses)(p, x, y) * m) / jnp.sum(m),
+    "jitted": lambda p, x, y, m: jnp.sum(jax.jit(losses)(p, x, y) * m) / jnp.sum(m),
     "vmapped": lambda p, x, y, m: (
         jnp.sum(jax.vmap(jax.vmap(losses, (None, 0, 0)), (None, 0, 0))(p, x, y) * m) / jnp.sum(m)
     ),
