@@ -107,7 +107,9 @@ class _Walk:
         joined = self._writers.get(indices)
         parts = [indices]
         if joined is not None and joined.equation.primitive.name == "concatenate":
-            parts = list(joined.reads)
+            last = len(joined.equation.outputs[0].shape) - 1
+            if joined.equation.params["dimension"] == last:
+                parts = list(joined.reads)
         if len(parts) != len(mapped):
             return {}
         found = {}
@@ -130,9 +132,14 @@ class _Walk:
             if name == "broadcast_in_dim":
                 axes = params["broadcast_dimensions"]
                 places = {k: a if places is None else places[a] for k, a in enumerate(axes)}
-            elif name not in ("select_n", "convert_element_type"):
+            elif name == "select_n":  # it wraps indices that are negative: these are not
+                sign = self._writers.get(step.reads[0])
+                if sign is None or sign.equation.primitive.name != "lt":
+                    return None
+                if sign.reads[0] != step.reads[1]:
+                    return None
+            elif name != "convert_element_type":
                 return None
-            # A selection wraps indices that are negative. These are not.
             step = self._writers.get(step.reads[1 if name == "select_n" else 0])
         return None
 

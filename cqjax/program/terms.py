@@ -116,15 +116,21 @@ class _Walk:
     def counts(self) -> tuple[Count, ...]:
         try:
             return tuple(dict.fromkeys(self._visit(self._loss, ())))
-        except _Unknown:
+        except (_Unknown, RecursionError):  # a chain of sums too long to follow is unknown, too
             return ()
 
     def _visit(self, number: Number, events: _Events) -> list[Count]:
-        """The divisors of the terms that a variable holds, after some events."""
+        """The divisors of the terms that a variable holds, after some events.
+
+        Raises:
+          _Unknown: the loss is too large a sum.
+        """
         self._visits += 1
         if number not in self._data:
             return []
-        if number in self._outputs or self._visits > _VISITS:
+        if self._visits > _VISITS:
+            raise _Unknown
+        if number in self._outputs:
             return [self._count(events)]
         step, i = self._writers[number]
         match step.kind:
@@ -186,12 +192,17 @@ class _Walk:
 
     def _summands(self, number: Number) -> list[Number]:
         """The scalars of data that one was added up of one by one: by a loop in Python."""
-        if number not in self._data:
-            return []
-        step, _ = self._writers[number]
-        if step.kind is Kind.EQUATION and step.equation.primitive.name in _MANY_OPERANDS:
-            return [summand for n in step.reads for summand in self._summands(n)]
-        return [number]
+        waiting, found = [number], []
+        while waiting:  # no recursion: the loop may have been long
+            number = waiting.pop()
+            if number not in self._data:
+                continue
+            step, _ = self._writers[number]
+            if step.kind is Kind.EQUATION and step.equation.primitive.name in _MANY_OPERANDS:
+                waiting += step.reads
+            else:
+                found.append(number)
+        return found
 
     def _one(self, found: list[Count], events: _Events) -> list[Count]:
         """What summands within a mean differ in is no matter: the mean is over the sums."""

@@ -224,3 +224,13 @@ def test_a_plan_holds_nothing_of_the_trace():
     plans.append(cqjax.plan(masked)(W, X, Y, MASK))
     assert plans[0].batch_size is plans[1].batch_size is None
     assert str(plans[0]) == str(plans[1])
+
+
+def test_a_long_loop_in_python():
+    """More summands than Python allows calls within calls."""
+
+    def loss_fn(w, x):
+        total = jnp.sum((x[0, 0] @ w) ** 2)
+        return sum([total] * 1100) / 1100
+
+    assert cqjax.plan(loss_fn)(W, X).batch_size == 1100

@@ -114,6 +114,20 @@ def test_masked_rows_of_a_classifier(how):
     assert_close(got, exact(updates(loss_fn, PARAMS, (x[left], labels[left], m[left]))))
 
 
+def test_rows_that_are_picked_are_not_taken_for_counted_ones():
+    """Where the index is not the row's own, a masked row may feed a term that counts."""
+    labels, m = jnp.zeros(12, int), jnp.arange(12) < 4
+    x, other = normal(12, D), jnp.arange(12)[::-1]
+
+    def loss_fn(p, x, labels, m, other):
+        logs = jax.nn.log_softmax(net(p, x))
+        chosen = logs[jnp.where(m, other, jnp.arange(12)), labels]
+        return -jnp.sum(chosen * m) / m.sum()
+
+    _, _, captures = jax.jit(cqjax.value_and_grad(loss_fn))(PARAMS, x, labels, m, other)
+    assert all(capture.number is None or capture.number >= 12 for capture in captures.blocks)
+
+
 def test_a_linear_layer_reaches_its_targets_where_half_is_masked():
     x, y = normal(16, 20), normal(16, 3)
     kept = jnp.arange(16) % 2
