@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 LOCK := $(wildcard requirements/$(VERSION).txt)
 
-NEWEST = $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 'print("python$(v)")' 2> /dev/null)))
+# The newest Python that runs: on the path, or among those of pyenv, whose shims may be there and not run.
+PYENV = $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
+NEWEST = $(firstword $(foreach v,3.13 3.12,$(shell for p in python$(v) $(PYENV)/$(v).*/bin/python; do \
+  $$p -c 'import sys; print(sys.executable)' 2> /dev/null && break; done)))
 CUDA ?= cuda13
 
 .PHONY: demo test test-newest test-gpu lint types tests lock clean
@@ -19,7 +22,7 @@ demo: $(READY)  ## train by SGD, Adam and C-SGD on real data: a table and a pict
 test: lint types tests  ## everything that CI runs
 
 test-newest:  ## the tests with the newest JAX, Flax and Optax of the index that the ranges allow
-	@test -n "$(NEWEST)" || echo "No Python 3.12 or newer was found; nothing to test"
+	@test -n "$(NEWEST)" || echo "No Python 3.12 or 3.13 was found; nothing to test"
 	@test -z "$(NEWEST)" || $(MAKE) tests PYTHON=$(NEWEST) VENV=.venv/newest LOCK=
 
 test-gpu: $(READY)  ## the tests that need a GPU, with JAX for CUDA=cuda12 or cuda13

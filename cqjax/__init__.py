@@ -14,7 +14,6 @@ from cqjax.aliases import cmomentum as cmomentum
 from cqjax.aliases import cnesterov as cnesterov
 from cqjax.aliases import crmsprop as crmsprop
 from cqjax.aliases import csgd as csgd
-from cqjax.aliases import nlms as nlms
 from cqjax.back_matching.chain import ChainLayer as ChainLayer
 from cqjax.back_matching.propagation import (
     back_matching_value_and_grad as back_matching_value_and_grad,
@@ -41,6 +40,7 @@ from cqjax.capture.value_and_grad import plan as plan
 from cqjax.capture.value_and_grad import value_and_grad as value_and_grad
 from cqjax.layerwise_aliases import back_matching_sgd as back_matching_sgd
 from cqjax.layerwise_aliases import lsalr as lsalr
+from cqjax.layerwise_aliases import nlms as nlms
 from cqjax.losses import kullback_leibler as kullback_leibler
 from cqjax.losses import normalized_kullback_leibler as normalized_kullback_leibler
 from cqjax.losses import p_norm_loss as p_norm_loss

@@ -10,11 +10,11 @@ from cqjax.capture.plan import Plan
 from cqjax.transforms.clip_by_output_change import clip_by_output_change
 from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
 from cqjax.transforms.learning_rates import scale_by_learning_rates
-from cqjax.transforms.nlms import scale_by_nlms
 
 Optimizer = optax.GradientTransformationExtraArgs
 Mask = optax.Params | Callable[[optax.Params], Any] | None
 _Rule = optax.GradientTransformation
+_Limits = tuple[list[_Rule], list[_Rule]]
 
 
 def cadam(
@@ -38,7 +38,7 @@ def cadam(
     `scale_by_consequentialism` makes of each layer's gradient the update that moves the layer's
     outputs where the loss wants them. `optax.scale_by_adam` averages these updates, and divides
     them by the root of their mean square. What is not covered, such as the scales of normalisation
-    layers, gets plain Adam.
+    layers, gets plain Adam. Adam takes in at most what would move a layer by 20 `max_change`.
 
     Args:
       learning_rate: a number or a schedule. In docs/choosing.md 0.01 is the best rate, or near it,
@@ -87,12 +87,9 @@ def cadam(
       optimization (2015).
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    # Consequentialism comes first, since it is cheapest for the gradient itself. The rule then sees
-    # its update U in the place of the gradient. How far Adam's step moves the outputs is known when
-    # it is made: so the limit comes last. Where a rule only adds up what it gets, the limit comes
-    # before it, so that one bad batch does not stay in the sum.
+    # Consequentialism comes first, since it is cheapest for the gradient itself.
     rates, rule = _rates(learning_rate, uncovered_learning_rate), optax.scale_by_adam(b1, b2, eps)
-    return optax.chain(solve, rule, *_decay(weight_decay, mask), rates, *_limit(max_change))
+    return _chain(solve, rule, _decay(weight_decay, mask), rates, _limits(max_change, 20, 1))
 
 
 def csgd(
@@ -169,7 +166,8 @@ def cmomentum(
     """C-SGD with momentum: `optax.trace` after consequentialism.
 
     With momentum β, an update that repeats adds up to 1 / (1 − β) times itself. So the rate that
-    acts is μ / (1 − β): ten times μ by default. The limit `max_change` is for this rate.
+    acts is μ / (1 − β): ten times μ by default. The limit `max_change` is for this rate; the
+    step that is taken has one that is half as wide again.
 
     Args:
       learning_rate: μ, a number or a schedule.
@@ -192,7 +190,8 @@ def cmomentum(
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = _rates(learning_rate), optax.trace(momentum)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    return optax.chain(solve, *_limit(max_change, acting), rule, *_decay(weight_decay, mask), rates)
+    limits = _limits(max_change, 1, 1.5, acting)
+    return _chain(solve, rule, _decay(weight_decay, mask), rates, limits)
 
 
 def cnesterov(
@@ -211,7 +210,8 @@ def cnesterov(
     """C-Nesterov: `optax.trace` with Nesterov's momentum after consequentialism.
 
     With momentum β, an update that repeats adds up to 1 / (1 − β) times itself. So the rate that
-    acts is μ / (1 − β): ten times μ by default. The limit `max_change` is for this rate.
+    acts is μ / (1 − β): ten times μ by default. The limit `max_change` is for this rate; the
+    step that is taken has one that is half as wide again.
 
     Args:
       learning_rate: μ, a number or a schedule.
@@ -234,7 +234,8 @@ def cnesterov(
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = _rates(learning_rate), optax.trace(momentum, nesterov=True)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    return optax.chain(solve, *_limit(max_change, acting), rule, *_decay(weight_decay, mask), rates)
+    limits = _limits(max_change, 1, 1.5, acting)
+    return _chain(solve, rule, _decay(weight_decay, mask), rates, limits)
 
 
 def crmsprop(
@@ -274,27 +275,7 @@ def crmsprop(
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     rates, rule = _rates(learning_rate), optax.scale_by_rms(decay, eps)
-    return optax.chain(solve, rule, *_decay(weight_decay, mask), rates, *_limit(max_change))
-
-
-def nlms(learning_rate: optax.ScalarOrSchedule, eps: float = 1e-3) -> Optimizer:
-    """NLMS (normalised least mean squares), extended to layers and mini-batches row by row.
-
-    This is the first attempt of Paeedeh and Ghiasi-Shirazi, who show that it is unstable.
-
-    Args:
-      learning_rate: μ, a number or a schedule.
-      eps: ε of `scale_by_nlms`.
-
-    Returns:
-      A transformation whose `update` takes the keyword argument `captures`. The captures must hold
-      rows, as those of `cqjax.value_and_grad(loss_fn, capture=cqjax.Rows)` do.
-
-    References:
-      Paeedeh and Ghiasi-Shirazi (2020), Eqs. 49 and 50.
-    """
-    check_rate(learning_rate, "learning_rate")
-    return optax.chain(scale_by_nlms(eps), optax.sgd(learning_rate))
+    return _chain(solve, rule, _decay(weight_decay, mask), rates, _limits(max_change, 20, 1))
 
 
 def _solve(
@@ -334,6 +315,25 @@ def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
 def _limit(max_change: float | None, rate: optax.ScalarOrSchedule = 1.0) -> list[_Rule]:
     """The trust region, if there is one, for updates that are taken at this rate."""
     return [] if max_change is None else [clip_by_output_change(max_change, learning_rate=rate)]
+
+
+def _limits(
+    max_change: float | None, before: float, after: float, rate: optax.ScalarOrSchedule = 1.0
+) -> _Limits:
+    """Limits before and after a rule with a memory, in multiples of `max_change`.
+
+    What a rule takes in stays: Adam takes 80,000 steps to forget one update of 1e18. And a rate
+    that is too high multiplies what momentum has taken in.
+    """
+    if max_change is None:
+        return [], []
+    return _limit(before * max_change, rate), _limit(after * max_change)
+
+
+def _chain(
+    solve: Optimizer, rule: _Rule, decay: list[_Rule], rates: _Rule, limits: _Limits
+) -> Optimizer:
+    return optax.chain(solve, *limits[0], rule, *decay, rates, *limits[1])
 
 
 def _accumulated(rate: optax.ScalarOrSchedule, momentum: Any) -> optax.ScalarOrSchedule:

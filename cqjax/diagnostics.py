@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ import optax
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Captures
 from cqjax.capture.table import lines
-from cqjax.linalg import ridge
-from cqjax.linalg.gram import HIGHEST, accumulator
+from cqjax.linalg import devices, ridge
+from cqjax.linalg.gram import HIGHEST
+from cqjax.linalg.products import einsum
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers
 from cqjax.solves.matrices import along
+from cqjax.solves.spectrum import Spectrum, inputs, spectrum_of
 
 _NAME = "cqjax.diagnostics.report"
 
@@ -168,6 +170,29 @@ def report(
     if updates is None:
         blocks = captures.blocks if isinstance(captures, Captures) else ()
         updates = {path: g for capture in blocks for path, g in capture.gradients.items()}
+    return devices.automatic(
+        lambda batch, new, state: _report(
+            batch, new, state, learning_rate, damping, relative_damping
+        ),
+        captures,
+        updates,
+        opt_state,
+    )
+
+
+def _report(
+    captures: Captures,
+    updates: optax.Updates,
+    opt_state: optax.OptState | None,
+    learning_rate: Any,
+    damping: Any,
+    relative_damping: Any,
+) -> Report:
+    """The report, of arguments that go together.
+
+    Raises:
+      ValueError: they do not.
+    """
     layers = Layers(updates, captures, _NAME)
     failed, foreign, clipped = (
         {} if opt_state is None else _counts(layers, opt_state, name)
@@ -180,7 +205,7 @@ def report(
         )
     reports = {}
     for label, layer in layers.items():
-        spectrum = _spectrum(layer)
+        spectrum = spectrum_of(layer)
         squares = jnp.square(spectrum.values)
         mean = ridge.mean_eigenvalue(squares, layer.rank())
         added = damping + relative_damping * mean
@@ -197,49 +222,6 @@ def report(
             block=layer.block,
         )
     return Report(reports)
-
-
-class _Spectrum(NamedTuple):
-    """The singular value decomposition X = UΣVᵀ, as far as the captures determine it.
-
-    Attributes:
-      values: Σ, (B, k), in descending order; 0 for values within rounding error of zero.
-      right: V, (B, d, k); None if it is the identity.
-      left: U, (B, n, k); None if rows were not captured.
-    """
-
-    values: jax.Array
-    right: jax.Array | None
-    left: jax.Array | None
-
-
-def _spectrum(layer: Layer) -> _Spectrum:
-    """The decomposition of a weight's input X; a bias that is solved for with it is a feature."""
-    if layer.block.statistic.diagonal:  # a lookup: XᵀX is the diagonal matrix of counts
-        return _Spectrum(jnp.sqrt(layer.second_moment()), None, None)
-    if layer.capture.has_rows:
-        left, values, right = jnp.linalg.svd(_inputs(layer), full_matrices=False)
-        return _Spectrum(
-            _without_rounding(values, max(layer.block.rows, layer.size)), right.mT, left
-        )
-    squares, right = jnp.linalg.eigh(layer.second_moment())
-    values = jnp.sqrt(_without_rounding(jnp.maximum(squares[:, ::-1], 0), layer.size))
-    return _Spectrum(values, right[:, :, ::-1], None)
-
-
-def _without_rounding(values: jax.Array, size: int) -> jax.Array:
-    """Values (B, k) in descending order, with zeros for those within rounding error of zero."""
-    least = size * jnp.finfo(values.dtype).eps * values[:, :1]
-    return jnp.where(values <= least, 0, values)
-
-
-def _inputs(layer: Layer) -> jax.Array:
-    """[X, h], (B, n, d + 1), or X where there is no bias, in at least float32."""
-    rows = layer.rows()
-    x = rows.x.astype(accumulator(rows.x.dtype))
-    if rows.h is None:
-        return x
-    return jnp.concatenate([x, rows.h[..., None].astype(x.dtype)], -1)
 
 
 def _of_spectrum(layer: Layer, values: jax.Array, damping: jax.Array) -> dict[str, jax.Array]:
@@ -261,9 +243,7 @@ def _of_spectrum(layer: Layer, values: jax.Array, damping: jax.Array) -> dict[st
     }
 
 
-def _residuals(
-    layer: Layer, spectrum: _Spectrum, learning_rate: Any
-) -> tuple[jax.Array, jax.Array]:
+def _residuals(layer: Layer, spectrum: Spectrum, learning_rate: Any) -> tuple[jax.Array, jax.Array]:
     """The residual and the reachable residual, (B,); NaN if it is not known."""
     block, factor = layer.block, learning_rate * layer.terms
     unknown = jnp.full(len(spectrum.values), jnp.nan, spectrum.values.dtype)
@@ -279,7 +259,7 @@ def _residuals(
     targets = -factor * layer.rows().dz.astype(update.dtype)
     reached = (spectrum.values > 0)[..., None]
     wanted = jnp.where(reached, _rotated(spectrum.left, targets), 0)
-    outputs = jnp.einsum("bnd,bdo->bno", _inputs(layer), update, precision=HIGHEST)
+    outputs = einsum("bnd,bdo->bno", inputs(layer), update, precision=HIGHEST)
     return _relative(outputs, targets), _relative(change, wanted)
 
 
@@ -287,7 +267,7 @@ def _rotated(basis: jax.Array | None, matrix: jax.Array) -> jax.Array:
     """QᵀA, (B, k, o); a basis Q of None is the identity."""
     if basis is None:
         return matrix
-    return jnp.einsum("bmk,bmo->bko", basis, matrix, precision=HIGHEST)
+    return einsum("bmk,bmo->bko", basis, matrix, precision=HIGHEST)
 
 
 def _relative(change: jax.Array, wanted: jax.Array) -> jax.Array:

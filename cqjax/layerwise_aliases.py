@@ -1,4 +1,4 @@
-"""Momentum SGD with layer-wise rates: back-matching's, and those that it was compared with."""
+"""Back-matching's optimizer, and those that the papers compare theirs with."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from cqjax.back_matching.transform import Factors, scale_by_back_matching
 from cqjax.capture.checks import check_rate
 from cqjax.capture.plan import Plan
 from cqjax.transforms.layerwise_rates import scale_by_lsalr
+from cqjax.transforms.nlms import scale_by_nlms
 
 Optimizer = optax.GradientTransformationExtraArgs
 
@@ -108,3 +109,34 @@ def lsalr(
         scale_by_lsalr(),
         optax.sgd(learning_rate, momentum, nesterov),
     )
+
+
+def nlms(learning_rate: optax.ScalarOrSchedule, eps: float = 1e-3) -> Optimizer:
+    """NLMS (normalised least mean squares), extended to layers and mini-batches row by row.
+
+    This is the first attempt of Paeedeh and Ghiasi-Shirazi, who show that it is unstable. On one
+    example, each step multiplies the error by 1 - μ: from μ = 2 on, it grows without end. In a
+    batch it may do so at a smaller rate, by as much as rows are alike: n equal rows act like a rate
+    of nμ. `optax.chain(cqjax.nlms(0.1), cqjax.clip_by_output_change())` has a bound.
+
+    Args:
+      learning_rate: μ < 2, a number or a schedule.
+      eps: ε of `scale_by_nlms`.
+
+    Returns:
+      A transformation whose `update` takes the keyword argument `captures`. The captures must hold
+      rows, as those of `cqjax.value_and_grad(loss_fn, capture=cqjax.Rows)` do.
+
+    Raises:
+      ValueError: the rate is a number from 2 on.
+
+    References:
+      Paeedeh and Ghiasi-Shirazi (2020), Eqs. 49 and 50.
+    """
+    check_rate(learning_rate, "learning_rate")
+    if isinstance(learning_rate, int | float) and learning_rate >= 2:
+        raise ValueError(
+            f"nlms: learning_rate={learning_rate}: expected less than 2, since each step "
+            "multiplies an example's error by 1 minus the rate"
+        )
+    return optax.chain(scale_by_nlms(eps), optax.sgd(learning_rate))

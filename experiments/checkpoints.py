@@ -18,6 +18,7 @@ from experiments.training import Evaluation, History, State
 
 FOLDER = "checkpoints"
 SETTINGS = "settings.json"
+_AFRESH = "Leave out --resume to start afresh, or name another --output"
 
 Write = Callable[[str, Evaluation], None]
 """Takes a training run's label and an evaluation of it."""
@@ -89,8 +90,9 @@ class Run:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._folder, self._seconds, self._saved = folder, seconds, time.monotonic()
+        with self._readable():
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._label, self._write, self._written = label, write, 0
 
     def history(self) -> History:
@@ -101,7 +103,8 @@ class Run:
         """
         if self._manager.latest_step() is None:
             return History()
-        return History.of(self._restore("history", ocp.args.JsonRestore()))
+        with self._readable():
+            return History.of(self._restore("history", ocp.args.JsonRestore()))
 
     def state(self, start: State) -> State:
         """The state after these steps, if the run is not finished.
@@ -115,7 +118,8 @@ class Run:
         Raises:
           ResumeError: If the checkpoint is damaged.
         """
-        return self._restore("state", ocp.args.StandardRestore(start))
+        with self._readable():
+            return self._restore("state", ocp.args.StandardRestore(start))
 
     def keep(self, state: State, history: History, *, finished: bool) -> None:
         """Write the new evaluations. Save, if the time has come or the run is finished."""
@@ -137,18 +141,24 @@ class Run:
         self._manager.close()
 
     def _restore(self, item: str, args: Any) -> Any:
-        """An item of the last checkpoint.
+        """An item of the last checkpoint."""
+        step = self._manager.latest_step()
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Says what to do where a checkpoint cannot be read.
 
         Raises:
-          ResumeError: If it cannot be read.
+          ResumeError: If so.
         """
         try:
-            step = self._manager.latest_step()
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+            yield
         except Exception as error:  # a damaged file can fail in any way
+            first = next(iter(str(error).splitlines()), type(error).__name__)
             raise ResumeError(
-                f"the checkpoint in {self._folder} cannot be read: {error}. Remove this folder to "
-                "start the run afresh, or leave out --resume to start all of them"
+                f"the checkpoint in {self._folder} cannot be read: {first[:200]}. Remove this "
+                "folder to start the run afresh, or leave out --resume to start all of them"
             ) from error
 
 
@@ -160,17 +170,20 @@ def _found(folder: Path, settings: Mapping[str, Any]) -> bool:
     """
     if not (folder / SETTINGS).exists():
         return False
-    old, new = json.loads((folder / SETTINGS).read_text()), report.plain(settings)
+    try:
+        old = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ResumeError(f"{folder / SETTINGS} cannot be read: {error}. {_AFRESH}") from error
+    if not isinstance(old, dict):
+        raise ResumeError(f"{folder / SETTINGS} holds no settings. {_AFRESH}")
+    new = report.plain(settings)
     changed = [
         f"{key} was {old.get(key)} and is {new.get(key)}"
         for key in old | new
         if old.get(key) != new.get(key)
     ]
     if changed:
-        raise ResumeError(
-            f"{folder} is of other settings: {'; '.join(changed)}. Leave out --resume to start "
-            "afresh, or name another --output"
-        )
+        raise ResumeError(f"{folder} is of other settings: {'; '.join(changed)}. {_AFRESH}")
     return True
 
 

@@ -43,6 +43,7 @@ class Experiment:
         Raises:
           ValueError: If there is one; the message names the option.
         """
+        options.require(self, options.SEED, "seed")
         options.require(self, options.NOT_NEGATIVE, "checkpoint_seconds")
         if self.tensorboard:
             check_tensorboard()
@@ -221,7 +222,7 @@ class Contest(Contests):
         """
         super().__post_init__()
         options.require(self, options.AT_LEAST_ONE, "batch_size")
-        options.require(self, options.POSITIVE, "epochs", "tuning_epochs")
+        options.require(self, options.LENGTH, "epochs", "tuning_epochs")
 
     def effort(self, title: str, train: Split) -> Effort:
         """How much is done for each entrant of a contest."""

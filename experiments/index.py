@@ -28,7 +28,7 @@ class Index:
 
     def run(self) -> None:
         """Write it."""
-        (self.folder / "README.md").write_text(overview(self.folder))
+        (self.folder / "README.md").write_text(overview(self.folder), encoding="utf-8")
         Console().print(f"Written: {self.folder}/README.md", highlight=False, soft_wrap=True)
 
 
@@ -43,8 +43,9 @@ def overview(folder: Path) -> str:
     """
     experiments, claims = [], []
     for path in sorted(folder.glob("*/results.json")):
-        content, name = json.loads(path.read_text()), path.parent.name
-        title = (path.parent / "README.md").read_text().splitlines()[0].removeprefix("# ")
+        content, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+        page = (path.parent / "README.md").read_text(encoding="utf-8")
+        title = page.splitlines()[0].removeprefix("# ")
         holds = Counter(claim["holds"] for claim in content["claims"])
         environment = content["environment"]
         device = environment["device"]

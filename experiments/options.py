@@ -1,6 +1,7 @@
 """An experiment's options: presets, checks, and the command line that gives them."""
 
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -42,7 +43,7 @@ def command(name: str, settings: Any) -> str:
         else:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{option}", *map(str, values)]
-    return " ".join(words)
+    return " ".join(words[:1] + list(map(shlex.quote, words[1:])))
 
 
 class Range(NamedTuple):
@@ -50,10 +51,15 @@ class Range(NamedTuple):
 
     words: str
     has: Callable[[float], bool]
+    most: float = math.inf
+    """More cannot be meant: no machine could do it."""
 
 
-AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
+AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1, most=10_000_000)
+SEED = Range("at least 0", lambda value: value >= 0, most=2**31 - 1)
+LENGTH = Range("positive and finite", lambda value: 0 < value < math.inf, most=10_000)
 POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
+COUNT = Range("finite and not negative", lambda value: 0 <= value < math.inf, most=10_000_000)
 NOT_NEGATIVE = Range("finite and not negative", lambda value: 0 <= value < math.inf)
 FRACTION = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 
@@ -67,9 +73,11 @@ def require(settings: Any, allowed: Range, *fields: str) -> None:
     for field in fields:
         values = getattr(settings, field)
         for value in values if isinstance(values, tuple) else (values,):
+            option = "--" + field.replace("_", "-")
             if value is not None and not allowed.has(value):
-                option = "--" + field.replace("_", "-")
                 raise ValueError(f"{option} must be {allowed.words}, got {value}")
+            if value is not None and value > allowed.most:
+                raise ValueError(f"{option} must be at most {allowed.most:,}, got {value}")
 
 
 def require_distinct(settings: Any, field: str, *needed: str) -> None:

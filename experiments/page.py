@@ -121,7 +121,7 @@ def write(
         "Settings: " + ", ".join(f"{name} {_show(value)}" for name, value in settings.items()),
         report.machine(environment),
     ]
-    path.write_text("\n\n".join(parts) + "\n")
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def publish(name: str, given: Any, settings: Any, results: Any, console: Console) -> None:

@@ -59,7 +59,8 @@ class Rates:
           ValueError: If there is one; the message names the option.
         """
         options.require(self, options.AT_LEAST_ONE, "batch_size")
-        options.require(self, options.NOT_NEGATIVE, "steps")
+        options.require(self, options.COUNT, "steps")
+        options.require(self, options.SEED, "seed")
 
     def run(self) -> None:
         """Compute the rates, print them and write them.
@@ -82,7 +83,7 @@ class Rates:
             rows = _rows(model, chain, start, *(array[: self.batch_size] for array in examples))
             report.print_table(console, title, rows)
             tables.append(f"## {title}\n\n{report.markdown_table(rows)}")
-        (self.output / "rates.md").write_text("\n\n".join(tables) + "\n")
+        (self.output / "rates.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
         console.print(f"Written: {self.output}/rates.md", highlight=False, soft_wrap=True)
 
 

@@ -66,7 +66,7 @@ def machine(environment: Mapping[str, Any]) -> str:
 def _cpu() -> str:
     """The processor's model, where the system says it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
@@ -74,7 +74,8 @@ def _cpu() -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file of standard JSON. It appears only when it is whole."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(plain(content), indent=2, allow_nan=False)
+    part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
 
 

@@ -54,6 +54,14 @@ class Curve:
         return next(((step, seconds) for step, seconds, at in points if at <= value), None)
 
 
+def _curve(stored: Mapping[str, Any]) -> Curve:
+    curve = Curve(**stored)
+    for numbers in zip(curve.step, curve.seconds, curve.value, strict=True):
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("a curve has something else than numbers")
+    return curve
+
+
 class Evaluation(NamedTuple):
     """The metrics after some steps."""
 
@@ -75,9 +83,9 @@ class History:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> "History":
-        """The history, from what `dataclasses.asdict` made of it."""
-        metrics = {name: Curve(**curve) for name, curve in stored["metrics"].items()}
-        curves = {"batch_loss": Curve(**stored["batch_loss"]), "metrics": metrics}
+        """The history, from what `dataclasses.asdict` made of it; of anything else, an error."""
+        metrics = {name: _curve(curve) for name, curve in stored["metrics"].items()}
+        curves = {"batch_loss": _curve(stored["batch_loss"]), "metrics": metrics}
         return cls(**{**stored, **curves})
 
     @property

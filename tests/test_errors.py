@@ -205,13 +205,30 @@ def test_within_shard_map(args):
         return cqjax.value_and_grad(loss_fn)(params, x)[1]
 
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    with pytest.raises(ValueError, match="within jax.shard_map over data.*NamedSharding"):
+    with pytest.raises(ValueError, match="over the axis data.*shard_map.*check_vma"):
         jax.jit(mapped)(*args)
 
 
-def test_activations_with_sharded_types(args):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        x = jax.device_put(args[1], jax.sharding.PartitionSpec("data"))
-        with pytest.raises(ValueError, match="^w meets an activation whose type is sharded.*Auto"):
-            jax.jit(cqjax.value_and_grad(loss_fn))(args[0], x)
+def test_within_pmap(args):
+    """The message says what to write in its place."""
+
+    def gradient(params, x):
+        return jax.lax.pmean(cqjax.value_and_grad(loss_fn)(params, x)[1], "data")
+
+    params, x = (jax.tree.map(lambda a: jnp.stack([a, a]), arg) for arg in args)
+    mapped = jax.pmap(gradient, axis_name="data", devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="within jax.pmap.*NamedSharding.*jax.jit"):
+        mapped(params, x)
+
+
+def test_gradients_averaged_by_hand_over_vmap(args):
+    """They are not those of the captured rows, which each member has for itself."""
+    tx = cqjax.csgd(0.1)
+
+    def step(params, x):
+        _, grads, captures = cqjax.value_and_grad(loss_fn)(params, x)
+        return tx.update(jax.lax.pmean(grads, "data"), tx.init(params), params, captures=captures)
+
+    params, x = args
+    with pytest.raises(ValueError, match="same for all.*Average the losses"):
+        jax.vmap(step, (None, 0), axis_name="data")(params, jnp.stack([x, 2 * x]))

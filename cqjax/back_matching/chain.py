@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from cqjax.back_matching.units import Unit
 from cqjax.linalg.gram import accumulator
 from cqjax.program import views
 from cqjax.program.flow import Flow, Node
+from cqjax.program.number_sets import members
 from cqjax.program.views import View
 
 Arrays = Mapping[str, jax.Array]
@@ -146,9 +148,9 @@ def unit_factors(flow: Flow, units: Sequence[Unit], arrays: Arrays) -> list[jax.
     """
     order = _top_down(flow)
     factors = inverse_factors([_stage(flow.nodes[i]) for i in order], arrays)
-    paths = [path for node in flow.nodes for path in set(node.paths)]
-    for path in paths:
-        if paths.count(path) > 1:
+    uses = Counter(path for node in flow.nodes for path in set(node.paths))
+    for path, number in uses.items():
+        if number > 1:
             raise ValueError(_no_chain(f"{path} is used by several layers"))
     of_node = dict(zip(order, factors, strict=True))
     return [of_node[unit.nodes[0]] for unit in units]
@@ -157,7 +159,7 @@ def unit_factors(flow: Flow, units: Sequence[Unit], arrays: Arrays) -> list[jax.
 def _stage(node: Node) -> Stage:
     if node.site is None:
         return Stage(None, node.scale)
-    form, entries = node.site.form, math.prod(node.site.x[0])
+    form, entries = node.site.form, math.prod(node.site.x.shape)
     batch, _, outputs = form.weight.shape
     positions = node.pooled * form.output.shape[1]
     return Stage(node.site.view, (), batch * outputs, positions, entries)
@@ -170,18 +172,20 @@ def _top_down(flow: Flow) -> list[int]:
       ValueError: a layer feeds several, or reads several.
     """
     names = [node.name for node in flow.nodes]
-    order: list[int] = []
-    reader, sources = "the loss", list(flow.top)
+    order: dict[int, None] = {}
+    reader, sources = "the loss", flow.top
     while sources:
-        if len(sources) > 1:
-            read = ", ".join(names[i] for i in sources)
-            raise ValueError(_no_chain(f"{reader} reads {read}"))
-        i = sources[0]
+        if sources.bit_count() > 1:
+            read = sorted(members(sources))
+            more = [f"{len(read) - 6} more"] if len(read) > 6 else []
+            some = ", ".join([names[i] for i in read[:6]] + more)
+            raise ValueError(_no_chain(f"{reader} reads {some}"))
+        (i,) = members(sources)
         if i in order:
             raise ValueError(_no_chain(f"{names[i]} feeds itself, in a loop"))
-        order.append(i)
-        reader, sources = names[i], list(flow.nodes[i].sources)
-    return order
+        order[i] = None
+        reader, sources = names[i], flow.nodes[i].sources
+    return list(order)
 
 
 def _no_chain(why: str) -> str:

@@ -22,6 +22,7 @@ from cqjax.back_matching.units import back_matching_units
 from cqjax.capture.captures import Captures
 from cqjax.capture.checks import check_option
 from cqjax.capture.plan import Plan
+from cqjax.linalg import devices
 from cqjax.linalg.gram import accumulator
 from cqjax.solves.layers import is_masked
 from cqjax.solves.matrices import finite
@@ -130,8 +131,7 @@ def scale_by_back_matching(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
-        source = plan if plan is not None else captures
-        if source is None:
+        if plan is None and captures is None:
             raise ValueError(
                 "scale_by_back_matching: no plan. Pass plan=cqjax.plan(loss_fn)(params, ...) to "
                 "it, or captures= to update"
@@ -140,19 +140,23 @@ def scale_by_back_matching(
             raise ValueError(
                 "scale_by_back_matching: no parameters; call update(grads, state, params)"
             )
-        if measured is None:
-            rates = chain_rates(source, params)
-        else:
+        if measured is not None:
             state = _refreshed(state, measured, params, value_fn, refresh_every, decay)
-            inverse = [
-                jnp.where(weight > 0, average / jnp.where(weight > 0, weight, 1), 1)
-                for average, weight in zip(state.average, state.weight, strict=True)
-            ]
-            rates = unit_rates(measured, inverse, measured=True)
-        updates = jax.tree.map(
-            lambda rate, u: (rate * u).astype(u.dtype), like(params, rates), updates
-        )
-        return finite(updates), state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
+
+        def scaled(updates: Any, captures: Any, params: Any, state: Any) -> optax.Updates:
+            if measured is None:
+                rates = chain_rates(captures if plan is None else plan, params)
+            else:
+                inverse = [
+                    jnp.where(weight > 0, average / jnp.where(weight > 0, weight, 1), 1)
+                    for average, weight in zip(state.average, state.weight, strict=True)
+                ]
+                rates = unit_rates(measured, inverse, measured=True)
+            each = like(params, rates)
+            return finite(jax.tree.map(lambda r, u: (r * u).astype(u.dtype), each, updates))
+
+        updates = devices.automatic(scaled, updates, captures, params, state, like=updates)
+        return updates, state._replace(count=jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -88,4 +88,4 @@ def back_matching_units(source: Plan | Captures) -> tuple[Unit, ...]:
 
 def _entries(node: Node) -> int:
     """Entries of a node's output, over all trips of the loops around it, and all devices."""
-    return math.prod(node.output[0]) * math.prod(node.loops) * node.devices
+    return math.prod(node.output.shape) * math.prod(node.loops) * node.devices

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cqjax.capture.options import Options
 from cqjax.linalg import devices
 from cqjax.program import arguments, jaxprs
-from cqjax.program.terms import Count
+from cqjax.program.divisors import Count
 from cqjax.program.values import Values
 
 
@@ -83,7 +83,8 @@ def _largest(found: Sequence[Count], values: Mapping[int, Any]) -> Any:
     for count in found:
         number: Any = count.number
         for variable in count.computed:
-            number *= jnp.mean(jnp.asarray(values[variable]), dtype=jnp.float32)
+            divisor = jnp.asarray(values[variable])
+            number *= jnp.mean(divisor, dtype=jnp.promote_types(divisor.dtype, jnp.float32))
         # An int that crosses `jax.jit` must fit into 32 bits.
         numbers.append(number if count.computed or number < 2**31 else float(number))
     largest = numbers[0]

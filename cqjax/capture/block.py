@@ -163,7 +163,7 @@ class Block:
     def dtype(self) -> jnp.dtype:
         """The dtype of the second moment."""
         site = self.sites[0]
-        return gram.accumulator(site.z[1] if self.statistic.diagonal else site.dtype)
+        return gram.accumulator(site.z.dtype if self.statistic.diagonal else site.dtype)
 
     def terms(
         self, batch_size: int | jax.Array, examples: int | jax.Array | None
@@ -203,7 +203,7 @@ class Block:
         if solver == "dual":
             return self.batch * (2 * n * n * d + 2 * n**3 + 2 * n * n * o)
         moment = sum(
-            math.prod(site.loops) * site.form.moment_flops(site.x[0], d)
+            math.prod(site.loops) * site.form.moment_flops(site.x.shape, d)
             for site in self.sites
             if not isinstance(site.form, Lookup)
         )
@@ -252,7 +252,7 @@ class Block:
           weights: 1 for its rows that are examples, else 0, as in `row_weights`; None if all are.
           examples: how many there are; None where that is not plain.
         """
-        given, more, dtype = (), (), site.z[1]
+        given, more, dtype = (), (), site.z.dtype
         if weights is not None:
             given = (weights, jnp.ones((), dtype))
         if site.shared and not self.shared and examples is not None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from cqjax.capture.block import Block
 from cqjax.capture.own_statistics import Groups
 from cqjax.capture.parameters import Parameter
 from cqjax.capture.statistics import Rows, Statistic
+from cqjax.linalg import devices
 from cqjax.program.flow import Flow
 
 
@@ -77,11 +79,13 @@ class Capture:
         Raises:
           ValueError: it was not captured.
         """
-        parts = (
-            statistic.second_moment(site, self.block.precision)
-            for site, statistic in zip(self.block.sites, self.sites, strict=True)
-        )
-        return functools.reduce(jnp.add, parts)
+
+        def total(statistics: Sequence[Statistic]) -> jax.Array:
+            pairs = zip(self.block.sites, statistics, strict=True)
+            parts = (each.second_moment(site, self.block.precision) for site, each in pairs)
+            return functools.reduce(jnp.add, parts)
+
+        return devices.automatic(total, self.sites)
 
     def squared_outputs(self, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """The sums of squares, over all rows, of the outputs of other weights with these inputs.
@@ -98,11 +102,15 @@ class Capture:
         Raises:
           ValueError: neither rows nor their second moment were captured.
         """
-        parts = (
-            statistic.squared_outputs(site, weight, bias, self.block.precision)
-            for site, statistic in zip(self.block.sites, self.sites, strict=True)
-        )
-        return functools.reduce(jnp.add, parts)
+
+        def total(statistics: Sequence[Statistic], weight: Any, bias: Any) -> jax.Array:
+            parts = (
+                each.squared_outputs(site, weight, bias, self.block.precision)
+                for site, each in zip(self.block.sites, statistics, strict=True)
+            )
+            return functools.reduce(jnp.add, parts)
+
+        return devices.automatic(total, self.sites, weight, bias)
 
 
 @functools.partial(
@@ -140,15 +148,20 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
         Raises:
           KeyError: there are none.
         """
-        found = tuple(capture for capture in self.blocks if path in capture.block.paths)
-        if not found:
-            raise KeyError(path)
-        return found
+        return self._by_path[path]
 
     def __iter__(self) -> Iterator[str]:
         """The paths of all covered parameters."""
-        return iter(dict.fromkeys(p for capture in self.blocks for p in capture.block.paths))
+        return iter(self._by_path)
 
     def __len__(self) -> int:
         """The number of covered parameters."""
-        return len(set(self))
+        return len(self._by_path)
+
+    @functools.cached_property
+    def _by_path(self) -> Mapping[str, tuple[Capture, ...]]:
+        found: dict[str, list[Capture]] = {}
+        for capture in self.blocks:
+            for path in capture.block.paths:
+                found.setdefault(path, []).append(capture)
+        return {path: tuple(captures) for path, captures in found.items()}

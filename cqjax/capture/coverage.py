@@ -89,8 +89,11 @@ def _without_conflicts(
 ) -> list[list[Site]]:
     """Leaves out weights that hold an entry twice, and those of which two hold the same one."""
     refused: dict[int, str] = {}
-    for path in shapes:
-        among = [i for i, sites in enumerate(groups) if path in sites[0].view.paths]
+    groups_of: dict[str, list[int]] = {}
+    for i, sites in enumerate(groups):
+        for path in dict.fromkeys(sites[0].view.paths):
+            groups_of.setdefault(path, []).append(i)
+    for path, among in groups_of.items():
         views = [groups[i][0].view for i in among]
         if _most_occurrences(path, views, shapes) > 1:
             products = f"{len(among)} products that contract it in different ways, or scale it"

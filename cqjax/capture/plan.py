@@ -1,7 +1,6 @@
 """A plan: which parameters are covered, by which solves, at what cost."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -99,6 +98,8 @@ def make_plan(
     chosen = selected(only, skip, shapes, owners)
     blocks, reasons = make_blocks(record, chosen, shapes, options)
     solved = {path for block in blocks for path in block.paths}
+    shared = {path for block in blocks if block.shared for path in block.view.paths}
+    on_rows = () if examples is None else ("all examples share its rows",)
     parameters = []
     for path, shape in shapes.items():
         notes = tuple(reasons[path]) or ("is not reached by the loss",)
@@ -109,7 +110,7 @@ def make_plan(
             status = "uncovered"
         classes = " or ".join(sorted(c.__name__ for c in owners[path]))
         if status in ("covered", "skipped"):
-            notes = _notes_on_rows(path, blocks, examples)
+            notes = on_rows if path in shared else ()
         parameters.append(Parameter(path, shape, classes, status, notes))
     # A plan outlives the trace, and so it holds nothing that was computed in it.
     size = None if batch_size.computed else batch_size.value
@@ -127,12 +128,6 @@ def check_plan(plan: Any) -> None:
         raise TypeError(
             f"plan is a {type(plan).__name__}; expected a Plan: cqjax.plan(loss_fn)(params, *args)"
         )
-
-
-def _notes_on_rows(path: str, blocks: Sequence[Block], examples: int | None) -> tuple[str, ...]:
-    """A note where a weight's rows are not the examples' own."""
-    shared = any(path in b.view.paths and b.shared and examples is not None for b in blocks)
-    return ("all examples share its rows",) if shared else ()
 
 
 def _check_owners_known(record: Record, owners: Owners) -> None:

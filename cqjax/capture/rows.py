@@ -2,16 +2,17 @@
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cqjax.linalg import devices
 from cqjax.program import reach, row_weights
+from cqjax.program.divisors import Count
 from cqjax.program.sites import Site
 from cqjax.program.steps import Position, Program
-from cqjax.program.terms import Count
 from cqjax.program.values import Values
 
 
@@ -43,7 +44,18 @@ class Rows:
             if first in outputs:
                 outputs[first] += step.writes
         wanted = {number for numbers in outputs.values() for number in numbers}
-        live = reach.live(self._program, self._masks, self._of_masks(), wanted)
+        return devices.automatic(
+            lambda masks: self._weights(sites, outputs, masks, wanted), self._of_masks()
+        )
+
+    def _weights(
+        self,
+        sites: Sequence[Site],
+        outputs: Mapping[Position, Sequence[int]],
+        masks: Mapping[int, Any],
+        wanted: Set[int],
+    ) -> dict[Position, jax.Array]:
+        live = reach.live(self._program, self._masks, masks, wanted)
         weights = {}
         for site in sites:
             numbers = outputs[site.position]
@@ -52,7 +64,7 @@ class Rows:
             rows = [row_weights.of_rows(site.form, live[number]) for number in numbers]
             of_rows = functools.reduce(operator.or_, rows)
             if isinstance(of_rows, jax.Array) or not of_rows.all():
-                weights[site.position] = jnp.asarray(of_rows, site.z[1])
+                weights[site.position] = jnp.asarray(of_rows, site.z.dtype)
         return weights
 
     def _of_masks(self) -> Mapping[int, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cqjax.linalg import devices, gram
+from cqjax.linalg.products import einsum
 from cqjax.program import row_weights
 from cqjax.program.forms import Lookup, Product
 from cqjax.program.ragged import Ragged
@@ -29,10 +30,10 @@ def quadratic_form(moment: jax.Array, weight: jax.Array, bias: jax.Array | None)
       bias: c, or None.
     """
     if moment.ndim == 2:
-        return jnp.einsum("bd,bdk->bk", moment, jnp.square(weight))
+        return einsum("bd,bdk->bk", moment, jnp.square(weight))
     v = weight if bias is None else jnp.concatenate([weight, bias[:, None]], 1)
     moment = moment[:, : v.shape[1], : v.shape[1]]
-    return jnp.einsum("bdk,bde,bek->bk", v, moment, v, precision=gram.HIGHEST)
+    return (v * einsum("bde,bek->bdk", moment, v, precision=gram.HIGHEST)).sum(1)
 
 
 class Trip(NamedTuple):
@@ -202,7 +203,7 @@ class Rows(Statistic):
         """Those of these rows: a product with k columns costs less than XᵀX."""
         del site
         x = self.x.astype(weight.dtype)
-        z = jnp.einsum("bnd,bdk->bnk", x, weight, precision=precision)
+        z = einsum("bnd,bdk->bnk", x, weight, precision=precision)
         if bias is not None and self.h is not None:
             z += self.h[..., None].astype(z.dtype) * bias[:, None]
         return jnp.square(z).sum(1)
@@ -267,7 +268,7 @@ class Gram(Statistic):
         Then whoever wants XᵀX computes it, and nobody pays for a product that nobody uses:
         `update_every` leaves it out between its updates.
         """
-        if not site.loops and not site.recomputed:
+        if not (site.loops or site.recomputed or site.automatic):
             return Inputs(trip.x, trip.h)
         assert not isinstance(site.form, Lookup | Ragged)
         return cls(site.form.second_moment(trip.x, trip.h, trip.precision))

@@ -17,7 +17,11 @@ def parameter_lines(parameters: Sequence[Parameter], blocks: Sequence[Block]) ->
     The sizes are those of Z = XW with X: (B, n, d) and W: (B, d, o). Added FLOPs are relative to
     the layer's own, forwards and backwards.
     """
-    return lines(_HEADER, _NUMERIC, [_cells(parameter, blocks) for parameter in parameters])
+    of: dict[str, list[Block]] = {}
+    for block in blocks:
+        for path in block.paths:
+            of.setdefault(path, []).append(block)
+    return lines(_HEADER, _NUMERIC, [_cells(each, of.get(each.path, ())) for each in parameters])
 
 
 def lines(header: Sequence[str], numeric: Set[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -32,6 +36,7 @@ def lines(header: Sequence[str], numeric: Set[str], rows: Sequence[Sequence[str]
 
 
 def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
+    """A parameter's line, of the blocks that it takes part in."""
     notes = "; ".join(parameter.notes)
     if parameter.status == "partly covered":
         notes = f"also {notes}"
@@ -40,10 +45,8 @@ def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
     head, gap = (parameter.path, parameter.layer or "-"), ("",) * (len(_HEADER) - 3)
     weights = [b for b in blocks if parameter.path in b.view.paths]
     if not weights:
-        for block in blocks:
-            if parameter.path in block.paths:
-                return (*head, *gap, "; ".join(filter(None, (f"bias of {block.name}", notes))))
-        return (*head, *gap, notes)
+        bias = f"bias of {blocks[0].name}" if blocks else ""
+        return (*head, *gap, "; ".join(filter(None, (bias, notes))))
     if len(weights) > 1:
         sliced = "; ".join(filter(None, ("in slices", notes)))
         return (*head, str(len(weights)), *gap[1:], sliced)

@@ -1,5 +1,6 @@
 """From a user's loss function to its jaxpr and plan: what every evaluation starts with."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -156,7 +157,7 @@ def _trace(
 
 
 def _check_manual_axes() -> None:
-    """Refuses `jax.shard_map` without types that say what varies.
+    """Refuses `jax.pmap`, and `jax.shard_map` without types that say what varies.
 
     Raises:
       ValueError: says what to do instead.
@@ -164,9 +165,12 @@ def _check_manual_axes() -> None:
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if any(axis not in devices.varying(jax.lax.axis_index(axis)) for axis in axes):
         raise ValueError(
-            f"called within jax.shard_map over {', '.join(map(str, axes))} with check_vma=False: "
-            "which arrays differ between devices is unknown. Leave check_vma=True, or call it "
-            "under jax.jit on arrays with a NamedSharding"
+            f"called over the axis {', '.join(map(str, axes))} within jax.pmap, or within "
+            "jax.shard_map with check_vma=False: which arrays differ between devices is unknown "
+            "there. In the place of jax.pmap(step) with lax.pmean of the gradients, split the "
+            "batch, and call the step of one device: mesh = jax.make_mesh((jax.device_count(),), "
+            '("data",)); batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")));'
+            " jax.jit(step). Within jax.shard_map, leave check_vma=True"
         )
 
 
@@ -193,7 +197,7 @@ def _check_parameters(paths: Sequence[str], leaves: Sequence[Any]) -> None:
                 f"the parameter {path} has dtype {dtype}; expected a real floating-point one. "
                 f"{elsewhere}"
             )
-    repeated = {path for path in paths if paths.count(path) > 1}
+    repeated = {path for path, number in collections.Counter(paths).items() if number > 1}
     if repeated:
         raise ValueError(
             f"two parameters have the path {min(repeated)!r}: rename one of the keys that lead "

@@ -19,6 +19,7 @@ from cqjax.capture.origins import Origin, record
 from cqjax.capture.parameters import Selector
 from cqjax.capture.plan import Plan
 from cqjax.capture.statistics import Statistic
+from cqjax.linalg import devices
 from cqjax.program import matched
 from cqjax.program.taps import Evaluation, Probes
 
@@ -79,12 +80,16 @@ class ValueAndGrad:
             raise TypeError(
                 "an argument is a jax.ShapeDtypeStruct: use cqjax.plan or jax.eval_shape"
             )
+        with devices.mesh_entered((args, kwargs)):
+            return self._evaluated(args, kwargs)
+
+    def _evaluated(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, PyTree, Captures]:
         traced, params = self._traced(args, kwargs)
         tracing.check_loss(traced.outputs, self._has_aux)
         plan = traced.plan
         _report(plan, self._on_uncovered)
         if traced.size.doubt:
-            warnings.warn(traced.size.doubt, stacklevel=2)
+            warnings.warn(traced.size.doubt, stacklevel=3)
         sites = [site for block in plan.blocks for site in block.sites]
         weights, examples = traced.rows.weights(sites), traced.rows.examples(plan.examples)
         taps = {
@@ -307,4 +312,4 @@ def _report(plan: Plan, on_uncovered: str) -> None:
         )
     if on_uncovered == "error":
         raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)

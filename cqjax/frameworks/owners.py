@@ -38,5 +38,5 @@ def owners_of(keys: Keys, owners: Owners) -> frozenset[type]:
     the parameters: the longest that the parameter's own keys end with are meant.
     """
     keys = (ROOT, *keys)
-    matches = [known for known in owners if keys[len(keys) - len(known) :] == known]
-    return owners[max(matches, key=len)] if matches else frozenset()
+    ends = (keys[i:] for i in range(len(keys)))
+    return next((owners[end] for end in ends if end in owners), frozenset())

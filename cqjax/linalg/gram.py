@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cqjax.linalg.products import einsum
+
 # The default precision. Rounding X to TF32 or bfloat16 in the Gram matrix did no harm in training.
 # But three bfloat16 products (a TPU's "high") gave one that was not positive. And the same option
 # is for the product of Xᵀ and the solution, which needs float32 where rows are nearly equal.
@@ -81,7 +83,7 @@ def sketched(x: jax.Array, rows: int) -> jax.Array:
 
 
 def _contract(subscripts: str, x: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    return jnp.einsum(
+    return einsum(
         subscripts,
         x,
         x,

@@ -11,9 +11,18 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cqjax.linalg import devices, triangular
+from cqjax.linalg.products import einsum
 
 REPAIR_DAMPING = 1e-2
 """What the second attempt adds to the damping, relative to the mean eigenvalue."""
+
+SINGULAR = 1 / 8
+"""The bound on ε Σ M_ii (M⁻¹)_ii beyond which a matrix M is singular to working precision.
+
+Measured in float32: of 128 equal rows in 128 features, updates had errors of 12 to 55 % at .18, and
+were ten times too long at 1.8. Repaired, their error is .4 %. Rows with a common mean had 6 % at
+.38, and have 11 % repaired. Random square matrices without damping are at .03 to .05, with errors
+below 2 %."""
 
 
 class System(NamedTuple):
@@ -40,7 +49,7 @@ class Inverse(NamedTuple):
 
     Attributes:
       value: c (A + λI)⁻¹, (B, m, m). Where both attempts failed, it is the identity instead; or
-        zero, where A has overflowed.
+        zero, where A is not finite.
       damping: (B,), the λ of the last attempt.
       repaired: (B,) bool, whether the first attempt failed.
       failed: (B,) bool, whether both attempts failed.
@@ -75,9 +84,10 @@ def inverses(systems: Sequence[System], spread_over: NamedSharding | None = None
     """Inverts systems by Cholesky factorisation. Matrices of the same shape form one batch.
 
     An inverse fails where it is not finite, or where its matrix M = A + λI is singular to working
-    precision: where M_ii (M⁻¹)_ii exceeds 1/ε for some i. Such a matrix is inverted again, with λ
-    raised by `REPAIR_DAMPING` times the mean eigenvalue of A. This second attempt costs nothing
-    unless it is needed. (Under `jax.vmap` it always runs, since a condition becomes a selection.)
+    precision: where ε Σ M_ii (M⁻¹)_ii exceeds `SINGULAR`. Of equal rows, this is so where λ is less
+    than 8 ε times the trace of A. Such a matrix is inverted again, with λ raised by
+    `REPAIR_DAMPING` times the mean eigenvalue of A. This second attempt costs nothing unless it is
+    needed. (Under `jax.vmap` it always runs, since a condition becomes a selection.)
 
     Args:
       systems: the systems.
@@ -150,10 +160,12 @@ def _inverse_shared_out(sharding: NamedSharding, *stack: jax.Array) -> Inverse:
         found = _inverse(*(part[mine] for part in stack))
         return jax.tree.map(lambda a: a[:number], devices.gathered(found, axes, 0))
 
-    if set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    around = jax.sharding.get_abstract_mesh()
+    if set(axes) <= set(around.manual_axes):
         return share(*stack)
     every = PartitionSpec()
-    return jax.shard_map(share, mesh=sharding.mesh, in_specs=every, out_specs=every)(*stack)
+    mesh = None if set(axes) <= set(around.axis_names) else sharding.mesh
+    return jax.shard_map(share, mesh=mesh, in_specs=every, out_specs=every)(*stack)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -163,21 +175,26 @@ def _inverse(
     """The inverses of a system whose numbers are all (B,)."""
     diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
     increase = REPAIR_DAMPING * mean_eigenvalue(diagonal, rank)
-    one = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
+    # Under `jax.vmap` the branch below becomes a selection. What it reads then varies over the axes
+    # of `jax.shard_map` over which the condition does, so we say at once that it does.
+    axes = devices.varying(matrix)
+    one = devices.vary(jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None], axes)
     # What takes the place of an inverse if both attempts fail. The identity gives the plain
     # gradient. But where A overflows, the inverse tends to zero, and the plain gradient is huge.
-    substitute = jnp.where(diagonal.max(-1) == jnp.inf, 0, one[0, 0, 0])
+    # And where it is NaN, that gradient is of inputs that nobody can use.
+    substitute = jnp.where(jnp.isfinite(diagonal).all(-1), one[0, 0, 0], 0)
 
     def attempt(previous: Inverse, number: jax.Array) -> Inverse:
         raised = damping + jnp.where(number > 0, increase, 0)
         value = triangular.inverse(matrix + _per_matrix(raised) * one)
         # M_ii (M⁻¹)_ii is M_ii divided by what remains of it once the other rows and columns are
-        # eliminated: in statistics, the variance inflation factor. Above 1/ε, all that remains may
-        # be rounding error, and it would be chance whether the factorisation fails or the inverse
-        # is huge. The factor does not depend on the scales of features, and takes O(m).
+        # eliminated: in statistics, the variance inflation factor. It does not depend on the scales
+        # of features. Their sum is the trace of M⁻¹ if M has ones on its diagonal, and so at least
+        # one over the smallest eigenvalue, which rounding changes by about ε. The largest factor
+        # alone does not do: of m equal rows, each is but an m-th of the sum. It takes O(m).
         inflation = (diagonal + raised[:, None]) * jnp.diagonal(value, axis1=1, axis2=2)
         value = _per_matrix(gain) * value
-        good = (inflation * jnp.finfo(matrix.dtype).eps <= 1).all(-1)
+        good = inflation.sum(-1) * jnp.finfo(matrix.dtype).eps <= SINGULAR
         good &= jnp.isfinite(value).all((1, 2)) & (solvable | (number > 0))
         value = jnp.where(_per_matrix(good), value, _per_matrix(substitute) * one)
         repaired = jnp.broadcast_to(number > 0, good.shape)
@@ -194,10 +211,10 @@ def _inverse(
 
     never, always = jnp.zeros(len(matrix), bool), jnp.ones(len(matrix), bool)
     none_yet = Inverse(jnp.zeros_like(matrix), damping, never, always)
-    none_yet = devices.vary(none_yet, devices.varying(matrix))
+    none_yet = devices.vary(none_yet, axes)
     # A scan of two trips compiles `attempt` once. A branch for repairs would be a second copy of
     # the inversion, which is over half of the compile time that the optimizer adds to an MLP's.
-    return lax.scan(attempt_if_needed, none_yet, jnp.arange(2))[0]
+    return lax.scan(attempt_if_needed, none_yet, devices.vary(jnp.arange(2), axes))[0]
 
 
 def _per_matrix(numbers: jax.Array) -> jax.Array:
@@ -215,4 +232,4 @@ def solve(inverse: jax.Array, right: jax.Array) -> jax.Array:
     # same error bound as R ↦ L⁻ᵀ (L⁻¹R). Inverses need no right-hand sides. So all of them can be
     # computed together, before the backward pass. Each layer's product follows when its signal is
     # there, and no layer waits for the others.
-    return jnp.einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)
+    return einsum("bij,bjo->bio", inverse, right, precision=lax.Precision.HIGHEST)

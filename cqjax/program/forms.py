@@ -16,6 +16,7 @@ from jax.export import is_symbolic_dim
 from jax.extend.core import primitives
 
 from cqjax.linalg import conv_gram, gram, windows
+from cqjax.linalg.products import einsum
 from cqjax.linalg.windows import Window
 from cqjax.program import lookups
 from cqjax.program.jaxprs import Equation
@@ -85,7 +86,7 @@ class Product:
         """XV, (B, m, k), for k columns V, (B, d, k), and m of the rows: about `SAMPLED_ROWS`."""
         rows = self.rows(x)
         rows = rows[:, :: _stride(rows.shape[1], SAMPLED_ROWS)]
-        return jnp.einsum("bnd,bdk->bnk", rows.astype(w.dtype), w, precision=precision)
+        return einsum("bnd,bdk->bnk", rows.astype(w.dtype), w, precision=precision)
 
     def moment_flops(self, shape: Shape, features: int) -> float:
         """Operations of `second_moment` for an input of this shape, the bias among the features."""

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend import core
+from jax.sharding import NamedSharding
+
+from cqjax.linalg import devices
 
 
 class Equation(NamedTuple):
@@ -31,6 +34,20 @@ class Equation(NamedTuple):
     inputs: tuple[Any, ...]
     outputs: tuple[Any, ...]
     pointwise: bool
+
+
+class Shaped(NamedTuple):
+    """An array's type.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype.
+      placement: how it is split along the explicit axes of a mesh; None without such axes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    placement: NamedSharding | None = None
 
 
 class Scan(NamedTuple):
@@ -146,6 +163,11 @@ def evaluate(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     jaxpr = core.Jaxpr([], list(operands), kept, [eqn], eqn.effects, names)
     results = iter(eval_jaxpr(jaxpr, [], *operands.values()))
     return [None if isinstance(v, core.DropVar) else next(results) for v in eqn.outvars]
+
+
+def shaped(aval: Any) -> Shaped:
+    """An abstract value's shape, dtype and placement."""
+    return Shaped(aval.shape, aval.dtype, devices.placement(aval))
 
 
 def varying(aval: Any) -> frozenset[str]:

@@ -86,10 +86,30 @@ class Known:
 
     def __call__(self, variable: Number) -> Value | None:
         """The variable's value, or None where it is not known."""
-        if variable not in self._values:
-            self._values[variable] = None  # while it is computed: what needs itself is not known
-            self._values[variable] = self._computed(variable)
+        waiting = [variable]  # no recursion: a constant may have come through many steps
+        while waiting:
+            lacking = [n for n in self._operands(waiting[-1]) if n not in self._values]
+            if lacking and waiting[-1] not in self._values:
+                waiting += lacking
+                continue
+            last = waiting.pop()
+            if last not in self._values:
+                self._values[last] = None  # while it is computed: what needs itself is not known
+                self._values[last] = self._computed(last)
         return self._values[variable]
+
+    def _operands(self, variable: Number) -> Sequence[Number]:
+        """What is computed before the variable."""
+        step, i = self._writers.get(variable, (None, 0))
+        if step is None or variable in self._constants:
+            return ()
+        match step.kind:
+            case Kind.EQUATION if step.equation.primitive.name in _COMPUTED:
+                return step.reads
+            case Kind.ENTER | Kind.SLICE:
+                return step.reads[i : i + 1]
+            case _:
+                return ()
 
     def scalar(self, variable: Number, value: float) -> bool:
         """Whether all entries of the variable are known to be this number."""

@@ -8,6 +8,7 @@ so. Any other equation hands on its ordinary gradient.
 The rules belong to equations, not to Flax's layers, so hand-written layers are matched too.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ def rules(flow: Flow) -> dict[Position, Rule]:
     return {
         node.position: _product(node.site) if node.site else _normalisation(node)
         for node in flow.nodes
-        if node.site is None or jnp.issubdtype(node.site.x[1], jnp.floating)
+        if node.site is None or jnp.issubdtype(node.site.x.dtype, jnp.floating)
     }
 
 
@@ -45,7 +46,10 @@ def _product(site: Site) -> Rule:
         del body
         args = list(args)
         weight, x = args[1 - site.operand], args[site.operand]
-        norms = squared_norms(site, eqn, lax.stop_gradient(weight))
+        like = x if isinstance(site.form, Product) else None  # of a convolution, of one example
+        norms = devices.automatic(
+            functools.partial(squared_norms, site, eqn), lax.stop_gradient(weight), like=like
+        )
         args[site.operand] = _divided(x, norms)
         return jaxprs.evaluate(eqn, args)
 
@@ -58,7 +62,7 @@ def squared_norms(site: Site, eqn: core.JaxprEqn, weight: jax.Array) -> jax.Arra
     Of a convolution that is the transpose of the same convolution, with squared weights, applied to
     ones. So it is right at borders, and for all strides, dilations and groups.
     """
-    form, (shape, _) = site.form, site.x
+    form, shape = site.form, site.x.shape
     squares = jnp.square(weight.astype(accumulator(weight.dtype)))
     if isinstance(form, Product):
         once = squares[tuple(map(slice, form.weight.sizes))]  # of a repeated weight, one
@@ -163,5 +167,9 @@ _matched.defvjp(lambda x, y, slope: (y, (x, slope)), _matched_backward)
 
 def _quotient(signal: jax.Array, divisor: jax.Array) -> jax.Array:
     """The least-squares solution of divisor · q = signal, of least norm: 0 where the divisor is."""
-    safe = jnp.where(divisor == 0, 1, divisor)
-    return jnp.where(divisor == 0, 0, signal.astype(divisor.dtype) / safe).astype(signal.dtype)
+
+    def quotient(signal: jax.Array, divisor: jax.Array) -> jax.Array:
+        safe = jnp.where(divisor == 0, 1, divisor)
+        return jnp.where(divisor == 0, 0, signal.astype(divisor.dtype) / safe).astype(signal.dtype)
+
+    return devices.automatic(quotient, signal, divisor, like=signal)

@@ -20,12 +20,14 @@ trips of a loop.
 """
 
 import functools
+import operator
 from collections.abc import Mapping, Set
 from typing import Any
 
 from jax.extend.core import primitives
 
 from cqjax.program.forms import Lookup
+from cqjax.program.number_sets import Numbers, members
 from cqjax.program.sites import Site
 from cqjax.program.steps import Kind, Number, Program, Step
 from cqjax.program.tags import Spread
@@ -41,15 +43,12 @@ _MOVES = frozenset(
 _ELEMENTWISE = frozenset({"mul", "div"})
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 
-_Found = frozenset[int]
-_NONE: _Found = frozenset()
-
 
 class Operators:
     """Finds the lookups whose rows act on activations. It sees each step of a program once.
 
     Attributes:
-      acting: numbers of these lookups' sites.
+      acting: these lookups' sites, by number.
     """
 
     def __init__(self, program: Program, parameters: int, batch: Set[int]):
@@ -60,18 +59,18 @@ class Operators:
           parameters: how many of its inputs are parameters.
           batch: the variables that depend on the batch.
         """
-        self.acting: set[int] = set()
+        self.acting: Numbers = 0
         self._program = program
         self._parameters = parameters
         self._batch = batch
-        self._moved: dict[Number, _Found] = {}  # sites whose rows' entries a variable has
-        self._made: dict[Number, _Found] = {}  # those that it depends on, within the trip
+        self._moved: dict[Number, Numbers] = {}  # sites whose rows' entries a variable has
+        self._made: dict[Number, Numbers] = {}  # those that it depends on, within the trip
         self._repeated: dict[Number, tuple[int, ...]] = {}  # axes along which it is the same
 
     def looked_up(self, site: int, rows: Number) -> None:
         """Takes note of a lookup."""
-        self._moved[rows] = self._moved.get(rows, _NONE) | {site}
-        self._made[rows] = self._made.get(rows, _NONE) | {site}
+        self._moved[rows] = self._moved.get(rows, 0) | 1 << site
+        self._made[rows] = self._made.get(rows, 0) | 1 << site
 
     def step(self, step: Step, tags: Mapping[Number, Any]) -> None:
         """Looks at a step, with the tags of the variables that it reads."""
@@ -84,25 +83,22 @@ class Operators:
             self._repeated[step.writes[0]] = tuple(i for i in axes if i not in own)
         if not self._made:
             return
-        moved = _NONE
+        moved = 0
         if step.kind is Kind.JOIN or (step.kind is Kind.EQUATION and name in _MOVES):
             moved = _union(self._moved, self._values(step))
         elif name in _PRODUCTS or name in _ELEMENTWISE:
             for at, variable in enumerate(step.reads[: 1 if name == "div" else 2]):
-                found = self._moved.get(variable, _NONE)
-                partner = step.reads[1 - at]
-                acting = self._acted_on(step, partner, tags) and found - self._made.get(
-                    partner, _NONE
-                )
-                self.acting |= acting or _NONE
+                found, partner = self._moved.get(variable, 0), step.reads[1 - at]
+                if self._acted_on(step, partner, tags):
+                    self.acting |= found & ~self._made.get(partner, 0)
                 if name in _ELEMENTWISE:
                     moved |= found
         for i, written in enumerate(step.writes):
             sources = step.reads[:1] if step.kind is Kind.CARRY else step.sources(i)
-            self._made[written] = self._made.get(written, _NONE) | _union(self._made, sources)
+            self._made[written] = self._made.get(written, 0) | _union(self._made, sources)
             if step.kind not in (Kind.EQUATION, Kind.JOIN):
                 moved = _union(self._moved, sources)
-            self._moved[written] = self._moved.get(written, _NONE) | moved
+            self._moved[written] = self._moved.get(written, 0) | moved
 
     def _values(self, step: Step) -> tuple[Number, ...]:
         """What a step's results may be made of, without what only says which."""
@@ -139,13 +135,13 @@ class Operators:
         return self._program.dependent(self._program.inputs[: self._parameters])
 
 
-def _union(found: Mapping[Number, _Found], variables: tuple[Number, ...]) -> _Found:
-    return _NONE.union(*(found.get(n, _NONE) for n in variables))
+def _union(found: Mapping[Number, Numbers], variables: tuple[Number, ...]) -> Numbers:
+    return functools.reduce(operator.or_, (found.get(n, 0) for n in variables), 0)
 
 
-def parted(sites: list[Site], acting: Set[int]) -> tuple[list[Site], list[Site]]:
+def parted(sites: list[Site], acting: Numbers) -> tuple[list[Site], list[Site]]:
     """The sites, without the lookups of tables whose rows act on something; and these lookups."""
-    tables = {sites[i].view for i in acting}
+    tables = {sites[i].view for i in members(acting)}
     parts: tuple[list[Site], list[Site]] = [], []
     for site in sites:
         parts[isinstance(site.form, Lookup) and site.view in tables].append(site)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cqjax.program.divisors import Mask
 from cqjax.program.jaxprs import Equation
 from cqjax.program.steps import Kind, Program, Step, differentiable
-from cqjax.program.terms import Mask
 
 Live = Any
 """True where all entries count, else whether each does: a boolean array with the variable's axes,

@@ -11,6 +11,7 @@ import numpy as np
 from cqjax.linalg import gram
 from cqjax.program import views
 from cqjax.program.forms import Form
+from cqjax.program.jaxprs import Shaped
 from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
 from cqjax.program.steps import Position
@@ -40,9 +41,9 @@ class Site:
       form: the equation's matrix form, of one trip of the loops around it.
       loops: lengths of the scans around the equation, outermost first.
       operand: which of the equation's operands is the activation.
-      x: shape and dtype of the activation.
-      z: shape and dtype of the result.
-      sizes: shape and dtype of the operand with the sizes of a ragged product's groups.
+      x: the type of the activation.
+      z: the type of the result.
+      sizes: the type of the operand with the sizes of a ragged product's groups.
       bias: what is added to every row of Z; None if nothing is.
       gain: what the equation's result is multiplied by before the bias is added, a number or one
         for each output, (B, o). Z is the product with it then, and so is the weight.
@@ -53,6 +54,8 @@ class Site:
       spread: those of them over which the weight does not vary, with their sizes: each device has
         other rows of the same product.
       shared: whether all examples share x: see `sharing`.
+      automatic: whether x is in a part of the loss in which the mesh's axes are automatic, and
+        explicit around it. So it cannot leave that part as it is.
     """
 
     position: Position
@@ -60,9 +63,9 @@ class Site:
     form: Form
     loops: tuple[int, ...]
     operand: int
-    x: tuple[tuple[int, ...], Any]
-    z: tuple[tuple[int, ...], Any]
-    sizes: tuple[tuple[int, ...], Any] | None = None
+    x: Shaped
+    z: Shaped
+    sizes: Shaped | None = None
     bias: Bias | None = None
     gain: Constant = Constant(1.0)
     factor: float = 1.0
@@ -71,6 +74,7 @@ class Site:
     varying: frozenset[str] = frozenset()
     spread: tuple[tuple[str, int], ...] = ()
     shared: bool = False
+    automatic: bool = False
 
     def with_bias(self, bias: Bias, gain: Constant) -> "Site":
         """The site with a bias that is added to the product of its output with a gain.
@@ -110,7 +114,7 @@ class Site:
 
         Integers have no gradient, and a tap returns what it captures as one.
         """
-        x, z = self.x[1], self.z[1]
+        x, z = self.x.dtype, self.z.dtype
         return x if jnp.issubdtype(x, jnp.floating) else gram.accumulator(z)
 
     @property

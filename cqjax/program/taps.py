@@ -7,6 +7,7 @@ rematerialised, jitted and sharded code within the one backward pass.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,14 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from cqjax.linalg import devices
 from cqjax.program import jaxprs
+from cqjax.program.jaxprs import Shaped
 from cqjax.program.steps import CALLS, Position
-
-Shaped = tuple[tuple[int, ...], Any]
-"""A shape and a dtype."""
 
 Probes = dict[Position, Any]
 
@@ -34,13 +33,13 @@ class Tap:
     Attributes:
       statistic: what one trip contributes, of the activation x, the signal dz, `more` and `given`.
       operand: which of the equation's operands is x.
-      x: shape and dtype of x.
-      z: shape and dtype of the result.
+      x: the type of x.
+      z: the type of the result.
       stacked: for each loop around the equation, whether the statistic has an axis for it, rather
         than a sum over it.
       loops: lengths of these loops.
       varying: the mesh axes over which x or dz varies, and the statistic with them.
-      more: further operands that the statistic needs, with their shapes and dtypes.
+      more: further operands that the statistic needs, with their types.
       given: further arrays that it needs, which are none of the program's.
     """
 
@@ -56,16 +55,36 @@ class Tap:
 
     def __call__(self, x: jax.Array, dz: jax.Array, *more: jax.Array) -> Any:
         """What one trip contributes."""
-        return devices.vary(self.statistic(x, dz, *more), self.varying)
+        like = jax.tree.map(self._placement, self._structs)
+        return devices.vary(
+            devices.automatic(self.statistic, x, dz, *more, like=like), self.varying
+        )
 
     def zero(self) -> Any:
         """The probe."""
-        shaped = (self.x, self.z, *(shaped for _, shaped in self.more))
-        structs = (jax.ShapeDtypeStruct(*each) for each in shaped)
-        one = jax.eval_shape(self.statistic, *structs, *self.given)
         loops = [n for n, stacked in zip(self.loops, self.stacked, strict=True) if stacked]
-        zeros = jax.tree.map(lambda s: jnp.zeros((*loops, *s.shape), s.dtype), one)
-        return devices.vary(zeros, self.varying)
+        zeros = jax.tree.map(lambda s: jnp.zeros((*loops, *s.shape), s.dtype), self._structs)
+        places = jax.tree.map(self._placement, self._structs)
+        return devices.vary(devices.placed(zeros, places), self.varying)
+
+    @functools.cached_property
+    def _structs(self) -> Any:
+        """The shapes and dtypes of what one trip contributes."""
+        shaped = (self.x, self.z, *(shaped for _, shaped in self.more))
+        structs = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (*shaped, *self.given)]
+        return jax.eval_shape(self.statistic, *structs)
+
+    def _placement(self, struct: jax.ShapeDtypeStruct) -> NamedSharding | None:
+        """How an array of the statistic is split along a mesh's explicit axes.
+
+        What has the shape of x (activations that are captured as they are) stays where x is. The
+        sums, and the rows that a solve gathers, are on all devices.
+        """
+        at = self.x.placement
+        if at and struct.shape == self.x.shape and not any(self.stacked):
+            return at
+        at = at or self.z.placement
+        return NamedSharding(at.mesh, PartitionSpec()) if at else None
 
 
 class Body(NamedTuple):
@@ -104,7 +123,11 @@ class Evaluation:
         self._taps = taps
         self._rules = rules
         self._twins = twins
-        self._bodies = {at[:i] for at in (*taps, *rules) for i in range(1, len(at))}
+        # The bodies that have taps or rules within, each with its taps.
+        self._bodies: dict[Position, list[Position]] = {}
+        for at in {**taps, **rules}:
+            for i in range(1, len(at)):
+                self._bodies.setdefault(at[:i], []).extend([at] if at in taps else [])
 
     def __call__(self, jaxpr: Any, inputs: Sequence[Any], probes: Probes) -> list[Any]:
         """The results of an open or closed jaxpr.
@@ -137,7 +160,7 @@ class Evaluation:
             if at in self._rules:
                 results = self._rules[at](eqn, args, Body(jaxpr.eqns, values))
             elif at in self._bodies:
-                inner = {p: probe for p, probe in probes.items() if p[: len(at)] == at}
+                inner = {p: probes[p] for p in self._bodies[at]}
                 results = self._inside(eqn, args, inner, at, level)
             else:
                 results = jaxprs.evaluate(eqn, args)

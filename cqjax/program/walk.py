@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.extend.core import primitives
 
+from cqjax.linalg import devices
 from cqjax.program import forms, jaxprs, lookups, operators, views
 from cqjax.program.forms import Form, Lookup
-from cqjax.program.jaxprs import Equation
+from cqjax.program.jaxprs import Equation, Shaped
 from cqjax.program.known import Known
 from cqjax.program.operators import Operators
 from cqjax.program.ragged import Ragged
@@ -234,7 +235,6 @@ class _Walk:
         if not (x.size and z.size and math.prod(view.shape) and math.prod(step.loops)):
             self._use(view, Use("enters a product without entries", step.position, ""))
             return None
-        _check_placement(view, equation, operand)
         own, *others = {self._varying[path] for path in view.paths}
         if others:
             reason = "is joined with one that varies over other mesh axes"
@@ -253,13 +253,14 @@ class _Walk:
             form=form,
             loops=step.loops,
             operand=operand,
-            x=(x.shape, x.dtype),
-            z=(z.shape, z.dtype),
+            x=jaxprs.shaped(x),
+            z=jaxprs.shaped(z),
             sizes=_sizes(equation, form),
             recomputed=step.recomputed,
             stopped=isinstance(tag, Spread) and tag.stopped,
             varying=varying,
             spread=tuple((axis, self._mesh_sizes[axis]) for axis in sorted(varying - own)),
+            automatic=devices.within_automatic(x),
         )
         self._sites.append(site)
         self._reads.append(0)
@@ -316,27 +317,6 @@ class _Walk:
             self._use(site.view, Use(operators.REASON, site.position, ""))
 
 
-def _sizes(equation: Equation, form: Form) -> tuple[tuple[int, ...], Any] | None:
-    """Shape and dtype of the operand with the sizes of a ragged product's groups."""
-    if not isinstance(form, Ragged):
-        return None
-    sizes = equation.inputs[form.sizes]
-    return sizes.shape, sizes.dtype
-
-
-def _check_placement(view: View, equation: Equation, operand: int) -> None:
-    """Refuses arrays whose types carry a sharding.
-
-    With explicit axes the statistics of every kind of product would need a sharding of their own.
-
-    Raises:
-      ValueError: names the parameter, and says what to do.
-    """
-    for array in (equation.inputs[operand], equation.outputs[0]):
-        spec = getattr(getattr(array, "sharding", None), "spec", ())
-        if any(axis is not None for axis in spec):
-            raise ValueError(
-                f"{' + '.join(view.paths)} meets an activation whose type is sharded ({array}), "
-                "since its mesh has explicit axes; expected automatic ones: make the mesh with "
-                "axis_types=(jax.sharding.AxisType.Auto,), and jax.jit will place the statistics"
-            )
+def _sizes(equation: Equation, form: Form) -> Shaped | None:
+    """The type of the operand with the sizes of a ragged product's groups."""
+    return jaxprs.shaped(equation.inputs[form.sizes]) if isinstance(form, Ragged) else None

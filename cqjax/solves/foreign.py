@@ -8,10 +8,13 @@ while tracing is refused. What may be meant is counted, by the updates' directio
 
 import inspect
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.core import Tracer
 
 from cqjax.capture.origins import Origin
@@ -40,6 +43,9 @@ def found(layers: Collection[Layer], method: str) -> dict[str, jax.Array]:
     """
     changed = [layer for layer in layers if not layer.is_gradient]
     _refuse(changed, method)
+    if changed:
+        given = [layer.change for layer in changed], [x.capture.gradients for x in changed]
+        _compared(*lax.stop_gradient(given))
     events = {layer.label: layer.cosine() < COSINE for layer in changed}
     if not any(isinstance(event, Tracer) for event in events.values()):
         if elsewhere := [label for label, event in events.items() if event]:
@@ -48,7 +54,7 @@ def found(layers: Collection[Layer], method: str) -> dict[str, jax.Array]:
                 f"gradient that was captured (cosine below {COSINE}). Take gradient and captures "
                 "from the same call of cqjax.value_and_grad; let optax.scale_by_adam and the like "
                 "follow, not precede; add microbatches up with cqjax.multi_steps",
-                stacklevel=3,
+                stacklevel=6,  # the caller of `update`, through `with_automatic_axes`
             )
     return events
 
@@ -76,6 +82,30 @@ def _refuse(changed: Collection[Layer], method: str) -> None:
                 f"{method}: the captures of {layer.label} are of another call of "
                 "cqjax.value_and_grad than the gradient; take both from the same call"
             )
+
+
+@jax.custom_batching.custom_vmap
+def _compared(updates: Any, gradients: Any) -> jax.Array:
+    """Nothing; but `jax.vmap` says here whether it maps over the updates, or the gradients alone.
+
+    What was averaged over its axis is not mapped any more.
+    """
+    del updates, gradients
+    return jnp.zeros(())
+
+
+@_compared.def_vmap
+def _refuse_averaged(size: int, mapped: Sequence[Any], *_: Any) -> tuple[jax.Array, bool]:
+    updates, gradients = map(jax.tree.leaves, mapped)
+    if all(gradients) and not any(updates):
+        raise ValueError(
+            f"the captures are those of {size} members of a jax.vmap, each with rows of its own, "
+            "and the updates are the same for all: gradients that were averaged over the axis "
+            "(lax.pmean). Average the losses instead, without a jax.vmap around the step: "
+            "cqjax.value_and_grad(lambda params, batch: "
+            "jnp.mean(jax.vmap(loss_fn, (None, 0))(params, batch)))"
+        )
+    return jnp.zeros(()), False
 
 
 def _in_multi_steps() -> bool:

@@ -23,6 +23,7 @@ from cqjax.capture.plan import Plan
 from cqjax.linalg import ridge
 from cqjax.solves.layer import Layer, joint_bias
 from cqjax.solves.layers import Layers, labelled, masked_paths
+from cqjax.solves.matrices import along
 from cqjax.solves.solve import Damping, primal_system
 
 _T = TypeVar("_T")
@@ -30,7 +31,8 @@ _T = TypeVar("_T")
 GROWTH = 4
 """Times by which a kept inverse may grow, in the mean of its features, from one to the next. Of the
 values tried, ten missed a batch of equal rows at λ = 0.1; four was never reached in 900 steps of
-ordinary training."""
+ordinary training. It may shrink by the square of this: features may grow fast at the start, but
+one example with an input of 1e18 makes an inverse of nearly nothing."""
 
 
 class Moment(NamedTuple):
@@ -57,6 +59,20 @@ class Kept(NamedTuple):
     inverse: jax.Array
     found: jax.Array
     lacking: jax.Array
+
+
+class Renewed(NamedTuple):
+    """What `update_inverses` makes, by label.
+
+    Attributes:
+      kept: the inverses to be kept.
+      own: those for this batch, (B, d, d).
+      failed: (B,) bool, whether the attempt at one failed.
+    """
+
+    kept: dict[str, Kept]
+    own: dict[str, jax.Array]
+    failed: dict[str, jax.Array]
 
 
 def empty_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
@@ -164,9 +180,9 @@ def update_moments(
     # 2.5 times SGD's temporary memory, and this takes 1.2.
     def maybe(label: str, average: Moment) -> tuple[Moment, jax.Array]:
         layer = layers[label]
-        due = period if layer.block.spans else 1
+        due = 1 if layer.few is True else period
         kept = average, jnp.zeros(len(average.weight), bool)
-        lacking = _any(average.weight == 0)
+        lacking = _any((average.weight == 0) | layer.few)
         return if_due(due, count, lambda: added(average, layer), kept, lacking)
 
     results = {label: maybe(label, average) for label, average in moments.items()}
@@ -196,17 +212,27 @@ def update_inverses(
     period: int,
     count: jax.Array,
     spread_over: NamedSharding | None = None,
-) -> tuple[dict[str, Kept], dict[str, jax.Array]]:
+) -> Renewed:
     """The inverses, renewed if their turn has come; the old one where the new one fails.
 
     Until an attempt succeeds, there is one in each update. It fails, too, where the inverse has
-    grown `GROWTH` times since the last: a batch whose rows are all alike says nothing of others.
-    If the next attempt agrees, it is accepted.
+    grown `GROWTH` times since the last, or shrunk by the square of that: a batch whose rows are all
+    alike, or one of which is out of all proportion, says nothing of others. If the next attempt
+    agrees, it is accepted.
 
-    Returns:
-      The inverses, and (B,) bool, whether the attempt at one failed.
+    A batch with too few rows for the features has an inverse of its own, which is not kept; if its
+    turn had come, it is the next batch's. Where tracing shows that the rows are too few, the weight
+    is left to the solve without `update_every`.
     """
-    lacking = {label: _any(old.lacking) for label, old in inverses.items()}
+    due = count % period == 0
+    unused = {
+        label: old._replace(lacking=old.lacking | due)
+        for label, old in inverses.items()
+        if layers[label].few is True
+    }
+    used = {label: old for label, old in inverses.items() if label not in unused}
+    few = {label: jnp.zeros_like(old.found) | layers[label].few for label, old in used.items()}
+    wanted = {label: _any(old.lacking | few[label]) for label, old in used.items()}
 
     def matrix(label: str, old: jax.Array) -> jax.Array:
         layer = layers[label]
@@ -214,41 +240,50 @@ def update_inverses(
         def new() -> jax.Array:
             return layer.cropped(second_moment(moments, layer)).astype(old.dtype)
 
-        return if_due(period, count, new, jnp.zeros_like(old), lacking[label])
+        return if_due(period, count, new, jnp.zeros_like(old), wanted[label])
 
-    matrices = {label: matrix(label, old.inverse) for label, old in inverses.items()}
+    matrices = {label: matrix(label, old.inverse) for label, old in used.items()}
 
-    def renew() -> tuple[dict[str, Kept], dict[str, jax.Array]]:
+    def renew() -> Renewed:
         systems = [
             primal_system(layers[label], damping, xx, label in moments)
             for label, xx in matrices.items()
         ]
-        kept, repaired = {}, {}
+        kept, own, events = {}, {}, {}
         found = ridge.inverses(systems, spread_over)
-        for (label, old), new in zip(inverses.items(), found, strict=True):
-            attempted = (count % period == 0) | old.lacking
-            failed = new.failed | (~old.lacking & _has_grown(new.value, old.inverse))
-            replaces = jnp.expand_dims(attempted & ~(failed & old.found), (1, 2))
+        for (label, old), new in zip(used.items(), found, strict=True):
+            value, unkept = new.value.astype(old.inverse.dtype), few[label]
+            attempted = due | old.lacking
+            failed = new.failed | (~old.lacking & _is_odd(new.value, old.inverse))
+            replaces = along(attempted & ~unkept & ~(failed & old.found), value)
             kept[label] = Kept(
-                jnp.where(replaces, new.value.astype(old.inverse.dtype), old.inverse),
-                old.found | (attempted & ~failed),
-                jnp.where(attempted, failed, old.lacking),
+                jnp.where(replaces, value, old.inverse),
+                old.found | (attempted & ~unkept & ~failed),
+                jnp.where(attempted, failed | unkept, old.lacking),
             )
-            repaired[label] = attempted & (new.repaired | failed)
-        return kept, repaired
+            events[label] = attempted & (new.repaired | failed)
+            if layers[label].few is not False:
+                own[label] = jnp.where(along(unkept, value), value, kept[label].inverse)
+                events[label] = jnp.where(unkept, new.repaired, events[label])
+        return Renewed(kept, own, events)
 
-    never = {label: jnp.zeros_like(old.found) for label, old in inverses.items()}
-    some = jnp.stack(list(lacking.values())).any() if lacking else False
-    return if_due(period, count, renew, (dict(inverses), never), some)
+    same = {label: old.inverse for label, old in used.items() if layers[label].few is not False}
+    never = {label: jnp.zeros_like(old.found) for label, old in used.items()}
+    some = jnp.stack(list(wanted.values())).any() if wanted else False
+    kept, own, events = if_due(period, count, renew, Renewed(used, same, never), some)
+    for_batch = {label: new.inverse for label, new in kept.items()} | own
+    return Renewed({label: {**kept, **unused}[label] for label in inverses}, for_batch, events)
 
 
-def _has_grown(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Whether the diagonals of inverses have grown `GROWTH` times, in the geometric mean: (B,).
+def _is_odd(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Whether the diagonals of inverses have grown `GROWTH` times, or shrunk by its square: (B,).
 
-    A few features that were always zero in one of two batches make no difference.
+    In the geometric mean: a few features that were always zero in one of two batches make no
+    difference.
     """
     ratio = jnp.diagonal(new, axis1=1, axis2=2) / jnp.diagonal(old, axis1=1, axis2=2)
-    return jnp.log(ratio).mean(-1) > math.log(GROWTH)
+    change = jnp.log(ratio).mean(-1)
+    return (change > math.log(GROWTH)) | (change < -2 * math.log(GROWTH))
 
 
 def check(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from cqjax.capture.block import Block
+from cqjax.capture.block import SPANNING, Block
 from cqjax.capture.captures import Capture
 from cqjax.capture.origins import Origin, origin_of
 from cqjax.capture.statistics import Rows
@@ -67,6 +67,16 @@ class Layer:
         return jnp.maximum(rank, 1)
 
     @property
+    def few(self) -> jax.Array | bool:
+        """Whether this batch's rows may not span the features: (), (B,), or known while tracing.
+
+        `Block.spans` says what comes of it. Here rows that are no examples do not count.
+        """
+        if not self.block.spans or self.capture.number is None:
+            return not self.block.spans
+        return self.capture.number < SPANNING * self.block.features
+
+    @property
     def update(self) -> Matrices:
         """The layer's part of the updates that the transformation was handed, in ≥ float32.
 
@@ -74,6 +84,11 @@ class Layer:
         divided by c, which gives the gradient with respect to the weight that the product sees.
         """
         return self._gradient(self._updates)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the updates, the coarsest if they differ: what came before rounded to it."""
+        return max((leaf.dtype for leaf in self._updates.values()), key=lambda t: jnp.finfo(t).eps)
 
     @property
     def change(self) -> Matrices:

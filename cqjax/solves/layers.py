@@ -12,7 +12,9 @@ import optax
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.linalg import devices
+from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
+from cqjax.solves.automatic import with_automatic_axes
 from cqjax.solves.layer import Layer
 from cqjax.solves.matrices import Matrices, finite
 
@@ -149,13 +151,23 @@ class Layers(Mapping[str, Layer]):
             )
         return not masked
 
-    def replaced(self, results: Mapping[str, Matrices]) -> optax.Updates:
+    @property
+    def others(self) -> dict[str, jax.Array]:
+        """The updates of parameters that no layer covers, by path; masked ones aside."""
+        solved = {path for layer in self.values() for path in layer.block.paths}
+        return {p: a for p, a in self._leaves.items() if p not in solved | self._masked}
+
+    def replaced(
+        self, results: Mapping[str, Matrices], others: Mapping[str, jax.Array] | None = None
+    ) -> optax.Updates:
         """The updates, with results for layers in the place of their parameters' updates.
 
-        Entries of a parameter that no layer covers keep their update. Those that are not finite,
-        in the dtype of the parameter, become zero.
+        Entries of a parameter that no layer covers keep their update, or are those of `others`.
+        Those that are not finite, in the dtype of the parameter, become zero. Without a layer, so
+        do those whose square is not: a rule that averages squares would have infinity for good.
         """
-        leaves = dict(self._leaves)
+        others = {**self.others, **(others or {})}
+        leaves = self._leaves | {p: jnp.where(_has_square(a), a, 0) for p, a in others.items()}
         for label, (weight, bias) in results.items():
             layer = self[label]
             whole = layer.block.view.whole
@@ -165,28 +177,21 @@ class Layers(Mapping[str, Layer]):
                 if path in layer.block.view.paths and not whole:
                     new += leaves[path].astype(new.dtype)
                 leaves[path] = new.astype(leaves[path].dtype)
-        # Without a layer too: one NaN in the scale of a normalisation would spoil the whole model.
         return jax.tree.unflatten(self._tree, [finite(leaves[path]) for path in self.paths])
 
-    def counts(self, events: Mapping[str, jax.Array]) -> jax.Array:
-        """How many events, () or (B,) bool, the layers had: (P,) int32.
+    def counts(
+        self, events: Mapping[str, jax.Array], others: Mapping[str, jax.Array] | None = None
+    ) -> jax.Array:
+        """How many events, () or (B,) bool, the layers had, and `others` by path: (P,) int32.
 
         P is the number of leaves of the updates' tree; a layer's are counted at its first path.
         """
-        return self._counted(
-            [(self[label].block.view.paths[0], event) for label, event in events.items()]
-        )
+        of_layers = [(self[label].block.view.paths[0], event) for label, event in events.items()]
+        return self._counted([*of_layers, *(others or {}).items()])
 
     def lost(self) -> jax.Array:
-        """1 for each parameter without a layer whose update is not finite: (P,) int32."""
-        solved = {path for layer in self.values() for path in layer.block.paths}
-        return self._counted(
-            [
-                (path, ~jnp.isfinite(leaf).all())
-                for path, leaf in self._leaves.items()
-                if path not in solved | self._masked
-            ]
-        )
+        """1 for each parameter without a layer whose update has no finite square: (P,) int32."""
+        return self._counted([(p, ~_has_square(a).all()) for p, a in self.others.items()])
 
     def _counted(self, events: Sequence[tuple[str, jax.Array]]) -> jax.Array:
         total = jnp.zeros(len(self.paths), jnp.int32)
@@ -197,7 +202,8 @@ class Layers(Mapping[str, Layer]):
             devices.total(jnp.ravel(event).astype(jnp.int32), devices.varying(event))
             for event in each
         ]
-        at = np.repeat([self.paths.index(path) for path in paths], [len(e) for e in each])
+        places = {path: i for i, path in enumerate(self.paths)}
+        at = np.repeat([places[path] for path in paths], [len(e) for e in each])
         return total.at[at].add(jnp.concatenate(each))
 
     def check_counts(self, counts: jax.Array) -> None:
@@ -212,6 +218,11 @@ class Layers(Mapping[str, Layer]):
                 f"{(len(self.paths),)}, one for each of the updates ({', '.join(self.paths)}): "
                 "make the state by init of the same parameters"
             )
+
+
+def _has_square(array: jax.Array) -> jax.Array:
+    """Where an array's squares are finite, in at least float32."""
+    return jnp.isfinite(jnp.square(jnp.abs(array).astype(accumulator(array.dtype))))
 
 
 def for_each_layer(
@@ -250,6 +261,7 @@ def for_each_layer(
         del params
         return optax.EmptyState()
 
+    @with_automatic_axes
     def update_all(
         updates: optax.Updates,
         state: Any,
@@ -269,9 +281,9 @@ def for_each_layer(
 def labelled(blocks: Sequence[Block]) -> list[str]:
     """A label for each block: its name, numbered where slices of one parameter are several."""
     names, seen = [block.name for block in blocks], collections.Counter[str]()
-    labels = []
+    number, labels = collections.Counter(names), []
     for name in names:
-        labels.append(f"{name}[{seen[name]}]" if names.count(name) > 1 else name)
+        labels.append(f"{name}[{seen[name]}]" if number[name] > 1 else name)
         seen[name] += 1
     return labels
 
@@ -288,5 +300,9 @@ def masked_paths(tree: optax.Params, blocks: Iterable[Block]) -> set[str]:
     """
     masked = {path for path, leaf in by_path(tree, is_masked).items() if is_masked(leaf)}
     paths = (path for block in blocks for path in block.paths)
-    below = {path for path in paths if any(not m or path.startswith(f"{m}/") for m in masked)}
-    return masked | below
+    return masked | {path for path in paths if not masked.isdisjoint(_above(path))}
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the trees that a parameter is in."""
+    return ["", *(path[:i] for i, character in enumerate(path) if character == "/")]

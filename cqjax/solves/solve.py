@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cqjax.linalg import gram, ridge
+from cqjax.linalg.products import einsum
 from cqjax.solves.layer import Layer
 from cqjax.solves.matrices import Matrices, along, decomposed, finite, product
 
@@ -107,10 +108,10 @@ def dual_of_changed(layer: Layer, damping: Damping) -> Solve:
     # R could pass through as it is, weight decay for example. But the primal preconditions it by
     # definition, and the two solvers would be different methods.
     n, handed = layer.terms, layer.update
-    scale, rest, present = decomposed(handed, layer.gradient)
+    scale, rest, present = decomposed(handed, layer.gradient, layer.dtype)
     rows = layer.rows()
     x, h, dz = rows.x, rows.h, rows.dz.astype(gram.accumulator(rows.dz.dtype))
-    outputs = jnp.einsum("bnd,bdo->bno", x.astype(dz.dtype), rest.weight, precision=gram.HIGHEST)
+    outputs = einsum("bnd,bdo->bno", x.astype(dz.dtype), rest.weight, precision=gram.HIGHEST)
     if h is not None and rest.bias is not None:
         outputs += h[..., None].astype(dz.dtype) * rest.bias[:, None]
 

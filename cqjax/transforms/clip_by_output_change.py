@@ -9,6 +9,8 @@ import optax
 
 from cqjax.capture.captures import Captures
 from cqjax.capture.checks import check_number
+from cqjax.linalg.gram import accumulator
+from cqjax.solves.automatic import with_automatic_axes
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers, is_masked
 from cqjax.solves.matrices import Matrices, along
@@ -23,7 +25,7 @@ class ClipByOutputChangeState(NamedTuple):
 
     Attributes:
       count: () int32, the number of updates so far.
-      clipped: (P,) int32, how often a layer's update was shortened, for each of the P leaves of the
+      clipped: (P,) int32, how often an update was shortened, for each of the P leaves of the
         parameters' tree, in its order: a layer is counted at its weight.
     """
 
@@ -51,8 +53,13 @@ def clip_by_output_change(
 
     There are two places for it. Last in a chain, it bounds the step that is taken, whatever made
     it: right for Adam. Before momentum, it keeps one bad batch from staying in the sum. There μ is
-    the rate that acts on an update in the end, the learning rate divided by 1 − β. Parameters that
-    were not captured pass through.
+    the rate that acts on an update in the end, the learning rate divided by 1 − β. The aliases with
+    a memory have it in both.
+
+    Of a parameter that was not captured, such as the scales of a normalisation, the update is
+    shortened where its root mean square would be more than c times that of the parameter, or c
+    where the parameter's is less than 1. So an absurd example (an input of 1e9, say) moves these no
+    further than those. An update whose square is not finite becomes zero.
 
     The lengths are estimated by 8 random combinations of the outputs, with factors of ±1. Their
     mean square is right, and its relative standard error is at most one half. For layers with up to
@@ -61,8 +68,8 @@ def clip_by_output_change(
     Where only XᵀX was captured, it serves instead. For a weight whose XᵀX is in diagonal blocks,
     the blocks' squares are added up.
 
-    The state counts for each layer how often its update was shortened. At a well-chosen rate that
-    is never, or in the first few steps.
+    The state counts for each layer and parameter how often its update was shortened. At a
+    well-chosen rate that is never, or in the first few steps.
 
     Args:
       max_change: c ≥ 0, the part of their own root mean square by which a step may move a layer's
@@ -102,6 +109,7 @@ def clip_by_output_change(
         leaves = jax.tree.leaves(params, is_leaf=is_masked)
         return ClipByOutputChangeState(jnp.zeros((), jnp.int32), jnp.zeros(len(leaves), jnp.int32))
 
+    @with_automatic_axes
     def update(
         updates: optax.Updates,
         state: Any,
@@ -127,9 +135,15 @@ def clip_by_output_change(
             factor = _factor(layer, weights[label].change, max_change, rate, signs)
             results[label] = Matrices(*(_times(factor, part) for part in layer.change))
             events[label] = ~(factor == 1)
-        clipped = state.clipped + layers.counts(events) + layers.lost()
+        others, shortened = layers.others, {}
+        for path, step in others.items():
+            factor = _factor_of_other(step, weights.others[path], max_change, rate)
+            others[path] = (factor * step).astype(step.dtype)
+            shortened[path] = ~(factor == 1)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return layers.replaced(results), ClipByOutputChangeState(count, clipped)
+        return layers.replaced(results, others), ClipByOutputChangeState(
+            count, state.clipped + layers.counts(events, shortened)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -156,8 +170,24 @@ def _factor(
     moved = jnp.square(jnp.asarray(rate, moved.dtype)) * moved.sum(-1)
     if block.parts is not None:
         own, moved = (a.reshape(-1, block.parts).sum(-1) for a in (own, moved))
+    return _shortening(moved, own, max_change)
+
+
+def _factor_of_other(step: jax.Array, own: jax.Array, max_change: Any, rate: Any) -> jax.Array:
+    """What an update is multiplied by of a parameter that no layer covers: ()."""
+
+    def mean_square(array: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(jnp.abs(array).astype(accumulator(array.dtype))))
+
+    moved = mean_square(jnp.asarray(rate, accumulator(step.dtype)) * step)
+    return _shortening(moved, jnp.maximum(mean_square(own), 1), max_change)
+
+
+def _shortening(moved: jax.Array, own: jax.Array, max_change: Any) -> jax.Array:
+    """The factor that makes √moved at most `max_change` times √own."""
     allowed = jnp.square(jnp.asarray(max_change, own.dtype)) * own
-    within = moved <= allowed  # not so where a length is NaN: then the factor is, too
+    # Not so where the length is NaN or infinite: then the factor makes the update zero.
+    within = (moved <= allowed) & jnp.isfinite(moved)
     return jnp.sqrt(jnp.where(within, 1, allowed) / jnp.where(within, 1, moved))
 
 

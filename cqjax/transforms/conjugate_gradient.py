@@ -186,5 +186,7 @@ def scale_by_conjugate_gradient(
 def _inner(a: optax.Updates, b: optax.Updates) -> jax.Array:
     """The real inner product of two trees, (), in at least float32."""
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(a))
-    product = optax.tree.vdot(optax.tree.cast(a, dtype), optax.tree.cast(b, dtype))
-    return jnp.asarray(product, dtype).real
+    # Not `optax.tree.vdot`, whose product of vectors is ambiguous where explicit axes split them.
+    a, b = (optax.tree.cast(tree, dtype) for tree in (a, b))
+    products = jax.tree.map(lambda a, b: jnp.sum((a.conj() * b).real), a, b)
+    return jnp.asarray(optax.tree.sum(products))

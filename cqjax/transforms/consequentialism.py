@@ -18,6 +18,7 @@ from cqjax.capture.origins import Origin, record
 from cqjax.capture.plan import Plan, check_plan
 from cqjax.linalg import devices, ridge
 from cqjax.solves import foreign, kept, solve
+from cqjax.solves.automatic import with_automatic_axes
 from cqjax.solves.kept import Kept, Moment
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers, is_masked
@@ -92,6 +93,8 @@ def scale_by_consequentialism(
 
     In 16-bit models the right form starts from a gradient that was rounded to 16 bits. Where the
     rows do not span all features, 1/λ magnifies the rounding. `solver="dual"` starts from the rows.
+    It does so also where an earlier member only scaled the gradient: clipped it by its norm, or
+    took a loss scale off. What such a member adds is lost if it is below 16 bits' rounding.
 
     Parameters that were not captured pass through unchanged. Call it under `jax.jit`, together with
     `cqjax.value_and_grad`.
@@ -99,7 +102,7 @@ def scale_by_consequentialism(
     Solves are in float32, or float64 for float64 models, at the highest precision. A solve that
     fails, or whose matrix is singular to working precision, is repeated with its damping raised by
     1e-2 of the mean eigenvalue. If that fails too, the layer keeps its earlier inverse
-    (`update_every`), else it gets its plain update. Where :math:`X^T X` has overflowed it gets
+    (`update_every`), else it gets its plain update. Where :math:`X^T X` is not finite it gets
     none. Entries of any update that are not finite become zero. The state counts such events, for
     each layer.
 
@@ -119,8 +122,9 @@ def scale_by_consequentialism(
         inverse of one batch. Two kinds of weights are solved for anew in every update: those for
         which that costs less than a product with an inverse, and those with fewer than twice as
         many rows in a batch as features, along whose rows an older inverse could be as large as
-        1/λ. An attempt that fails is made again in the next update. So is one whose inverse is four
-        times as large as the last.
+        1/λ. So is any weight in a batch with so few rows, whatever the plan's has. An attempt that
+        fails is made again in the next update. So is one whose inverse is four times as large as
+        the last, or a sixteenth of it.
       ema_decay: in [0, 1): the solves take N times the moving average of XᵀX / N, with its bias
         from starting at zero corrected. All weights are then solved for by the primal, but for
         those whose XᵀX `max_dim` forbids to invert: they are solved for by rows. With few rows in a
@@ -183,6 +187,7 @@ def scale_by_consequentialism(
             jnp.zeros((), jnp.int32), none, jnp.copy(none), moments, inverses
         )
 
+    @with_automatic_axes
     def update(
         updates: optax.Updates,
         state: Any,
@@ -197,22 +202,23 @@ def scale_by_consequentialism(
         elsewhere = layers.counts(foreign.found(layers.values(), "scale_by_consequentialism"))
         kept.check(state.moments, state.inverses, layers, ema_decay is not None)
         now = Damping(_at(damping, state.count), _at(relative_damping, state.count))
-        moments, inverses, left_out, repaired = state.moments, state.inverses, {}, {}
+        moments, left_out = state.moments, {}
+        inverses = kept.Renewed(state.inverses, {}, {})
         if ema_decay is not None:
             moments, left_out = kept.update_moments(
                 moments, layers, ema_decay, capture_every, state.count
             )
         if update_every is not None:
-            inverses, repaired = kept.update_inverses(
-                inverses, moments, layers, now, update_every, state.count, spread_over
+            inverses = kept.update_inverses(
+                state.inverses, moments, layers, now, update_every, state.count, spread_over
             )
         updates, failures = _precondition(
-            layers, now, moments, inverses, (left_out, repaired), spread_over
+            layers, now, moments, inverses.own, (left_out, inverses.failed), spread_over
         )
         record(jax.tree.leaves(updates), Origin.SOLUTION)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ScaleByConsequentialismState(
-            count, state.fallbacks + failures, state.foreign + elsewhere, moments, inverses
+            count, state.fallbacks + failures, state.foreign + elsewhere, moments, inverses.kept
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -253,7 +259,7 @@ def _precondition(
     layers: Layers,
     damping: Damping,
     moments: Mapping[str, Moment],
-    inverses: Mapping[str, Kept],
+    inverses: Mapping[str, jax.Array],
     before: Sequence[Mapping[str, jax.Array]],
     spread_over: NamedSharding | None,
 ) -> tuple[optax.Updates, jax.Array]:
@@ -272,8 +278,7 @@ def _precondition(
         failures: dict[str, jax.Array] = {}
         for label, layer in layers.items():
             if label in inverses:
-                inverse = inverses[label].inverse
-                results[label], rows[label] = solve.preconditioned(layer, damping, inverse)
+                results[label], rows[label] = solve.preconditioned(layer, damping, inverses[label])
             elif by_rows(layer):
                 exact = layer.block.exact and not changed
                 dual = solve.dual if exact else solve.dual_of_changed

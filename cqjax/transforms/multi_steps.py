@@ -17,6 +17,7 @@ from cqjax.capture.statistics import Rows, quadratic_form
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
 from cqjax.solves import foreign, kept
+from cqjax.solves.automatic import with_automatic_axes
 from cqjax.solves.layers import Layers, labelled
 
 
@@ -30,6 +31,7 @@ class MultiStepsState(NamedTuple):
       gradients: the mean gradient of these microbatches, in at least float32.
       moments: the sum of each weight's XᵀX over them, (B, d, d), or a lookup's counts, (B, d);
         their mean for rows that all examples share, which are a whole batch's too.
+      rows: likewise, how many of each weight's rows were examples, () or (B,) for groups.
       batch_size: (), the sum of their N.
     """
 
@@ -38,6 +40,7 @@ class MultiStepsState(NamedTuple):
     inner_state: Any
     gradients: optax.Updates
     moments: dict[str, jax.Array]
+    rows: dict[str, jax.Array]
     batch_size: jax.Array
 
 
@@ -111,18 +114,25 @@ def multi_steps(
     def start(params: optax.Params, inner_state: Any, gradient_step: Any) -> MultiStepsState:
         """The state before the first microbatch of a batch."""
         moments = kept.empty_moments(plan, params)
+        blocks = zip(labelled(plan.blocks), plan.blocks, strict=True)
         return MultiStepsState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=gradient_step,
             inner_state=inner_state,
-            gradients=jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator(p.dtype)), params),
+            gradients=jax.tree.map(lambda p: jnp.zeros_like(p, accumulator(p.dtype)), params),
             moments={label: moment.total for label, moment in moments.items()},
+            rows={
+                label: jnp.zeros(block.batch if block.grouped else ())
+                for label, block in blocks
+                if label in moments
+            },
             batch_size=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
         )
 
     def init(params: optax.Params) -> MultiStepsState:
         return start(params, wrapped.init(params), jnp.zeros((), jnp.int32))
 
+    @with_automatic_axes
     def update(
         updates: optax.Updates,
         state: Any,
@@ -133,9 +143,10 @@ def multi_steps(
     ) -> tuple[optax.Updates, optax.OptState]:
         layers = Layers(updates, captures, "multi_steps")
         foreign.found(layers.values(), "multi_steps")
-        batch_size = state.batch_size + layers.batch_size
+        # In the state's dtype: N is in float64 where float32 parameters meet float64 weights.
+        batch_size = state.batch_size + jnp.asarray(layers.batch_size, state.batch_size.dtype)
         share = layers.batch_size / batch_size
-        moments = _added(state.moments, layers, share)
+        moments, rows = _added(state.moments, state.rows, layers, share)
         gradients = jax.tree.map(
             lambda mean, g: mean + share.astype(mean.dtype) * (g.astype(mean.dtype) - mean),
             state.gradients,
@@ -144,8 +155,8 @@ def multi_steps(
 
         def step() -> tuple[optax.Updates, MultiStepsState]:
             mean = optax.tree.cast_like(gradients, updates)
-            sums = tuple(_sums(plan, moments, mean))
-            # Rows and examples are the whole batch's, as the plan is: relative damping needs them.
+            sums = tuple(_sums(plan, moments, rows, mean))
+            # Examples are the whole batch's, as the plan is.
             whole = Captures(sums, batch_size, plan.examples, plan.parameters, plan.flow)
             new, inner_state = wrapped.update(
                 mean, state.inner_state, params, captures=whole, **extra_args
@@ -160,6 +171,7 @@ def multi_steps(
                 state.inner_state,
                 gradients,
                 moments,
+                rows,
                 batch_size,
             )
             return optax.tree.zeros_like(updates), new
@@ -176,10 +188,7 @@ def multi_steps(
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sum(Capture):
-    """What several calls captured of one weight: no statistic of a site, but their moments' sum.
-
-    How many rows a ragged product's groups had is not kept: relative damping counts up to n each.
-    """
+    """What several calls captured of one weight: no statistic of a site, but their moments' sum."""
 
     moment: jax.Array
 
@@ -197,7 +206,12 @@ class _Sum(Capture):
         return quadratic_form(self.moment, weight, bias)
 
 
-def _sums(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates) -> list[_Sum]:
+def _sums(
+    plan: Plan,
+    moments: Mapping[str, jax.Array],
+    rows: Mapping[str, jax.Array],
+    gradients: optax.Updates,
+) -> list[_Sum]:
     """The captures of the plan's whole batch, for the weights that have a moment."""
     leaves = by_path(gradients)
     captures = []
@@ -205,14 +219,17 @@ def _sums(plan: Plan, moments: Mapping[str, jax.Array], gradients: optax.Updates
         if label not in moments:  # masked
             continue
         own = {path: leaves[path] for path in block.paths if path in leaves}
-        captures.append(_Sum((), own, block.by_moments(), None, moments[label]))
+        captures.append(_Sum((), own, block.by_moments(), rows[label], moments[label]))
     return captures
 
 
 def _added(
-    moments: Mapping[str, jax.Array], layers: Layers, share: jax.Array
-) -> dict[str, jax.Array]:
-    """The sums, with what was captured now; where all examples share the rows, the mean.
+    moments: Mapping[str, jax.Array],
+    rows: Mapping[str, jax.Array],
+    layers: Layers,
+    share: jax.Array,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The sums of moments and of rows; where all examples share the rows, the means.
 
     Raises:
       ValueError: it is not what the plan says.
@@ -225,7 +242,7 @@ def _added(
         where = ("captured", "in the plan")
         has, lacks = where if label in layers else where[::-1]
         raise ValueError(f"multi_steps: {label} is {has} and not {lacks}: {remedy}")
-    added = {}
+    added, counts = {}, {}
     for label, total in moments.items():
         capture = layers[label].capture
         moment = capture.second_moment()
@@ -234,10 +251,12 @@ def _added(
                 f"multi_steps: the second moment of {label} has shape {moment.shape}; expected "
                 f"{total.shape}: {remedy}"
             )
+        number, before = jnp.asarray(capture.row_counts()), rows[label]
         if capture.block.shared:
-            moment = share * (moment - total)
+            moment, number = share * (moment - total), share * (number - before)
         added[label] = total + moment.astype(total.dtype)
-    return added
+        counts[label] = before + number.astype(before.dtype)
+    return added, counts
 
 
 def _check(every_k: Any, plan: Any) -> None:

@@ -83,5 +83,5 @@ def _normalised(eps: float, layer: Layer) -> Matrices:
     scaled = product(rows.x, coefficients[..., None] * rows.dz.astype(dtype), rows.h)
     if layer.block.exact and layer.is_gradient:
         return scaled
-    scale, rest, _ = decomposed(layer.update, layer.gradient)
+    scale, rest, _ = decomposed(layer.update, layer.gradient, layer.dtype)
     return jax.tree.map(lambda u, r: along(scale, u) * u + r, scaled, rest)

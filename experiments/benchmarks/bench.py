@@ -97,7 +97,7 @@ class Bench:
         tables = [_bars(every), *(table for result in every for table in result.tables)]
         sections = (f"## {table.title}\n\n{report.markdown_table(table.rows)}" for table in tables)
         text = "\n\n".join(("# Benchmarks", report.machine(environment), METHOD, *sections))
-        (self.output / "bench.md").write_text(text + "\n")
+        (self.output / "bench.md").write_text(text + "\n", encoding="utf-8")
 
 
 def _bars(results: Sequence[Result]) -> Table:

@@ -5,8 +5,6 @@ are accepted. The data set's name then says that they are not the official files
 """
 
 import hashlib
-import io
-import pickle
 import shutil
 import tarfile
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.data import pickles
 from experiments.data.dataset import (
     BadFileError,
     DataError,
@@ -122,8 +121,15 @@ class Cifar:
         files = *self.train, self.test
         official = all(_md5(folder / file.name) == file.md5 for file in files)
         names = self._unpickle(folder / self.meta, len(self.classes)).get(self.label_names)
-        if names != list(self.classes):
-            raise BadFileError(folder / self.meta, f"has the classes {names}, not {self.name}'s")
+        if type(names) is not list or len(names) != len(self.classes):
+            what = f"a list of {len(names)} names" if type(names) is list else "no list of classes"
+            raise BadFileError(folder / self.meta, f"has {what}, not {self.name}'s")
+        for name, expected in zip(names, self.classes, strict=True):
+            if type(name) is not bytes or name != expected:
+                got, wanted = pickles.shown(name), pickles.shown(expected)
+                raise BadFileError(
+                    folder / self.meta, f"has the class {got}, where {self.name} has {wanted}"
+                )
         *train, test = (self._read_images(folder / file.name, file.images) for file in files)
         merged = Split(*(np.concatenate(arrays) for arrays in zip(*train, strict=True)))
         name = self.name if official else f"{self.name} (not the official files)"
@@ -137,7 +143,8 @@ class Cifar:
         """
         batch = self._unpickle(path, count)
         data, labels = batch.get(b"data"), batch.get(self.labels)
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
+        data = data.of_bytes() if isinstance(data, pickles.Array) else None
+        if data is None:
             raise BadFileError(path, "holds no array of bytes as its data")
         if data.shape != (count, PIXELS):
             raise BadFileError(path, f"holds data of shape {data.shape}, not {(count, PIXELS)}")
@@ -146,7 +153,9 @@ class Cifar:
         for label in labels:
             if type(label) is not int or not 0 <= label < len(self.classes):
                 last = len(self.classes) - 1
-                raise BadFileError(path, f"holds the label {label!r}, not one of 0 to {last}")
+                raise BadFileError(
+                    path, f"holds the label {pickles.shown(label)}, not one of 0 to {last}"
+                )
         images = data.reshape(count, 3, 32, 32).transpose(0, 2, 3, 1)
         images = np.divide(images, 255, order="C", dtype=np.float32)
         return Split(images, np.array(labels, np.int32))
@@ -164,9 +173,9 @@ class Cifar:
                 path, f"is {size:,} bytes long, not {(count + 1) * LONGEST:,} at most"
             )
         try:
-            value = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+            value = pickles.loads(path.read_bytes())
         except Exception as error:  # a damaged pickle can fail in any way
-            raise BadFileError(path, f"cannot be read: {error}") from error
+            raise BadFileError(path, f"cannot be read: {str(error)[:200]}") from error
         if not isinstance(value, dict):
             raise BadFileError(path, f"holds a {type(value).__name__}, not a dictionary")
         return value
@@ -175,37 +184,6 @@ class Cifar:
 def _md5(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Bytes, as Python 3 writes them for Python 2.
-
-    Raises:
-      UnpicklingError: If it is another encoding.
-    """
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes in {encoding}, as CIFAR never does")
-    return text.encode(encoding)
-
-
-# All names that the official pickles refer to, and the names that newer versions write instead.
-ARRAYS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds arrays, strings, numbers and collections of them. It refuses anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, as CIFAR never does")
-        return super().find_class(module, name)
 
 
 CIFAR10 = Cifar(

@@ -94,8 +94,8 @@ class Everyday(Contests):
         """
         super().__post_init__()
         options.require(self, options.AT_LEAST_ONE, "evaluated", "characters", "side", "rows")
-        options.require(self, options.POSITIVE, "length")
-        options.require(self, options.NOT_NEGATIVE, "extensions")
+        options.require(self, options.LENGTH, "length")
+        options.require(self, options.COUNT, "extensions")
         options.require(self, options.POSITIVE, "dampings")
         options.require_distinct(self, "kinds")
         options.require_distinct(self, "optimizers", "adam", "cadam")

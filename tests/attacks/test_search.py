@@ -80,7 +80,8 @@ def test_every_update_is_finite(batch, solver, damping):
     b0, scale, w0, w1 = counts.tolist()
     assert b0 == 0 and {scale, w0, w1} <= {0, 1}
     spoiled = {path: not np.isfinite(g).all() for path, g in grads.items()}
-    assert scale == spoiled["scale"]
+    with np.errstate(over="ignore"):  # a rule behind it may square what has no solve
+        assert scale == (not np.isfinite(np.square(grads["scale"])).all())
     if solver == "primal":  # whose start is the gradient
         assert w0 >= (spoiled["w0"] | spoiled["b0"]) and w1 >= spoiled["w1"]
 

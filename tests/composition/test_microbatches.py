@@ -117,6 +117,22 @@ def test_separate_calls(name):
 
 
 @pytest.mark.usefixtures("float64")
+def test_a_batch_smaller_than_the_plans():
+    """Its rows are counted: for the mean eigenvalue, and since they do not span the features."""
+    params, batches = problem((9, 9, 1, 2, 9, 9))
+    plan = plans(loss_fn, params, batches[:2])
+    inner = optax.chain(
+        cqjax.scale_by_consequentialism(relative_damping=0.1, plan=plan, update_every=2),
+        optax.sgd(RATE),
+    )
+    got, state = run(cqjax.multi_steps(inner, 2, plan=plan), loss_fn, params, batches)
+    assert state.inner_state[0].inverses
+    wholes = [joined(batches[i : i + 2]) for i in (0, 2, 4)]
+    want, _ = run(inner, loss_fn, params, wholes, solver="primal")
+    assert_close(got[1::2], want)
+
+
+@pytest.mark.usefixtures("float64")
 def test_split_over_devices():
     """Each microbatch over two devices, by `shard_map`, with the plan of the whole batch on one."""
     params, batches = problem((8, 8))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from many_devices import EVERYWHERE, MESH, SPLIT, assert_close, collectives, step
 
@@ -141,6 +141,36 @@ def test_shared_inversions_change_nothing():
     """In matrices so large that LAPACK's batched factorisation on all devices once hung."""
     (alone, args), (shared, _) = (deep(96, 9, spread_over) for spread_over in (None, SPLIT))
     assert_close(shared(*args), alone(*args), 1e-4)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_shared_inversions_of_an_ensemble(kind):
+    """Members side by side by `jax.vmap`, one of whose matrices is singular."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    split = NamedSharding(mesh, P("data"))
+    params = jax.random.normal(jax.random.key(0), (2, 3, 6, 6)) / 2
+    x = jax.random.normal(jax.random.key(1), (16, 6))
+
+    def step(spread_over, weights, x):
+        tx = cqjax.scale_by_consequentialism(relative_damping=1e-3, spread_over=spread_over)
+
+        def loss(weights, x):
+            for weight in weights:
+                x = jnp.tanh(x @ weight)
+            return jnp.mean(x**2)
+
+        weights = list(weights)
+        _, grads, captures = cqjax.value_and_grad(loss, solver="primal")(weights, x)
+        updates, state = tx.update(grads, tx.init(weights), weights, captures=captures)
+        return updates, state.fallbacks
+
+    params = params.at[1, 0].set(0)  # then the second layer's inputs are zero
+    want = jax.jit(jax.vmap(functools.partial(step, None), (0, None)))(params, x)
+    members = jax.vmap(functools.partial(step, split), (0, None))
+    got = jax.jit(members)(
+        jax.device_put(params, NamedSharding(mesh, P())), jax.device_put(x, split)
+    )
+    assert_close(got, want, 1e-4)
 
 
 def test_what_spread_over_may_be():

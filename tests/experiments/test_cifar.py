@@ -108,6 +108,14 @@ def labels(last):
     return [0] * (40 - 1) + [last]
 
 
+def nested(kind):
+    """Sixty levels, each with the one below twice: to print it would take for ever."""
+    value = kind()
+    for _ in range(60):
+        value = kind([value, value])
+    return value
+
+
 BAD = {  # of a file with images: what it holds, or what is done to its bytes
     "truncated": (lambda raw: raw[:-200], "cannot be read"),
     "empty": (lambda raw: b"", "cannot be read"),
@@ -126,12 +134,16 @@ BAD = {  # of a file with images: what it holds, or what is done to its bytes
     "a class too many": ({"LABELS": labels(100)}, "the label 100, not one of 0 to"),
     "a negative label": ({"LABELS": labels(-1)}, "the label -1"),
     "a broken label": ({"LABELS": labels(0.5)}, "the label 0.5"),
-    "nested labels": ({"LABELS": labels([1])}, "the label [1]"),
+    "nested labels": ({"LABELS": labels([1])}, "the label <list>"),
+    "an array as labels": ({"LABELS": pixels(40)}, "a list of 40"),
+    "an endless label": ({"LABELS": labels(1 << 9999)}, "the label <int>"),
 }
 BAD_META = {
-    "no names": ({"NAMES": None}, "the classes None"),
-    "other classes": ({"NAMES": [b"apple"]}, "the classes [b'apple'], not CIFAR-10"),
-    "one name": ({"NAMES": [b"worm"] * 100}, "not CIFAR-10"),
+    "no names": ({"NAMES": None}, "no list of classes, not CIFAR-10"),
+    "other classes": ({"NAMES": [b"apple"]}, "a list of 1 names, not CIFAR-10"),
+    "one name": ({"NAMES": [b"worm"] * 100}, "CIFAR-10"),
+    "an array as names": ({"NAMES": pixels(100)}, "no list of classes"),
+    "lists in lists": ({"NAMES": nested(list)}, "CIFAR-10"),
     "no pickle": (lambda raw: raw[1:], "cannot be read"),
 }
 CASES = [(place, case) for place in ("train", "test") for case in BAD]
@@ -160,7 +172,7 @@ def test_one_of_the_two_is_not_taken_for_the_other(small_cifar, tmp_path):
     for name in small_cifar("CIFAR10"):
         content = others["meta" if name == "batches.meta" else "train"]
         (tmp_path / name).write_bytes(python2_pickle(content))
-    with pytest.raises(DataError, match=r"batches\.meta has the classes None, not CIFAR-10's"):
+    with pytest.raises(DataError, match=r"batches\.meta has no list of classes, not CIFAR-10's"):
         cifar.CIFAR10.load(tmp_path, download=False)
 
 
@@ -188,9 +200,48 @@ def test_a_hostile_pickle_is_refused_and_does_nothing(small, tmp_path, case, pro
     assert not proof.exists()
 
 
+RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+INSTRUCTIONS = {  # what is harmless to write, and not to follow
+    "a key that takes for ever to hash": (
+        b"})" + b"q\x00h\x00\x86" * 60 + b"K\x01s.",
+        "a dictionary that CIFAR never has",
+    ),
+    "a hundred thousand levels": (b"]" * 100_001 + b"a" * 100_000 + b".", "holds a list"),
+    "memory that was never written": (
+        b"}U\x04datacnumpy\nndarray\n(M(\x00M\x00\x0ct\x85Rs.",
+        "it calls what CIFAR never does",
+    ),
+    "an array without content": (b"}U\x04data" + RECONSTRUCT + b"s.", "no array of bytes"),
+    "a memo of 64 GB": (b"}r\xff\xff\xff\xff.", "no array of bytes"),
+    "a string longer than the file": (b"}\x8e" + b"\xff" * 6 + b"\x00\x00abc.", "cannot be read"),
+    "no end": (b"}" * 9, "cannot be read"),
+    "nothing to take": (b"ss.", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", INSTRUCTIONS)
+def test_instructions_that_would_do_harm_are_not_followed(small_cifar, tmp_path, case):
+    for name, value in small_cifar("CIFAR10").items():
+        (tmp_path / name).write_bytes(python2_pickle(value))
+    instructions, complaint = INSTRUCTIONS[case]
+    (tmp_path / "test_batch").write_bytes(b"\x80\x02" + instructions)
+    with pytest.raises(DataError, match=complaint):
+        cifar.CIFAR10.load(tmp_path, download=False)
+
+
+def test_arrays_by_columns(small):
+    """NumPy writes a transposed array by its columns."""
+    batch = dict(small.files[small.last.name])
+    batch[b"data"] = np.asfortranarray(batch[b"data"])
+    small.last.write_bytes(python2_pickle(batch))
+    images = small.load().train.images[-40:]
+    expected = batch[b"data"].reshape(40, 3, 32, 32).transpose(0, 2, 3, 1) / 255
+    np.testing.assert_allclose(images, expected, rtol=1e-6)
+
+
 def test_bytes_are_encoded_in_one_way_only(small):
     small.last.write_bytes(pickle.dumps(Call(codecs.encode, "a" * 99, "idna")))
-    with pytest.raises(DataError, match="it encodes in idna, as CIFAR never does"):
+    with pytest.raises(DataError, match="it encodes in 'idna', as CIFAR never does"):
         small.load()
 
 

@@ -170,6 +170,32 @@ def test_a_damaged_checkpoint_is_named(stopped, tmp_path, capsys, item):
     assert "Remove this folder to start the run afresh" in message
 
 
+DAMAGED = (
+    b"",
+    b"\xff\0",
+    b"{",
+    b"{}",
+    b"[1]",
+    b"[" * 100_000,
+    b'{"metrics": {}, "batch_loss": {"step": [1, 2], "value": ["a"]}}',
+)
+
+
+@pytest.mark.parametrize("name", ["settings.json", f"0-Adam/{STOP - 1}/history/metadata"])
+def test_damaged_files_of_a_session_are_named(stopped, tmp_path, capsys, name):
+    command = [*QUICKSTART, f"--output={tmp_path}"]
+    stopped(command, STOP)
+    path = tmp_path / "checkpoints" / name
+    for content in DAMAGED:
+        path.write_bytes(content)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([*command, "--resume"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "eave out --resume to start" in line
+        assert str(tmp_path / "checkpoints") in line
+
+
 def session(output, seconds):
     return checkpoints.Session(
         output, {"settings": None}, resume=True, seconds=seconds, tensorboard=False

@@ -102,7 +102,7 @@ def inverses(
       damping: λ, or a function of the step and XᵀX.
       ema_decay: of the average that XᵀX / N is taken from; None for the batch's own.
       update_every: steps from one inversion to the next; 1 if the first batch has too few rows,
-        and as long as one is lacking.
+        and as long as one is lacking. A batch with too few rows has its own, which is not kept.
       capture_every: steps from one batch in the average to the next; those with too few rows are
         all in it.
       features: of which a batch has too few rows for others, if not twice as many; no bias.
@@ -118,8 +118,9 @@ def inverses(
         if ema_decay is not None and past:
             xx = n * ref.average(past, ema_decay)
         lacking |= t % update_every == 0
-        if lacking and np.isfinite(xx).all():
-            lacking = False
+        few, own = not ref.spans(n, features), inverse
+        if (lacking or few) and np.isfinite(xx).all():
             strength = damping(t, xx) if callable(damping) else damping
-            inverse = ref.inverse_of(xx, n, strength)
-        yield inverse
+            own = ref.inverse_of(xx, n, strength)
+            lacking, inverse = (lacking, inverse) if few else (False, own)
+        yield own

@@ -53,7 +53,7 @@ def test_every_form_of_a_weight(name, options, sizes):
     given = {"damping": DAMPING, "relative_damping": 0.0, "ema_decay": DECAY}
     tx = cqjax.scale_by_consequentialism(plan=plan, **given, **options)
     step, state = stepper(loss_fn, tx), tx.init(params)
-    past, kept, spanned = {}, {}, {}
+    past, kept, own, spanned = {}, {}, {}, {}
     positions = 4 if name == "embed" else 1  # its loss is a mean over tokens
     for t, batch in enumerate(batches):
         grads, updates, state = step(params, state, *batch)
@@ -64,9 +64,12 @@ def test_every_form_of_a_weight(name, options, sizes):
             if t % options.get("capture_every", 1) == 0 or not new.spans:
                 past.setdefault(site, []).append(new.xx / terms)
             mean = terms * ref.average(past[site], DECAY)
-            if t % options.get("update_every", 1) == 0 or not spanned[site]:
-                kept[site] = ref.inverse_of(mean, terms, DAMPING)
-        assert_close(ref.flat(updates), ref.updates(case, moments, ref.flat(grads), kept), 1e-7)
+            own[site] = ref.inverse_of(mean, terms, DAMPING)
+            if new.spans and spanned[site]:
+                if t % options.get("update_every", 1) == 0:
+                    kept[site] = own[site]
+                own[site] = kept[site]
+        assert_close(ref.flat(updates), ref.updates(case, moments, ref.flat(grads), own), 1e-7)
         params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
     assert (state.count, state.fallbacks.sum()) == (3, 0)
     assert len(state.moments) == len(moments)

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo_moments as ref
@@ -19,6 +20,7 @@ from across_batches import (
     transformation,
 )
 from linear_layer import problem, squared_error
+from zoo_moments import DAMPING
 
 import cqjax
 
@@ -28,11 +30,16 @@ FEATURES = 5
 
 
 @pytest.mark.parametrize(
-    "sizes", [(9,) * 7, (10,) * 7, (10, 9, 9, 10, 9, 10, 10)], ids=["few", "enough", "both"]
+    "sizes",
+    [(9,) * 7, (10,) * 7, (10, 9, 9, 10, 9, 10, 10), (9, 10, 10, 9, 10, 10, 9)],
+    ids=["few", "enough", "shrinks", "grows"],
 )
 @pytest.mark.parametrize("name", ["every third", "kept", "kept average", "different periods"])
 def test_on_either_side_of_twice_the_features(name, sizes):
-    """A plan says whether an inverse is kept; each batch, whether it has to enter the average."""
+    """A plan says whether an inverse is kept; each batch, whether it is of use for its rows.
+
+    And whether it has to enter the average.
+    """
     params, batches = layer(sizes, FEATURES)
     tx = transformation(params, batches[0], **OPTIONS[name])
     kept = "update_every" in OPTIONS[name] and ref.spans(sizes[0], FEATURES)
@@ -67,6 +74,34 @@ def test_no_inverse_is_larger_than_max_dim(max_dim, kept):
         tx = cqjax.scale_by_consequentialism(plan=plan, update_every=2, ema_decay=DECAY)
         state = tx.init(params)
         assert (bool(state.moments), bool(state.inverses)) == (kept, kept and spans)
+
+
+def masked_error(params, x, y, mask):
+    errors = jnp.square(x @ params["w"] + params["b"] - y).sum(-1)
+    return 0.5 * (mask * errors).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("name", ["kept", "every third", "kept average"])
+def test_rows_that_do_not_count_are_known_at_run_time(name):
+    """A padded batch is one of the rows that are left, on either side of twice the features."""
+    sizes = (10, 9, 9, 10, 9, 10, 10)
+    params, batches = layer(sizes, FEATURES)
+
+    def padded(x, y):
+        left = jnp.zeros((12 - len(x), 1))
+        x, y = (jnp.concatenate([a, left + jnp.ones(a.shape[1])]) for a in (x, y))
+        return x, y, jnp.arange(12) < 12 - len(left)
+
+    plan = cqjax.plan(masked_error)(params, *padded(*batches[0]))
+    tx = cqjax.scale_by_consequentialism(
+        damping=DAMPING, relative_damping=0.0, plan=plan, **OPTIONS[name]
+    )
+    step = stepper(masked_error, tx)
+    results, state = run(tx, step, params, [padded(*batch) for batch in batches])
+    wanted = inverses([*map(rows_of, batches)], features=FEATURES, **OPTIONS[name])
+    for batch, (_, got), inverse in zip(batches, results, wanted, strict=True):
+        np.testing.assert_allclose(joined(got), inverse @ gradient(params, batch), rtol=1e-7)
+    assert state.fallbacks.sum() == 0 and bool(state.inverses) == ("update_every" in OPTIONS[name])
 
 
 AVERAGE = {"ema_decay": 0.95}

@@ -222,18 +222,19 @@ def train(tx, data, steps=4):
 
 
 def documented(name, solve, max_change=0.03, rates=None):
-    """The solve, the rule, what decays, the rate, and the limit where it belongs."""
+    """The solve, the rule, what decays, the rate, and the limits before the rule and at the end."""
     _, rule, acting = RULES[name]
-    limit = cqjax.clip_by_output_change(max_change, learning_rate=acting or 1.0)
+    before, after = (max_change, 1.5 * max_change) if acting else (20 * max_change, max_change)
+    before = [cqjax.clip_by_output_change(before, learning_rate=acting or 1.0)]
+    after = [] if name == "csgd" else [cqjax.clip_by_output_change(after)]
     decay = optax.masked(optax.add_decayed_weights(0.3), DECAYING["mask"])
-    before, after = ([limit], []) if acting else ([], [limit])
     return optax.chain(solve, *before, rule, decay, rates or optax.scale(-0.1), *after)
 
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("name", RULES)
 def test_the_documented_chain(name, kept, many):
-    """The bound comes before a rule that adds up, and last otherwise; decay is not solved for."""
+    """A rule with a memory has a bound before it and one at the end; decay is not solved for."""
     plan = cqjax.plan(gained)(*many)
     more = {"plan": plan, "update_every": 2, "ema_decay": 0.5} if kept else {}
     given, *_ = RULES[name]
@@ -243,7 +244,7 @@ def test_the_documented_chain(name, kept, many):
     want, expected = train(chain, many)
     assert_close(got, want)
     limits = [s for s in state if hasattr(s, "clipped")]
-    assert len(limits) == 1 and limits[0].clipped.sum() > 0
+    assert len(limits) == 1 + (name != "csgd") and limits[0].clipped.sum() > 0
     assert bool(state[0].inverses) == bool(state[0].moments) == kept
     assert_close(state[0], expected[0])
 
@@ -283,6 +284,7 @@ def test_a_rate_that_is_a_schedule_bounds_too(many):
         cqjax.clip_by_output_change(0.03, learning_rate=lambda n: schedule(n) / 0.2),
         optax.trace(0.8),
         optax.scale_by_learning_rate(schedule),
+        cqjax.clip_by_output_change(0.045),
     )
     assert_close(train(ours, many)[0], train(chain, many)[0])
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from linear_layer import assert_close, direction, first_step, problem, squared_error
 
@@ -65,3 +66,28 @@ def test_nlms_of_a_zero_row_without_eps():
     args = params, x.at[1].set(0), y
     _, _, updates, _ = first_step(cqjax.scale_by_nlms(0.0), squared_error, *args, solver="dual")
     assert np.isfinite(updates["w"]).all() and np.any(updates["w"])
+
+
+def test_a_rate_of_two_diverges_and_is_refused():
+    with pytest.raises(ValueError, match=r"nlms: learning_rate=3.0: expected less than 2"):
+        cqjax.nlms(3.0)
+
+
+def test_rows_that_are_alike_act_like_a_higher_rate_and_the_bound_holds_them():
+    """As the docstring says: eight equal rows, at 8 times the rate."""
+    params, x, y = problem(8, 3, 2)
+    x, y = (jnp.broadcast_to(a[:1], a.shape) for a in (x, y))
+
+    def end(tx):
+        def step(carry, _):
+            params, state = carry
+            value_and_grad = cqjax.value_and_grad(squared_error, capture=cqjax.Rows)
+            loss, grads, captures = value_and_grad(params, x, y)
+            updates, state = tx.update(grads, state, params, captures=captures)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=300)[1]
+
+    free, bound = cqjax.nlms(1.0), optax.chain(cqjax.nlms(1.0), cqjax.clip_by_output_change())
+    assert not jnp.isfinite(end(free)[-1])
+    assert end(bound).max() < 10 * end(bound)[0]
