@@ -23,7 +23,7 @@ from cqjax.program.steps import Position
 from cqjax.program.taps import Tap
 from cqjax.program.views import View
 
-Solver = Literal["dual", "primal", "diagonal"]
+Solver = Literal["dual", "primal", "diagonal", "both sides"]
 
 SPANNING = 2
 """Rows for each feature with which an inverse is of use for other rows than its own.
@@ -56,6 +56,10 @@ class Block:
         a bias is then solved for alone. None where XᵀX is whole.
       precision: of the products with X.
       max_dim: the largest matrix to be inverted; None for no limit.
+      other: where the loss has products Y = DWᵀ, too: these, as a block of their own, whose weight
+        is Wᵀ, (B, o, d). None where it has none.
+      beside_own: whether `other`, or the block whose `other` this is, has rows that the examples do
+        not share.
     """
 
     sites: tuple[Site, ...]
@@ -67,6 +71,13 @@ class Block:
     parts: int | None = None
     precision: lax.PrecisionLike = "highest"
     max_dim: int | None = None
+    other: "Block | None" = None
+    beside_own: bool = False
+
+    @property
+    def sides(self) -> tuple["Block", ...]:
+        """This block, and the one whose weight is the transpose of its own, if there is one."""
+        return (self,) if self.other is None else (self, self.other)
 
     @property
     def view(self) -> View:
@@ -140,8 +151,8 @@ class Block:
 
     @property
     def shared(self) -> bool:
-        """Whether all examples share its rows."""
-        return all(site.shared for site in self.sites)
+        """Whether all examples share its rows, and those of the transposed weight."""
+        return not self.beside_own and all(site.shared for site in self.sites)
 
     @property
     def spans(self) -> bool:
@@ -178,6 +189,8 @@ class Block:
 
     def by_moments(self) -> "Block":
         """The block, solved for by its second moment."""
+        if self.solver == "both sides":
+            return self
         solver: Solver = "diagonal" if self.statistic.diagonal else "primal"
         return dataclasses.replace(self, solver=solver)
 
@@ -188,17 +201,23 @@ class Block:
         return self.features + (self.bias is not None and self.parts is None)
 
     def small(self, solver: Solver) -> bool:
-        """Whether a solver may invert its matrix."""
-        return self.max_dim is None or self.size(solver) <= self.max_dim
+        """Whether a solver may invert its matrix, which a diagonal is for none too large."""
+        diagonal = self.statistic.diagonal and solver == "both sides"
+        return diagonal or self.max_dim is None or self.size(solver) <= self.max_dim
 
     def flops(self, solver: Solver) -> float:
         """Floating-point operations that a solver adds to the layer's own, on each device.
 
         Dual: XXᵀ, its inverse, and the inverse's product with Z̄; that with Xᵀ is the weight
-        gradient's. Primal: XᵀX, its inverse, and the inverse's product with the gradient.
+        gradient's. Primal: XᵀX, its inverse, and the inverse's product with the gradient. Both
+        sides: XᵀX, its eigenvectors in 9 d³ (Golub and Van Loan, Matrix computations, 8.3.3), and
+        two products with them; and the same for DᵀD.
         """
         n, d, o = self.rows, self.size("primal"), self.outputs
-        if solver == "diagonal":
+        if solver == "both sides" and self.other is not None:
+            alone = dataclasses.replace(self, other=None)
+            return alone.flops(solver) + self.other.flops(solver)
+        if solver == "diagonal" or (solver == "both sides" and self.statistic.diagonal):
             return self.batch * (n + d * o)
         if solver == "dual":
             return self.batch * (2 * n * n * d + 2 * n**3 + 2 * n * n * o)
@@ -207,11 +226,12 @@ class Block:
             for site in self.sites
             if not isinstance(site.form, Lookup)
         )
-        return moment + self.batch * (2 * d**3 + 2 * d * d * o)
+        solved = 9 * d**3 + 4 * d * d * o if solver == "both sides" else 2 * d**3 + 2 * d * d * o
+        return moment + self.batch * solved
 
     def relative_flops(self) -> float:
         """The solver's operations relative to the layer's, forwards and backwards: 6 B n d o."""
-        rows = sum(site.local_rows for site in self.sites)
+        rows = sum(site.local_rows for side in self.sides for site in side.sites)
         batch = 1 if self.grouped else self.batch
         own = 6 * batch * rows * self.features * self.outputs
         return self.flops(self.solver) / own
@@ -239,10 +259,14 @@ class Block:
         shapes = dict(self.shapes)
         layout = self.sites[0].form.weight
         arrays = self.view.bring_back(_unpack(self.view, layout, weight), shapes)
-        if bias is not None and self.bias is not None:
-            view, layout = self.bias.view, self.bias.layout
-            arrays |= view.bring_back(_unpack(view, layout, bias), shapes)
-        return arrays
+        return arrays if bias is None else arrays | self.scatter_bias(bias)
+
+    def scatter_bias(self, bias: jax.Array) -> dict[str, jax.Array]:
+        """Changes of the parameters that change b: (B, o) so; none where there is no bias."""
+        if self.bias is None:
+            return {}
+        view = self.bias.view
+        return view.bring_back(_unpack(view, self.bias.layout, bias), dict(self.shapes))
 
     def tap(self, site: Site, weights: jax.Array | None, examples: int | jax.Array | None) -> Tap:
         """Takes what is captured of one of its sites.

@@ -18,7 +18,7 @@ from cqjax.program.flow import Flow
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sites", "gradients", "number"],
+    data_fields=["sites", "gradients", "number", "other"],
     meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,12 +34,15 @@ class Capture:
       block: the sites' static description.
       number: how many of its rows are examples, () or (B,); None where all are. Those that the loss
         leaves out, by a mask or otherwise, are zeros among the rows.
+      other: where the loss has products Y = DWᵀ with the same weight, too, what was captured of
+        them: their rows are those of D, and their weight is Wᵀ. None where it has none.
     """
 
     sites: tuple[Statistic, ...]
     gradients: dict[str, jax.Array]
     block: Block
     number: jax.Array | None
+    other: "Capture | None"
 
     @property
     def has_rows(self) -> bool:

@@ -1,7 +1,10 @@
 """Which sites are solved for together as a block, and which cannot be solved for, and why."""
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence, Set
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +15,34 @@ from cqjax.capture.parameters import Shapes
 from cqjax.capture.policy import decided
 from cqjax.capture.statistics import Gram
 from cqjax.program.forms import Lookup
+from cqjax.program.layout import Layout
 from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Site
 from cqjax.program.views import View
 from cqjax.program.walk import Record
 
+Kind = type[Lookup] | type[Ragged] | None
+"""What keeps a product apart from others of the same weight."""
+
 Reasons = dict[str, list[str]]
 """For each parameter's path, what it does that no solve accounts for, in words."""
+
+
+class Group(NamedTuple):
+    """The sites of one weight.
+
+    Attributes:
+      sites: those with Z = XW.
+      other: those with Y = DWᵀ.
+    """
+
+    sites: list[Site]
+    other: list[Site]
+
+    @property
+    def view(self) -> View:
+        """The weight."""
+        return self.sites[0].view
 
 
 def make_blocks(
@@ -42,15 +66,17 @@ def make_blocks(
             sites.append(site)
         else:
             _drop(site, "is joined with a parameter that is skipped", reasons)
-    groups = _without_conflicts(_groups(sites), shapes, reasons)
+    # Back-matching propagates along a weight, not back along it.
+    groups = _groups(sites, both_sides=options.signal == "gradient")
+    groups = _without_conflicts(groups, shapes, reasons)
     groups = _with_one_bias(groups, chosen, reasons)
     blocks = []
-    for sites in groups:
-        block = decided(_undecided(sites, shapes, reasons), options)
+    for group in groups:
+        block = decided(_undecided(group, shapes, reasons), options)
         if isinstance(block, Block):
             blocks.append(block)
             continue
-        for site in sites:
+        for site in itertools.chain(*group):
             _drop(site, block, reasons)
     return tuple(blocks), reasons
 
@@ -67,34 +93,60 @@ def _drop(site: Site, reason: str, reasons: Reasons) -> None:
         _note(reasons, site.bias.view, "is the bias of a layer whose weight is not solved for")
 
 
-def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+def _groups(sites: Sequence[Site], both_sides: bool) -> list[Group]:
     """Sites by their weight: the same view, contracted in the same way and by the same kind.
 
     Where a product has c times the weight of the first one, its X counts c times instead.
+
+    Args:
+      sites: the sites.
+      both_sides: whether a product that contracts the weight's outputs joins those that contract
+        its features. Lookups may be on one side, groups of a ragged product on none. A convolution
+        is not, since its transpose is none of the same matrix: see `Product.transposed`.
     """
-    groups: dict[object, list[Site]] = {}
+    groups: collections.OrderedDict[tuple[View, Layout, Kind], list[Site]]
+    groups = collections.OrderedDict()
     for site in sites:
-        kind = type(site.form) if isinstance(site.form, Lookup | Ragged) else None
+        kind: Kind = type(site.form) if isinstance(site.form, Lookup | Ragged) else None
         view, factor = (site.view, 1.0) if kind is Lookup else site.view.split
         group = groups.setdefault((view, site.form.weight, kind), [])
-        if group and group[0].view != site.view:
-            first = group[0].view
-            site = dataclasses.replace(site, view=first, factor=factor / first.split[1])
-        group.append(site)
-    return list(groups.values())
+        first = group[0].view if group else site.view
+        group.append(_with_weight(site, first, factor))
+    if not both_sides:
+        return [Group(group, []) for group in groups.values()]
+    found: list[Group] = []
+    while groups:
+        (view, weight, kind), sites = groups.popitem(last=False)
+        kinds = {None: (None, Lookup), Lookup: (None,), Ragged: ()}[kind]
+        keys = [key for k in kinds if (key := (view, weight.transposed, k)) in groups]
+        # The side of a lookup, whose second moment is diagonal, or else of a bias comes first.
+        sides = [sites, *(groups.pop(key) for key in keys[:1])]
+        found.append(Group(*sorted(sides, key=_order)) if keys else Group(sites, []))
+    return found
 
 
-def _without_conflicts(
-    groups: list[list[Site]], shapes: Shapes, reasons: Reasons
-) -> list[list[Site]]:
+def _order(sites: Sequence[Site]) -> int:
+    if isinstance(sites[0].form, Lookup):
+        return 0
+    return 1 if any(site.bias is not None for site in sites) else 2
+
+
+def _with_weight(site: Site, view: View, factor: float) -> Site:
+    """The site with another weight of its group, which differs by a factor."""
+    if site.view == view:
+        return site
+    return dataclasses.replace(site, view=view, factor=factor / view.split[1])
+
+
+def _without_conflicts(groups: list[Group], shapes: Shapes, reasons: Reasons) -> list[Group]:
     """Leaves out weights that hold an entry twice, and those of which two hold the same one."""
     refused: dict[int, str] = {}
     groups_of: dict[str, list[int]] = {}
-    for i, sites in enumerate(groups):
-        for path in dict.fromkeys(sites[0].view.paths):
+    for i, group in enumerate(groups):
+        for path in dict.fromkeys(group.view.paths):
             groups_of.setdefault(path, []).append(i)
     for path, among in groups_of.items():
-        views = [groups[i][0].view for i in among]
+        views = [groups[i].view for i in among]
         if _most_occurrences(path, views, shapes) > 1:
             products = f"{len(among)} products that contract it in different ways, or scale it"
             reason = f"is the weight of {products}"
@@ -102,9 +154,9 @@ def _without_conflicts(
                 reason = "occurs more than once in one product's weight"
             refused.update(dict.fromkeys(among, reason))
     for i, reason in refused.items():
-        for site in groups[i]:
+        for site in itertools.chain(*groups[i]):
             _drop(site, reason, reasons)
-    return [sites for i, sites in enumerate(groups) if i not in refused]
+    return [group for i, group in enumerate(groups) if i not in refused]
 
 
 def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
@@ -119,16 +171,15 @@ def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
         return int(total.max(initial=0))
 
 
-def _with_one_bias(
-    groups: list[list[Site]], chosen: Set[str], reasons: Reasons
-) -> list[list[Site]]:
+def _with_one_bias(groups: list[Group], chosen: Set[str], reasons: Reasons) -> list[Group]:
     """Takes from their sites the biases that are not one weight's alone."""
-    weights = {path for sites in groups for path in sites[0].view.paths}
-    owners: dict[str, set[int]] = {}
-    for i, sites in enumerate(groups):
-        for site in sites:
-            for path in site.bias.view.paths if site.bias else ():
-                owners.setdefault(path, set()).add(i)
+    weights = {path for group in groups for path in group.view.paths}
+    owners: dict[str, set[object]] = {}
+    for i, group in enumerate(groups):
+        for side, sites in enumerate(group):
+            for site in sites:
+                for path in site.bias.view.paths if site.bias else ():
+                    owners.setdefault(path, set()).add((i, side))
 
     def problem(biases: Set) -> str | None:
         paths = {path for bias in biases for path in bias.view.paths}
@@ -142,27 +193,35 @@ def _with_one_bias(
             return "is a bias in parts only"
         return "is joined with a parameter that is skipped" if paths - chosen else None
 
-    result = []
-    for sites in groups:
+    def with_one(sites: list[Site]) -> list[Site]:
         biases = {site.bias for site in sites if site.bias is not None}
         reason = problem(biases)
-        if reason is not None:
-            for bias in biases:
-                _note(reasons, bias.view, reason)
-            sites = [dataclasses.replace(site, bias=None) for site in sites]
-        result.append(sites)
-    return result
+        if reason is None:
+            return sites
+        for bias in biases:
+            _note(reasons, bias.view, reason)
+        return [dataclasses.replace(site, bias=None) for site in sites]
+
+    return [Group(*map(with_one, group)) for group in groups]
 
 
-def _undecided(sites: Sequence[Site], shapes: Shapes, reasons: Reasons) -> Block:
+def _undecided(group: Group, shapes: Shapes, reasons: Reasons) -> Block:
     """The sites' block, as if it were solved for by the primal: the policy decides."""
-    bias = next((site.bias for site in sites if site.bias is not None), None)
-    paths = dict.fromkeys((*sites[0].view.paths, *(bias.view.paths if bias else ())))
-    return Block(
-        sites=tuple(sites),
-        statistic=Gram,
-        solver="primal",
-        bias=bias,
-        shapes=tuple((path, shapes[path]) for path in paths),
-        exact=not any(reasons[path] for path in paths) and not any(s.stopped for s in sites),
+    biases = [next((site.bias for site in side if site.bias is not None), None) for side in group]
+    of_biases = (bias.view.paths for bias in biases if bias is not None)
+    paths = dict.fromkeys((*group.view.paths, *itertools.chain(*of_biases)))
+    # Of two sides, the gradient is not XᵀZ̄.
+    exact = not group.other and not any(reasons[path] for path in paths)
+    block, other = (
+        Block(
+            sites=tuple(sites),
+            statistic=Gram,
+            solver="primal",
+            bias=bias,
+            shapes=tuple((path, shapes[path]) for path in paths),
+            exact=exact and not any(site.stopped for site in sites),
+            beside_own=not all(site.shared for site in beside),
+        )
+        for sites, bias, beside in zip(group, biases, reversed(group), strict=True)
     )
+    return dataclasses.replace(block, other=other) if group.other else block

@@ -16,6 +16,8 @@ from cqjax.program.ragged import Ragged
 def decided(block: Block, options: Options) -> Block | str:
     """The block with its solver and statistic; or why it is not solved for."""
     block = dataclasses.replace(block, max_dim=options.max_dim, precision=options.precision)
+    if block.other is not None:
+        return _both_sides(block, block.other, options)
     if isinstance(block.sites[0].form, Lookup):
         return dataclasses.replace(block, solver="diagonal", statistic=Counts)
     if isinstance(block.sites[0].form, Ragged):
@@ -31,6 +33,21 @@ def decided(block: Block, options: Options) -> Block | str:
     if options.block_size is not None and (parts := _parts(block, options.block_size)):
         return _in_parts(block, parts)
     return _too_large(min(block.size(solver) for solver in solvers))
+
+
+def _both_sides(block: Block, other: Block, options: Options) -> Block | str:
+    """A weight with products Z = XW and Y = DWᵀ: two second moments, and one solve."""
+    sides = []
+    for side in (block, dataclasses.replace(other, max_dim=block.max_dim)):
+        looked_up = isinstance(side.sites[0].form, Lookup)
+        statistic = Counts if looked_up else options.capture or Gram
+        side = dataclasses.replace(
+            side, solver="both sides", statistic=statistic, precision=options.precision
+        )
+        if not side.small("both sides"):
+            return _too_large(side.size("both sides"))
+        sides.append(side)
+    return dataclasses.replace(sides[0], other=sides[1])
 
 
 def _too_large(size: int) -> str:

@@ -14,8 +14,9 @@ _NUMERIC = {"sites", "B", "n", "d", "o", "added FLOPs"}
 def parameter_lines(parameters: Sequence[Parameter], blocks: Sequence[Block]) -> Iterator[str]:
     """One line for each parameter: its layer, its product's sizes, its solver and cost.
 
-    The sizes are those of Z = XW with X: (B, n, d) and W: (B, d, o). Added FLOPs are relative to
-    the layer's own, forwards and backwards.
+    The sizes are those of Z = XW with X: (B, n, d) and W: (B, d, o). Where a weight is used both
+    ways, as Y = DWᵀ too, sites and rows are counted for each side. Added FLOPs are relative to the
+    layer's own, forwards and backwards.
     """
     of: dict[str, list[Block]] = {}
     for block in blocks:
@@ -51,6 +52,8 @@ def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
         sliced = "; ".join(filter(None, ("in slices", notes)))
         return (*head, str(len(weights)), *gap[1:], sliced)
     (block,) = weights
+    if block.other is not None:
+        return (*head, *_of_both_sides(block, block.other), notes)
     if len(block.view.paths) > 1:
         others = ", ".join(p for p in block.view.paths if p != parameter.path)
         notes = "; ".join(filter(None, (f"joined with {others}", notes)))
@@ -58,3 +61,16 @@ def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
     unknown = block.solver == "diagonal" or is_symbolic_dim(block.rows)
     cost = "-" if unknown else f"{block.relative_flops():.1%}"
     return (*head, str(len(block.sites)), *map(str, sizes), block.solver, cost, notes)
+
+
+def _of_both_sides(block: Block, other: Block) -> tuple[str, ...]:
+    """The cells from "sites" to the cost, of a weight with products Z = XW and Y = DWᵀ."""
+    sites = f"{len(block.sites)} + {len(other.sites)}"
+    rows = f"{block.rows} + {other.rows}"
+    cost = (
+        "-"
+        if is_symbolic_dim(block.rows) or is_symbolic_dim(other.rows)
+        else (f"{block.relative_flops():.1%}")
+    )
+    sizes = (block.batch, rows, block.features, block.outputs)
+    return (sites, *map(str, sizes), block.solver, cost)

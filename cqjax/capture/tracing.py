@@ -175,7 +175,8 @@ def _check_manual_axes() -> None:
 
 
 def _check_devices_agree(plan: Plan, batch_size: Any) -> None:
-    reduced = {axis for block in plan.blocks for site in block.sites for axis in site.reduced}
+    sides = [side for block in plan.blocks for side in block.sides]
+    reduced = {axis for side in sides for site in side.sites for axis in site.reduced}
     if axes := sorted(reduced & devices.varying(batch_size)):
         raise ValueError(
             f"batch_size varies over {', '.join(axes)}, where devices share weights; expected the "

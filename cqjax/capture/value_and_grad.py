@@ -12,6 +12,7 @@ from jax.export import is_symbolic_dim
 
 from cqjax.capture import tracing
 from cqjax.capture.argnums import Argnums, Which
+from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_option
 from cqjax.capture.options import Options, Signal
@@ -90,12 +91,13 @@ class ValueAndGrad:
         _report(plan, self._on_uncovered)
         if traced.size.doubt:
             warnings.warn(traced.size.doubt, stacklevel=3)
-        sites = [site for block in plan.blocks for site in block.sites]
+        sides = [side for block in plan.blocks for side in block.sides]
+        sites = [site for side in sides for site in side.sites]
         weights, examples = traced.rows.weights(sites), traced.rows.examples(plan.examples)
         taps = {
-            site.position: block.tap(site, weights.get(site.position), examples)
-            for block in plan.blocks
-            for site in block.sites
+            site.position: side.tap(site, weights.get(site.position), examples)
+            for side in sides
+            for site in side.sites
         }
         rules = matched.rules(plan.flow) if plan.signal == "matched" else {}
         evaluation = Evaluation(taps, rules, traced.rows.twins)
@@ -107,23 +109,21 @@ class ValueAndGrad:
         value, (grads, statistics) = differentiate(params, {at: t.zero() for at, t in taps.items()})
         gradients = dict(zip(traced.paths, jax.tree.leaves(grads), strict=True))
         record(gradients.values(), Origin.GRADIENT)
-        captures = tuple(
-            Capture(
-                tuple(
-                    statistics[site.position].fold(site).of_all_devices(site.reduced)
-                    for site in block.sites
-                ),
-                {path: gradients[path] for path in block.paths},
-                block,
-                block.number(weights),
+
+        def capture(block: Block) -> Capture:
+            of_sites = (
+                statistics[site.position].fold(site).of_all_devices(site.reduced)
+                for site in block.sites
             )
-            for block in plan.blocks
-        )
+            own = {path: gradients[path] for path in block.paths}
+            other = None if block.other is None else capture(block.other)
+            return Capture(tuple(of_sites), own, block, block.number(weights), other)
+
         return (
             value,
             grads,
             Captures(
-                captures,
+                tuple(map(capture, plan.blocks)),
                 _value(traced.size.value),
                 _value(examples),
                 plan.parameters,

@@ -101,16 +101,16 @@ def inverses(systems: Sequence[System], spread_over: NamedSharding | None = None
     if spread_over is not None:
         function = functools.partial(_inverse_shared_out, spread_over)
     arguments = list(map(_with_own_numbers, systems))
-    return [Inverse(*parts) for parts in _batched_by_shape(function, arguments)]
+    return [Inverse(*parts) for parts in batched_by_shape(function, arguments)]
 
 
 def all_finite(rows: Sequence[jax.Array]) -> list[jax.Array]:
     """For each of these arrays, (B, o), whether each of its rows is finite: (B,) bool."""
-    found = _batched_by_shape(lambda x: (jnp.isfinite(x).all(-1),), [(row,) for row in rows])
+    found = batched_by_shape(lambda x: (jnp.isfinite(x).all(-1),), [(row,) for row in rows])
     return [finite for (finite,) in found]
 
 
-def _batched_by_shape(
+def batched_by_shape(
     function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Sequence[jax.Array]]
 ) -> list[list[jax.Array]]:
     """Calls a function of arrays (B, ...) once for all argument lists of the same shapes.

@@ -9,23 +9,17 @@ rows on. On a CPU these threads fight XLA's for the cores. On busy cores, a trai
 products below it took 1.19 times as long.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from cqjax.linalg import lapack
 
 # 128 is below the size from which LAPACK uses threads of its own. On busy cores, nine 256 x 256
 # Cholesky factorisations took 85 ms in the median and up to 3.7 s; by blocks of 128, with the
 # inverse factors, 6 ms and 15 ms.
 BLOCK = 128
 """The largest number of rows that LAPACK factorises in one piece."""
-
-# jaxlib 0.10 hands parts of a larger batch to XLA's thread pool, and waits for them in a thread of
-# that same pool. If as many such calls run at once as the pool has threads, all of them wait for
-# ever. jaxlib 0.11.2 no longer does this.
-_ONE_CALL = 1 << 19
-"""The largest B m³ of B matrices (m, m) that a CPU factorises in one call."""
 
 # The loop's body is compiled once for all its trips, and compiling goes with the number of
 # different operations. Unrolling it gained nothing. A loop for every size, by block sweeps, took 20
@@ -79,10 +73,7 @@ def _cholesky(matrix: jax.Array) -> jax.Array:
     def factorise(matrix: jax.Array) -> jax.Array:
         return jnp.linalg.cholesky(matrix, symmetrize_input=False)
 
-    if len(matrix) == 1 or len(matrix) * matrix.shape[-1] ** 3 <= _ONE_CALL:
-        return factorise(matrix)
-    one_by_one = functools.partial(lax.map, factorise)
-    return lax.platform_dependent(matrix, cpu=one_by_one, default=factorise)
+    return lapack.in_calls(factorise, matrix)
 
 
 def inverse_lower(factor: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
 from cqjax.program.lookups import Lookup
 from cqjax.program.ragged import RAGGED, Ragged, ragged
+from cqjax.program.views import View
 
 Shape = tuple[int, ...]
 
@@ -57,6 +58,22 @@ class Product:
     def rows(self, x: jax.Array) -> jax.Array:
         """X: (B, n, d)."""
         return _live(self, self.inputs.pack(x), 2)
+
+    def untransposed(self, view: View) -> tuple["Product", View]:
+        """The form of a weight without the transposes that a view ends with, and that weight.
+
+        Features and outputs are in the order of the weight's axes. So one product's features are
+        another's outputs, axis by axis, where the loss uses a weight both ways.
+        """
+        form = self
+        while (permutation := view.transposition) and view.shape == form.weight.sizes:
+            form = dataclasses.replace(form, weight=form.weight.before(permutation))
+            (view,) = view.args
+        weight, order = form.weight.sorted(1)
+        inputs = form.inputs.reordered(2, order)
+        weight, order = weight.sorted(2)
+        output = form.output.reordered(2, order)
+        return dataclasses.replace(form, weight=weight, inputs=inputs, output=output), view
 
     @property
     def channels(self) -> int:

@@ -29,6 +29,33 @@ class Layout:
         """The matrix form's shape."""
         return tuple(math.prod(self.sizes[i] for i in group) for group in self.groups)
 
+    def before(self, permutation: Sequence[int]) -> "Layout":
+        """The layout, to the same matrices, of the array that a transpose makes this one's of.
+
+        Its `sizes` are those of the array.
+        """
+        sizes = tuple(self.sizes[permutation.index(i)] for i in range(len(permutation)))
+        groups = tuple(tuple(permutation[i] for i in group) for group in self.groups)
+        return Layout(sizes, groups)
+
+    def sorted(self, group: int) -> tuple["Layout", list[int]]:
+        """The layout with one group's axes in ascending order, and how this changes their order."""
+        axes = self.groups[group]
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        return self.reordered(group, order), order
+
+    def reordered(self, group: int, order: Sequence[int]) -> "Layout":
+        """The layout with one group's axes in another order."""
+        groups = list(self.groups)
+        groups[group] = tuple(groups[group][i] for i in order)
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    @property
+    def transposed(self) -> "Layout":
+        """The layout of a weight's transpose: (B, o, d) for (B, d, o)."""
+        batch, features, outputs = self.groups
+        return dataclasses.replace(self, groups=(batch, outputs, features))
+
     def narrowed(self, kept: Sequence[int]) -> "Layout":
         """The layout of arrays that have length 1 along all of the sizes but some."""
         sizes = tuple(n if i in kept else 1 for i, n in enumerate(self.sizes))

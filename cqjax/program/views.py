@@ -177,6 +177,13 @@ class View:
             return arg, factor * float(self.scale.value)
         return dataclasses.replace(self, args=(arg,)), factor
 
+    @property
+    def transposition(self) -> tuple[int, ...] | None:
+        """The order of axes of the transpose that is the last operation; None if it is another."""
+        if self.primitive is not primitives.transpose_p:
+            return None
+        return tuple(dict(self.options)["permutation"])
+
     def bring_back(
         self, operand: jax.Array, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, jax.Array]:

@@ -4,7 +4,8 @@ Both come from other batches' rows. For a new batch they are of use only where a
 the features (`Block.spans`). Of normal rows, λ = 1e-3 and n = 70 rows of d = 64
 features, an inverse that was kept for five steps made updates of norm 450 to 780, and an average
 that saw one in five batches of n = 8 rows made them 3e5, where the exact ones have norm 5 to 16. No
-solve fails then. So such weights are solved for with each batch's own rows.
+solve fails then. So such weights are solved for with each batch's own rows. So are weights that the
+loss uses both ways, as XW and as DWᵀ.
 """
 
 import math
@@ -19,6 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from cqjax.capture.block import Block
+from cqjax.capture.captures import Capture
 from cqjax.capture.plan import Plan
 from cqjax.linalg import ridge
 from cqjax.solves.layer import Layer, joint_bias
@@ -27,6 +29,7 @@ from cqjax.solves.matrices import along
 from cqjax.solves.solve import Damping, primal_system
 
 _T = TypeVar("_T")
+_Side = TypeVar("_Side", Block, Capture)
 
 GROWTH = 4
 """Times by which a kept inverse may grow, in the mean of its features, from one to the next. Of the
@@ -75,11 +78,33 @@ class Renewed(NamedTuple):
     failed: dict[str, jax.Array]
 
 
-def empty_moments(plan: Plan, params: optax.Params) -> dict[str, Moment]:
-    """Averages of nothing yet, for all weights but those masked or with too large an XᵀX."""
-    moments = {}
-    for label, block in _unmasked(plan, params).items():
-        if block.small("primal"):
+def transposed(label: str) -> str:
+    """The label of a weight's transpose."""
+    return f"{label}ᵀ"
+
+
+def sides(by_label: Mapping[str, _Side]) -> dict[str, _Side]:
+    """Blocks or captures, and those of transposed weights (their `other`), by label."""
+    result = dict(by_label)
+    for label, side in by_label.items():
+        if side.other is not None:
+            result[transposed(label)] = side.other
+    return result
+
+
+def empty_moments(plan: Plan, params: optax.Params, both_sides: bool = False) -> dict[str, Moment]:
+    """Averages of nothing yet, for all weights but those masked or with too large an XᵀX.
+
+    Args:
+      plan: the weights.
+      params: the parameters, with masks.
+      both_sides: whether there are averages for weights that are used both ways, too.
+    """
+    moments, blocks = {}, _unmasked(plan, params)
+    if both_sides:
+        blocks = sides(blocks)
+    for label, block in blocks.items():
+        if (both_sides or block.other is None) and block.small(block.by_moments().solver):
             total = jnp.zeros(block.moment_shape, block.dtype)
             moments[label] = Moment(total, jnp.zeros(block.batch, block.dtype))
     return moments
@@ -95,6 +120,7 @@ def empty_inverses(
     masked, inverses = masked_paths(params, plan.blocks), {}
     for label, block in _unmasked(plan, params).items():
         useful = not block.statistic.diagonal and block.spans and block.small("primal")
+        useful = useful and block.other is None
         if useful and (averaged or _cheaper_kept(block, update_every)):
             bias = block.bias is not None and not masked.isdisjoint(block.bias.view.paths)
             size = block.features + joint_bias(block, masked=bias)
@@ -305,7 +331,8 @@ def check(
                 f"captured; {remedy}"
             )
     for label, layer in layers.items():
-        if averages and layer.block.small("primal") and label not in moments:
+        kept = layer.block.other is None and layer.block.small("primal")
+        if averages and kept and label not in moments:
             raise ValueError(
                 f"scale_by_consequentialism: {label} was captured, but is not in the plan that the "
                 f"state was made with; {remedy}"

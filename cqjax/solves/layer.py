@@ -47,6 +47,15 @@ class Layer:
         return self.capture.block
 
     @property
+    def other(self) -> "Layer | None":
+        """The layer of Y = DWᵀ, whose weight is Wᵀ, where the loss has such products; else None."""
+        if self.capture.other is None:
+            return None
+        bias = self.capture.other.block.bias
+        has_bias = bias is not None and set(bias.view.paths) <= self._updates.keys()
+        return dataclasses.replace(self, capture=self.capture.other, has_bias=has_bias)
+
+    @property
     def joint_bias(self) -> bool:
         """Whether the bias is solved for in one system with the weight."""
         return joint_bias(self.block, not self.has_bias)
@@ -152,8 +161,9 @@ class Layer:
         """X: (B, n, d), Z̄: (B, n, o), and h: (B, n), None without a bias that is updated.
 
         Raises:
-          ValueError: they were not captured.
+          ValueError: they were not captured, or are not all: the loss has products Y = DWᵀ, too.
         """
+        self._check_one_side()
         rows = self.capture.rows()
         return rows if self.has_bias else dataclasses.replace(rows, h=None)
 
@@ -161,8 +171,9 @@ class Layer:
         """XᵀX, with a joint bias as the last feature: (B, size, size). A lookup's diagonal: (B, d).
 
         Raises:
-          ValueError: it was not captured.
+          ValueError: it was not captured, or is not all: the loss has products Y = DWᵀ, too.
         """
+        self._check_one_side()
         return self.cropped(self.capture.second_moment())
 
     def cropped(self, moment: jax.Array) -> jax.Array:
@@ -187,6 +198,19 @@ class Layer:
         if result.bias is None:
             return weight
         return weight | jnp.repeat(lost(result.bias), len(weight) // len(result.bias))
+
+    def _check_one_side(self) -> None:
+        """Refuses to show one of two sides as if it were all.
+
+        Raises:
+          ValueError: says where both are.
+        """
+        if self.capture.other is not None:
+            raise ValueError(
+                f"{self.label} is used both ways, as XW and as DWᵀ, and this method asks for X "
+                "alone; expected a method that takes both (layer.capture.second_moment() and "
+                f'layer.other.capture.second_moment()), or skip="{self.block.view.paths[0]}"'
+            )
 
     def _gradient(self, arrays: Mapping[str, jax.Array]) -> Matrices:
         arrays = _exact(arrays)

@@ -130,13 +130,18 @@ def clip_by_output_change(
         widest = max((max(x.block.outputs, x.block.features) for x in layers.values()), default=0)
         signs = jax.random.rademacher(key, (widest, PROBES), jnp.int8)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        results, events = {}, {}
+        results, events, others, shortened = {}, {}, layers.others, {}
         for label, layer in layers.items():
             factor = _factor(layer, weights[label].change, max_change, rate, signs)
+            other, own = layer.other, weights[label].other
+            if other is not None and own is not None:  # the shorter of what the two sides allow
+                of_other = _factor(other, own.change, max_change, rate, signs)
+                factor = jnp.minimum(factor, of_other)
+                if (bias := other.change.bias) is not None:
+                    others |= other.block.scatter_bias(_times(factor, bias))
             results[label] = Matrices(*(_times(factor, part) for part in layer.change))
             events[label] = ~(factor == 1)
-        others, shortened = layers.others, {}
-        for path, step in others.items():
+        for path, step in layers.others.items():
             factor = _factor_of_other(step, weights.others[path], max_change, rate)
             others[path] = (factor * step).astype(step.dtype)
             shortened[path] = ~(factor == 1)

@@ -17,7 +17,7 @@ from cqjax.capture.checks import check_number, check_positive
 from cqjax.capture.origins import Origin, record
 from cqjax.capture.plan import Plan, check_plan
 from cqjax.linalg import devices, ridge
-from cqjax.solves import foreign, kept, solve
+from cqjax.solves import both_sides, foreign, kept, solve
 from cqjax.solves.automatic import with_automatic_axes
 from cqjax.solves.kept import Kept, Moment
 from cqjax.solves.layer import Layer
@@ -276,7 +276,13 @@ def _precondition(
         waiting: dict[str, solve.Solve] = {}
         rows: dict[str, jax.Array] = {}
         failures: dict[str, jax.Array] = {}
+        both = {label: layer for label, layer in layers.items() if layer.other is not None}
+        of_both = both_sides.solved(both, damping)
+        results |= of_both.results
+        failures |= of_both.failures
         for label, layer in layers.items():
+            if label in both:
+                continue
             if label in inverses:
                 results[label], rows[label] = solve.preconditioned(layer, damping, inverses[label])
             elif by_rows(layer):
@@ -303,7 +309,8 @@ def _precondition(
             events = [failed[label] for failed in (*before, repaired) if label in failed]
             lost = ~good | layers[label].overflows(results[label])
             failures[label] = functools.reduce(jnp.logical_or, events, lost)
-        return layers.replaced(results), layers.counts(failures) + layers.lost()
+        new = layers.replaced(results, of_both.others)
+        return new, layers.counts(failures) + layers.lost()
 
     # The dual starts from the rows, and so from the gradient. Within one trace it is known without
     # computing anything that the updates still are the gradient. Across a `jit` they are compared.

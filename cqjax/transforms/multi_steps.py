@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_positive
 from cqjax.capture.plan import Plan, check_plan
@@ -113,8 +114,8 @@ def multi_steps(
 
     def start(params: optax.Params, inner_state: Any, gradient_step: Any) -> MultiStepsState:
         """The state before the first microbatch of a batch."""
-        moments = kept.empty_moments(plan, params)
-        blocks = zip(labelled(plan.blocks), plan.blocks, strict=True)
+        moments = kept.empty_moments(plan, params, both_sides=True)
+        blocks = kept.sides(dict(zip(labelled(plan.blocks), plan.blocks, strict=True)))
         return MultiStepsState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=gradient_step,
@@ -123,7 +124,7 @@ def multi_steps(
             moments={label: moment.total for label, moment in moments.items()},
             rows={
                 label: jnp.zeros(block.batch if block.grouped else ())
-                for label, block in blocks
+                for label, block in blocks.items()
                 if label in moments
             },
             batch_size=jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(params))),
@@ -183,7 +184,7 @@ def multi_steps(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sites", "gradients", "number", "moment"],
+    data_fields=["sites", "gradients", "number", "other", "moment"],
     meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,13 +215,14 @@ def _sums(
 ) -> list[_Sum]:
     """The captures of the plan's whole batch, for the weights that have a moment."""
     leaves = by_path(gradients)
-    captures = []
-    for label, block in zip(labelled(plan.blocks), plan.blocks, strict=True):
-        if label not in moments:  # masked
-            continue
+
+    def total(label: str, block: Block) -> _Sum:
         own = {path: leaves[path] for path in block.paths if path in leaves}
-        captures.append(_Sum((), own, block.by_moments(), rows[label], moments[label]))
-    return captures
+        other = None if block.other is None else total(kept.transposed(label), block.other)
+        return _Sum((), own, block.by_moments(), rows[label], other, moments[label])
+
+    blocks = zip(labelled(plan.blocks), plan.blocks, strict=True)
+    return [total(label, block) for label, block in blocks if label in moments]  # else masked
 
 
 def _added(
@@ -238,13 +240,14 @@ def _added(
         "make the plan with the same loss and options as cqjax.value_and_grad (with max_dim=, "
         'solver="primal" for both)'
     )
-    for label in moments.keys() ^ layers.keys():
+    captures = kept.sides({label: layer.capture for label, layer in layers.items()})
+    for label in moments.keys() ^ captures.keys():
         where = ("captured", "in the plan")
-        has, lacks = where if label in layers else where[::-1]
+        has, lacks = where if label in captures else where[::-1]
         raise ValueError(f"multi_steps: {label} is {has} and not {lacks}: {remedy}")
     added, counts = {}, {}
     for label, total in moments.items():
-        capture = layers[label].capture
+        capture = captures[label]
         moment = capture.second_moment()
         if moment.shape != total.shape:
             raise ValueError(
