@@ -15,10 +15,12 @@ from cqjax.capture.table import lines
 from cqjax.linalg import devices, ridge
 from cqjax.linalg.gram import HIGHEST
 from cqjax.linalg.products import einsum
+from cqjax.solves import both_sides
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers
 from cqjax.solves.matrices import along
-from cqjax.solves.spectrum import Spectrum, inputs, spectrum_of
+from cqjax.solves.solve import Damping
+from cqjax.solves.spectrum import Spectrum, eigenvalues, inputs, spectrum_of
 
 _NAME = "cqjax.diagnostics.report"
 
@@ -132,7 +134,9 @@ def report(
 
     Returns:
       A `Report`. Residuals are NaN for a weight that is solved for in diagonal blocks. They are NaN
-      also if rows were not captured and the loss uses the weight elsewhere too.
+      also if rows were not captured and the loss uses the weight elsewhere too. For a weight that
+      the loss uses both ways, as XW and as DWᵀ, the numbers are of the eigenvalues aᵢ + bⱼ, of
+      which aᵢ are those of XᵀX and bⱼ those of DᵀD, and residuals are NaN.
 
     Raises:
       ValueError: a rate or a state was passed without updates; or updates, state and captures
@@ -205,15 +209,21 @@ def _report(
         )
     reports = {}
     for label, layer in layers.items():
-        spectrum = spectrum_of(layer)
-        squares = jnp.square(spectrum.values)
-        mean = ridge.mean_eigenvalue(squares, layer.rank())
-        added = damping + relative_damping * mean
         residual = reachable = None
-        if learning_rate is not None:
-            residual, reachable = _residuals(layer, spectrum, learning_rate)
+        if layer.other is not None:
+            both = both_sides.system(layer, Damping(damping, relative_damping))
+            values, added = eigenvalues(both), both.damping
+            if learning_rate is not None:
+                residual = reachable = jnp.full(len(values), jnp.nan, values.dtype)
+        else:
+            spectrum = spectrum_of(layer)
+            values = spectrum.values
+            mean = ridge.mean_eigenvalue(jnp.square(values), layer.rank())
+            added = damping + relative_damping * mean
+            if learning_rate is not None:
+                residual, reachable = _residuals(layer, spectrum, learning_rate)
         reports[label] = LayerReport(
-            **_of_spectrum(layer, spectrum.values, jnp.broadcast_to(added, mean.shape)),
+            **_of_spectrum(layer, values, jnp.broadcast_to(added, values.shape[:1])),
             residual=residual,
             reachable_residual=reachable,
             fallbacks=failed.get(layer.block.view.paths[0]),
@@ -227,6 +237,8 @@ def _report(
 def _of_spectrum(layer: Layer, values: jax.Array, damping: jax.Array) -> dict[str, jax.Array]:
     """Both condition numbers, the rank, the effective rank and the effective dimension: (B,)."""
     inverted = layer.block.rows if layer.block.solver == "dual" else layer.size
+    if layer.other is not None:
+        inverted = values.shape[-1]
     values = -jnp.sort(-values, -1)
     squares, rank = jnp.square(values), jnp.sum(values > 0, -1, dtype=jnp.int32)
     least = squares[:, inverted - 1] if inverted <= values.shape[-1] else jnp.zeros_like(damping)
@@ -316,7 +328,8 @@ def _table_rows(label: str, layer: LayerReport) -> Iterator[tuple[str, ...]]:
     for i in range(members):
         name = label if members == 1 else f"{label} ({i})"
         numbers = (_cell(getattr(layer, field), i) for field in _NUMBERS)
-        yield name, block.solver, str(block.rows), str(block.features), *numbers
+        rows = " + ".join(str(side.rows) for side in block.sides)
+        yield name, block.solver, rows, str(block.features), *numbers
 
 
 def _cell(values: jax.Array | None, i: int) -> str:

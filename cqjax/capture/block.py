@@ -14,7 +14,7 @@ from jax.export import is_symbolic_dim
 from cqjax.capture.statistics import Statistic, Trip
 from cqjax.linalg import devices, gram
 from cqjax.program import row_weights
-from cqjax.program.forms import Lookup
+from cqjax.program.forms import Convolution, Lookup
 from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
 from cqjax.program.ragged import Ragged
@@ -78,6 +78,16 @@ class Block:
     def sides(self) -> tuple["Block", ...]:
         """This block, and the one whose weight is the transpose of its own, if there is one."""
         return (self,) if self.other is None else (self, self.other)
+
+    @property
+    def windows(self) -> bool:
+        """Whether the weight is a kernel with windows, and no matrix that has a transpose."""
+        return isinstance(self.sites[0].form, Convolution)
+
+    def of_other(self, matrix: jax.Array) -> jax.Array:
+        """The weight's matrix, (B, d, o), of that which the other side has of it."""
+        form = self.sites[0].form
+        return form.turned(matrix) if isinstance(form, Convolution) else matrix.mT
 
     @property
     def view(self) -> View:

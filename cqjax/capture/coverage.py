@@ -1,48 +1,24 @@
 """Which sites are solved for together as a block, and which cannot be solved for, and why."""
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence, Set
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cqjax.capture.block import Block
+from cqjax.capture.groups import Group, grouped, same_bias
 from cqjax.capture.options import Options
 from cqjax.capture.parameters import Shapes
 from cqjax.capture.policy import decided
 from cqjax.capture.statistics import Gram
-from cqjax.program.forms import Lookup
-from cqjax.program.layout import Layout
-from cqjax.program.ragged import Ragged
-from cqjax.program.sites import Site
+from cqjax.program.sites import Bias, Site
 from cqjax.program.views import View
 from cqjax.program.walk import Record
 
-Kind = type[Lookup] | type[Ragged] | None
-"""What keeps a product apart from others of the same weight."""
-
 Reasons = dict[str, list[str]]
 """For each parameter's path, what it does that no solve accounts for, in words."""
-
-
-class Group(NamedTuple):
-    """The sites of one weight.
-
-    Attributes:
-      sites: those with Z = XW.
-      other: those with Y = DWᵀ.
-    """
-
-    sites: list[Site]
-    other: list[Site]
-
-    @property
-    def view(self) -> View:
-        """The weight."""
-        return self.sites[0].view
 
 
 def make_blocks(
@@ -67,9 +43,9 @@ def make_blocks(
         else:
             _drop(site, "is joined with a parameter that is skipped", reasons)
     # Back-matching propagates along a weight, not back along it.
-    groups = _groups(sites, both_sides=options.signal == "gradient")
+    groups = grouped(sites, shapes, both_sides=options.signal == "gradient")
     groups = _without_conflicts(groups, shapes, reasons)
-    groups = _with_one_bias(groups, chosen, reasons)
+    groups = _with_one_bias(groups, chosen, shapes, reasons)
     blocks = []
     for group in groups:
         block = decided(_undecided(group, shapes, reasons), options)
@@ -91,51 +67,6 @@ def _drop(site: Site, reason: str, reasons: Reasons) -> None:
     _note(reasons, site.view, reason)
     if site.bias is not None:
         _note(reasons, site.bias.view, "is the bias of a layer whose weight is not solved for")
-
-
-def _groups(sites: Sequence[Site], both_sides: bool) -> list[Group]:
-    """Sites by their weight: the same view, contracted in the same way and by the same kind.
-
-    Where a product has c times the weight of the first one, its X counts c times instead.
-
-    Args:
-      sites: the sites.
-      both_sides: whether a product that contracts the weight's outputs joins those that contract
-        its features. Lookups may be on one side, groups of a ragged product on none. A convolution
-        is not, since its transpose is none of the same matrix: see `Product.transposed`.
-    """
-    groups: collections.OrderedDict[tuple[View, Layout, Kind], list[Site]]
-    groups = collections.OrderedDict()
-    for site in sites:
-        kind: Kind = type(site.form) if isinstance(site.form, Lookup | Ragged) else None
-        view, factor = (site.view, 1.0) if kind is Lookup else site.view.split
-        group = groups.setdefault((view, site.form.weight, kind), [])
-        first = group[0].view if group else site.view
-        group.append(_with_weight(site, first, factor))
-    if not both_sides:
-        return [Group(group, []) for group in groups.values()]
-    found: list[Group] = []
-    while groups:
-        (view, weight, kind), sites = groups.popitem(last=False)
-        kinds = {None: (None, Lookup), Lookup: (None,), Ragged: ()}[kind]
-        keys = [key for k in kinds if (key := (view, weight.transposed, k)) in groups]
-        # The side of a lookup, whose second moment is diagonal, or else of a bias comes first.
-        sides = [sites, *(groups.pop(key) for key in keys[:1])]
-        found.append(Group(*sorted(sides, key=_order)) if keys else Group(sites, []))
-    return found
-
-
-def _order(sites: Sequence[Site]) -> int:
-    if isinstance(sites[0].form, Lookup):
-        return 0
-    return 1 if any(site.bias is not None for site in sites) else 2
-
-
-def _with_weight(site: Site, view: View, factor: float) -> Site:
-    """The site with another weight of its group, which differs by a factor."""
-    if site.view == view:
-        return site
-    return dataclasses.replace(site, view=view, factor=factor / view.split[1])
 
 
 def _without_conflicts(groups: list[Group], shapes: Shapes, reasons: Reasons) -> list[Group]:
@@ -171,7 +102,9 @@ def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
         return int(total.max(initial=0))
 
 
-def _with_one_bias(groups: list[Group], chosen: Set[str], reasons: Reasons) -> list[Group]:
+def _with_one_bias(
+    groups: list[Group], chosen: Set[str], shapes: Shapes, reasons: Reasons
+) -> list[Group]:
     """Takes from their sites the biases that are not one weight's alone."""
     weights = {path for group in groups for path in group.view.paths}
     owners: dict[str, set[object]] = {}
@@ -181,7 +114,7 @@ def _with_one_bias(groups: list[Group], chosen: Set[str], reasons: Reasons) -> l
                 for path in site.bias.view.paths if site.bias else ():
                     owners.setdefault(path, set()).add((i, side))
 
-    def problem(biases: Set) -> str | None:
+    def problem(biases: Sequence[Bias]) -> str | None:
         paths = {path for bias in biases for path in bias.view.paths}
         if len(biases) > 1:
             return "is one of several biases added to the outputs of one weight"
@@ -194,7 +127,8 @@ def _with_one_bias(groups: list[Group], chosen: Set[str], reasons: Reasons) -> l
         return "is joined with a parameter that is skipped" if paths - chosen else None
 
     def with_one(sites: list[Site]) -> list[Site]:
-        biases = {site.bias for site in sites if site.bias is not None}
+        sites = same_bias(sites, shapes)
+        biases = list(dict.fromkeys(site.bias for site in sites if site.bias is not None))
         reason = problem(biases)
         if reason is None:
             return sites

@@ -7,6 +7,8 @@ what the window sees at one position. A lookup's X is one-hot (`lookups.Lookup`)
 
 import dataclasses
 import itertools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +141,18 @@ class Convolution:
         patches = windows.patches(self._channels_last(x), self.window, self.weight.shape[0])
         return _live(self, patches, 2)
 
+    def turned(self, matrix: Any) -> Any:
+        """The kernel's matrix, (1, d, o), of that which its transpose has of it.
+
+        Where this one's features are the window's entries and c channels, and its outputs o
+        channels, the transpose's are the window's entries, from last to first, and o channels, and
+        its outputs c channels.
+        """
+        shape, (_, features, outputs) = self.window.shape, self.weight.shape
+        kernel = matrix.reshape(*shape, outputs, features // math.prod(shape))
+        kernel = kernel[(slice(None, None, -1),) * len(shape)]
+        return kernel.swapaxes(-1, -2).reshape(1, features, outputs)
+
     @property
     def channels(self) -> int:
         """Input channels of a group: the features that `in_parts` cuts."""
@@ -249,30 +263,6 @@ def matrix_form(equation: Equation, weight: int, sizes: Shape | None = None) -> 
     if equation.primitive in lookups.READS and weight == 0 and sizes is None:
         return lookups.lookup(equation)
     return f"enters `{equation.primitive.name}`, which is no matrix product"
-
-
-def masked(form: Form, pattern: np.ndarray) -> Form | str:
-    """The form with a weight some of whose entries are always zero, or why there is none.
-
-    A feature whose weights are zero for all outputs takes no part in X. An output whose weights are
-    zero needs nothing, since the outputs are solved for one by one. But where the outputs have
-    different features, each has a problem of its own.
-
-    Args:
-      form: the form.
-      pattern: which entries may differ from zero, for each trip of the loops that scan over them.
-    """
-    if isinstance(form, Lookup):
-        return form
-    if isinstance(form, Ragged):
-        return form if pattern.all() else "is masked in a ragged product"
-    if (pattern != pattern[:1]).any():
-        return "is masked differently from trip to trip of a scan"
-    used = form.weight.pack(pattern[0])
-    features, outputs = used.any(2), used.any(1)
-    if (used != features[:, :, None] & outputs[:, None]).any():
-        return "is masked differently for different outputs, of which each needs a solve of its own"
-    return form if features.all() else dataclasses.replace(form, live=Constant(features))
 
 
 def _product(equation: Equation, weight: int, sizes: Shape) -> Form | str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import primitives
 
 from cqjax.linalg import devices
-from cqjax.program import forms, jaxprs, lookups, operators, views
+from cqjax.program import forms, jaxprs, lookups, masks, operators, views
 from cqjax.program.forms import Form, Lookup
 from cqjax.program.jaxprs import Equation, Shaped
 from cqjax.program.known import Known
@@ -243,7 +243,7 @@ class _Walk:
         if isinstance(form, forms.Product):
             form, view = form.untransposed(view)
         if view.holes:
-            masked = forms.masked(form, view.pattern().reshape(-1, *view.shape))
+            masked = masks.masked(form, view.pattern().reshape(-1, *view.shape))
             if isinstance(masked, str):
                 self._use(view, Use(masked, step.position, ""))
                 return None

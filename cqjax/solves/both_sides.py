@@ -42,7 +42,7 @@ class Updates(NamedTuple):
     failures: dict[str, jax.Array]
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """One side's equations, once its bias is eliminated.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Side(NamedTuple):
     divisor: jax.Array
 
     def spread(self) -> jax.Array:
-        """What the bias takes of the gradient, a gᵀ / (α + λ): (B, m, k); 0 without one."""
+        """What the bias takes of the gradient, a gᵀ / (α + λ): (B, m, k); zero without one."""
         if self.feature is None or self.bias is None:
             return jnp.zeros((1, 1, 1), self.moment.dtype)
         return self.feature[:, :, None] * (self.bias / along(self.divisor, self.bias))[:, None]
@@ -71,6 +71,29 @@ class _Side(NamedTuple):
         return (terms * self.bias - moved) / along(self.divisor, moved)
 
 
+class System(NamedTuple):
+    """The Sylvester equation of a layer: A U + U B + λU = H.
+
+    Attributes:
+      left: A.
+      right: B.
+      damping: λ, (B,).
+    """
+
+    left: Side
+    right: Side
+    damping: jax.Array
+
+
+def system(layer: Layer, damping: Damping) -> System:
+    """The equation of a layer that has an `other` side."""
+    other = layer.other
+    assert other is not None
+    moments = [side.cropped(side.capture.second_moment()) for side in (layer, other)]
+    added = _damping(layer, other, moments, damping)
+    return System(_side(layer, moments[0], added), _side(other, moments[1], added), added)
+
+
 def solved(layers: Mapping[str, Layer], damping: Damping) -> Updates:
     """The updates of layers that have an `other` side.
 
@@ -79,28 +102,28 @@ def solved(layers: Mapping[str, Layer], damping: Damping) -> Updates:
       damping: λ. Its relative part is in units of the mean of the equation's eigenvalues, aᵢ + bⱼ,
         that may differ from zero.
     """
-    sides: dict[str, tuple[_Side, _Side]] = {}
-    added: dict[str, jax.Array] = {}
-    for label, layer in layers.items():
-        other = layer.other
-        assert other is not None
-        moments = [side.cropped(side.capture.second_moment()) for side in (layer, other)]
-        added[label] = _damping(layer, other, moments, damping)
-        sides[label] = (
-            _side(layer, moments[0], added[label]),
-            _side(other, moments[1], added[label]),
-        )
-    found = sylvester.decompositions([side.moment for pair in sides.values() for side in pair])
-    pairs = zip(found[::2], found[1::2], strict=True)
+    systems = {label: system(layer, damping) for label, layer in layers.items()}
+    without = [label for label, layer in layers.items() if not layer.block.windows]
+    moments = [m for k in without for m in (systems[k].left.moment, systems[k].right.moment)]
+    found = sylvester.decompositions(moments)
+    pairs = dict(zip(without, zip(found[::2], found[1::2], strict=True), strict=True))
     updates = Updates({}, {}, {})
-    for (label, layer), pair in zip(layers.items(), pairs, strict=True):
-        (left, right), other, n = sides[label], layer.other, layer.terms
+    for label, layer in layers.items():
+        (left, right, added), other, n = systems[label], layer.other, layer.terms
         assert other is not None
         plain = (*layer.update, other.update.bias)
-        h = layer.update.weight - left.spread() - right.spread().mT
-        solution = sylvester.solve(*pair, added[label], n * h)
+        turned, back = layer.block.of_other, other.block.of_other
+        h = layer.update.weight - left.spread()
+        if right.bias is not None:
+            h -= turned(right.spread())
+        if label in pairs:
+            solution = sylvester.solve(*pairs[label], added, n * h)
+        else:
+            solution = sylvester.solve_with_windows(
+                left.moment, right.moment, added, n * h, turned, back
+            )
         weight = solution.value
-        new = (weight, left.of_bias(weight, n), right.of_bias(weight.mT, n))
+        new = (weight, left.of_bias(weight, n), right.of_bias(back(weight), n))
         new, good = _usable(new, plain, solution.known)
         updates.results[label] = Matrices(new[0], new[1])
         if new[2] is not None:
@@ -129,14 +152,14 @@ def _usable(
     return [chosen(*pair) for pair in zip(new, plain, strict=True)], good
 
 
-def _side(layer: Layer, moment: jax.Array, damping: jax.Array) -> _Side:
+def _side(layer: Layer, moment: jax.Array, damping: jax.Array) -> Side:
     if not layer.joint_bias:
-        return _Side(moment, None, None, damping)
+        return Side(moment, None, None, damping)
     moment, feature, square = moment[:, :-1, :-1], moment[:, :-1, -1], moment[:, -1, -1]
     divisor = square + damping
     divisor = jnp.where(divisor > 0, divisor, 1)  # no rows: then a and g are zero
     outer = feature[:, :, None] * (feature / along(divisor, feature))[:, None]
-    return _Side(moment - outer, feature, layer.update.bias, divisor)
+    return Side(moment - outer, feature, layer.update.bias, divisor)
 
 
 def _damping(layer: Layer, other: Layer, moments: list[jax.Array], damping: Damping) -> jax.Array:
@@ -144,12 +167,19 @@ def _damping(layer: Layer, other: Layer, moments: list[jax.Array], damping: Damp
 
     With the biases among them there are d of the aᵢ and o of the bⱼ. The trace of the equation's
     matrix is o Σaᵢ + d Σbⱼ. Of its eigenvalues as many are zero as there are pairs in which both
-    are. The two biases have none with one another.
+    are. The two biases have none with one another. With windows, where bⱼ are those of e features
+    and c outputs, the trace is o Σaᵢ + c Σbⱼ, and those are zero that neither side's rows reach.
     """
     sizes, ranks = (layer.size, other.size), (layer.rank(), other.rank())
-    block = layer.block
+    block, beside = layer.block, other.block
     traces = [m.sum(-1) if m.ndim == 2 else jnp.trace(m, axis1=1, axis2=2) for m in moments]
-    total = block.outputs * traces[0] + block.features * traces[1]
-    zeros = (sizes[0] - ranks[0]) * (sizes[1] - ranks[1])
-    number = sizes[0] * sizes[1] - zeros - (layer.joint_bias and other.joint_bias)
+    total = block.outputs * traces[0] + beside.outputs * traces[1]
+    if block.windows:
+        number = block.features * block.outputs
+        number += layer.joint_bias * block.outputs + other.joint_bias * beside.outputs
+        reached = ranks[0] * block.outputs + ranks[1] * beside.outputs
+        number = jnp.minimum(number, reached)
+    else:
+        zeros = (sizes[0] - ranks[0]) * (sizes[1] - ranks[1])
+        number = sizes[0] * sizes[1] - zeros - (layer.joint_bias and other.joint_bias)
     return damping.absolute + damping.relative * total / number

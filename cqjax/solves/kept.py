@@ -95,10 +95,7 @@ def sides(by_label: Mapping[str, _Side]) -> dict[str, _Side]:
 def empty_moments(plan: Plan, params: optax.Params, both_sides: bool = False) -> dict[str, Moment]:
     """Averages of nothing yet, for all weights but those masked or with too large an XᵀX.
 
-    Args:
-      plan: the weights.
-      params: the parameters, with masks.
-      both_sides: whether there are averages for weights that are used both ways, too.
+    Those that the loss uses both ways are among them if `both_sides` says so.
     """
     moments, blocks = {}, _unmasked(plan, params)
     if both_sides:

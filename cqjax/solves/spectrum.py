@@ -1,11 +1,13 @@
-"""The singular value decomposition of a layer's inputs."""
+"""The singular value decomposition of a layer's inputs, and what takes its place for two sides."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cqjax.linalg import sylvester
 from cqjax.linalg.gram import accumulator
+from cqjax.solves import both_sides
 from cqjax.solves.layer import Layer
 
 
@@ -35,6 +37,14 @@ def spectrum_of(layer: Layer) -> Spectrum:
     squares, right = jnp.linalg.eigh(layer.second_moment())
     values = jnp.sqrt(_without_rounding(jnp.maximum(squares[:, ::-1], 0), layer.size))
     return Spectrum(values, right[:, :, ::-1], None)
+
+
+def eigenvalues(system: both_sides.System) -> jax.Array:
+    """The roots of aᵢ + bⱼ, in descending order, for a weight that is used both ways: (B, d o)."""
+    left, right = sylvester.decompositions([system.left.moment, system.right.moment])
+    sums = left.values[:, :, None] + right.values[:, None, :]
+    values = jnp.sqrt(-jnp.sort(-sums.reshape(len(sums), -1), -1))
+    return _without_rounding(values, max(left.values.shape[1], right.values.shape[1]))
 
 
 def _without_rounding(values: jax.Array, size: int) -> jax.Array:

@@ -31,7 +31,7 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     is unstable for mini-batches, and it is here for that comparison.
 
     A row whose squared norm overflows contributes nothing. Entries of the result that are not
-    finite become zero.
+    finite become zero. Weights that the loss uses both ways, as XW and as DWᵀ, keep their gradient.
 
     The method needs rows, so take the gradient with
     `cqjax.value_and_grad(loss_fn, capture=cqjax.Rows)`. If an earlier member of a chain scaled the
@@ -68,9 +68,11 @@ def scale_by_nlms(eps: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     return for_each_layer(functools.partial(_normalised, eps), "scale_by_nlms")
 
 
-def _normalised(eps: float, layer: Layer) -> Matrices:
-    """The layer's update."""
+def _normalised(eps: float, layer: Layer) -> Matrices | None:
+    """The layer's update; None to keep it."""
     foreign.found([layer], "scale_by_nlms")
+    if layer.other is not None:
+        return None
     n = layer.terms
     if layer.block.statistic.diagonal:  # a lookup's one-hot rows have norm 1
         return Matrices(n * layer.update.weight / (1 + eps), None)
