@@ -136,7 +136,8 @@ def report(
       A `Report`. Residuals are NaN for a weight that is solved for in diagonal blocks. They are NaN
       also if rows were not captured and the loss uses the weight elsewhere too. For a weight that
       the loss uses both ways, as XW and as DWᵀ, the numbers are of the eigenvalues aᵢ + bⱼ, of
-      which aᵢ are those of XᵀX and bⱼ those of DᵀD, and residuals are NaN.
+      which aᵢ are those of XᵀX and bⱼ those of DᵀD, and residuals are NaN. Kernels of convolutions
+      that are used both ways have no such eigenvalues: NaN, and a rank of -1.
 
     Raises:
       ValueError: a rate or a state was passed without updates; or updates, state and captures
@@ -212,7 +213,7 @@ def _report(
         residual = reachable = None
         if layer.other is not None:
             both = both_sides.system(layer, Damping(damping, relative_damping))
-            values, added = eigenvalues(both), both.damping
+            values, added = eigenvalues(layer, both), both.damping
             if learning_rate is not None:
                 residual = reachable = jnp.full(len(values), jnp.nan, values.dtype)
         else:
@@ -246,13 +247,15 @@ def _of_spectrum(layer: Layer, values: jax.Array, damping: jax.Array) -> dict[st
     shares = values / jnp.where(rank > 0, values.sum(-1), 1)[:, None]
     entropy = jax.scipy.special.entr(shares).sum(-1)
     dimension = jnp.where(squares > 0, squares / (squares + damping[:, None]), 0)
-    return {
+    unknown = jnp.isnan(values[:, 0])
+    numbers = {
         "condition": (squares[:, 0] + damping) / (least + damping),
         "restricted_condition": jnp.square(values[:, 0] / last),
         "rank": rank,
         "effective_rank": jnp.where(rank > 0, jnp.exp(entropy), 0),
         "effective_dimension": dimension.sum(-1),
     }
+    return {name: jnp.where(unknown, _UNKNOWN.get(name, jnp.nan), n) for name, n in numbers.items()}
 
 
 def _residuals(layer: Layer, spectrum: Spectrum, learning_rate: Any) -> tuple[jax.Array, jax.Array]:
@@ -307,6 +310,9 @@ def _counts(layers: Layers, opt_state: optax.OptState, name: str) -> dict[str, j
     return dict(zip(layers.paths, jnp.sum(jnp.stack(found), 0), strict=True))
 
 
+_UNKNOWN = {"rank": -1}
+"""What stands for numbers that are not known, where they are integers."""
+
 _NUMBERS = {
     "condition": "condition",
     "restricted_condition": "of XᵀX",
@@ -335,4 +341,5 @@ def _table_rows(label: str, layer: LayerReport) -> Iterator[tuple[str, ...]]:
 def _cell(values: jax.Array | None, i: int) -> str:
     """The i-th of these numbers, as text. A single number goes in the first row."""
     numbers = [] if values is None else np.atleast_1d(values)[i : i + 1]
-    return "-" if not len(numbers) or np.isnan(numbers[0]) else f"{numbers[0]:.3g}"
+    known = len(numbers) > 0 and not np.isnan(numbers[0]) and numbers[0] >= 0
+    return f"{numbers[0]:.3g}" if known else "-"

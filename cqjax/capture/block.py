@@ -12,7 +12,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from cqjax.capture.statistics import Statistic, Trip
-from cqjax.linalg import devices, gram
+from cqjax.linalg import devices, gram, sylvester
 from cqjax.program import row_weights
 from cqjax.program.forms import Convolution, Lookup
 from cqjax.program.known import Constant
@@ -220,8 +220,9 @@ class Block:
 
         Dual: XXᵀ, its inverse, and the inverse's product with Z̄; that with Xᵀ is the weight
         gradient's. Primal: XᵀX, its inverse, and the inverse's product with the gradient. Both
-        sides: XᵀX, its eigenvectors in 9 d³ (Golub and Van Loan, Matrix computations, 8.3.3), and
-        two products with them; and the same for DᵀD.
+        sides: XᵀX, its eigenvectors in 9 d³ (Golub and Van Loan, Matrix computations, 8.3.3), or
+        inverses, and two products; and the same for DᵀD. Of kernels, the products of about ten
+        steps of conjugate gradients.
         """
         n, d, o = self.rows, self.size("primal"), self.outputs
         if solver == "both sides" and self.other is not None:
@@ -236,7 +237,11 @@ class Block:
             for site in self.sites
             if not isinstance(site.form, Lookup)
         )
-        solved = 9 * d**3 + 4 * d * d * o if solver == "both sides" else 2 * d**3 + 2 * d * d * o
+        solved = 2 * d**3 + 2 * d * d * o
+        if solver == "both sides":
+            few = o <= min(d, sylvester.FEW)  # an inverse for each output
+            of_matrix = 2 * o * d**3 if few else 9 * d**3
+            solved = 20 * d * d * o if self.windows else of_matrix + 4 * d * d * o
         return moment + self.batch * solved
 
     def relative_flops(self) -> float:

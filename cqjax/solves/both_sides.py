@@ -103,25 +103,19 @@ def solved(layers: Mapping[str, Layer], damping: Damping) -> Updates:
         that may differ from zero.
     """
     systems = {label: system(layer, damping) for label, layer in layers.items()}
+    equations = {label: _equation(layer, systems[label]) for label, layer in layers.items()}
     without = [label for label, layer in layers.items() if not layer.block.windows]
-    moments = [m for k in without for m in (systems[k].left.moment, systems[k].right.moment)]
-    found = sylvester.decompositions(moments)
-    pairs = dict(zip(without, zip(found[::2], found[1::2], strict=True), strict=True))
+    found = sylvester.solve([equations[label] for label in without])
+    solutions = dict(zip(without, found, strict=True))
     updates = Updates({}, {}, {})
     for label, layer in layers.items():
-        (left, right, added), other, n = systems[label], layer.other, layer.terms
+        (left, right, _), other, n = systems[label], layer.other, layer.terms
         assert other is not None
         plain = (*layer.update, other.update.bias)
         turned, back = layer.block.of_other, other.block.of_other
-        h = layer.update.weight - left.spread()
-        if right.bias is not None:
-            h -= turned(right.spread())
-        if label in pairs:
-            solution = sylvester.solve(*pairs[label], added, n * h)
-        else:
-            solution = sylvester.solve_with_windows(
-                left.moment, right.moment, added, n * h, turned, back
-            )
+        if label not in solutions:
+            solutions[label] = sylvester.solve_with_windows(equations[label], turned, back)
+        solution = solutions[label]
         weight = solution.value
         new = (weight, left.of_bias(weight, n), right.of_bias(back(weight), n))
         new, good = _usable(new, plain, solution.known)
@@ -131,6 +125,16 @@ def solved(layers: Mapping[str, Layer], damping: Damping) -> Updates:
         lost = ~good | layer.overflows(updates.results[label])
         updates.failures[label] = solution.repaired | lost
     return updates
+
+
+def _equation(layer: Layer, system: System) -> sylvester.Equation:
+    """A U + U B + λU = N H, once the biases are eliminated."""
+    h = layer.update.weight - system.left.spread()
+    if system.right.bias is not None:
+        h -= layer.block.of_other(system.right.spread())
+    return sylvester.Equation(
+        system.left.moment, system.right.moment, system.damping, layer.terms * h
+    )
 
 
 def _usable(

@@ -166,7 +166,10 @@ class Layers(Mapping[str, Layer]):
         Those that are not finite, in the dtype of the parameter, become zero. Without a layer, so
         do those whose square is not: a rule that averages squares would have infinity for good.
         """
-        others = {**self.others, **(others or {})}
+        others = {
+            path: array.astype(self._leaves[path].dtype)
+            for path, array in {**self.others, **(others or {})}.items()
+        }
         leaves = self._leaves | {p: jnp.where(_has_square(a), a, 0) for p, a in others.items()}
         for label, (weight, bias) in results.items():
             layer = self[label]

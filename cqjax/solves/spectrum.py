@@ -39,8 +39,13 @@ def spectrum_of(layer: Layer) -> Spectrum:
     return Spectrum(values, right[:, :, ::-1], None)
 
 
-def eigenvalues(system: both_sides.System) -> jax.Array:
-    """The roots of aᵢ + bⱼ, in descending order, for a weight that is used both ways: (B, d o)."""
+def eigenvalues(layer: Layer, system: both_sides.System) -> jax.Array:
+    """The roots of aᵢ + bⱼ, in descending order, for a weight that is used both ways: (B, d o).
+
+    Kernels with windows have none: NaN, (B, 1).
+    """
+    if layer.block.windows:
+        return jnp.full((1, 1), jnp.nan, system.left.moment.dtype)
     left, right = sylvester.decompositions([system.left.moment, system.right.moment])
     sums = left.values[:, :, None] + right.values[:, None, :]
     values = jnp.sqrt(-jnp.sort(-sums.reshape(len(sums), -1), -1))
