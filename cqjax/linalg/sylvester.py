@@ -87,7 +87,7 @@ def solve(equations: Sequence[Equation]) -> list[Solution]:
     known = [_finite(eq.left) & _finite(eq.right) for eq in equations]
     # What LAPACK does with infinities is not said.
     equations = [
-        Equation(*(_where(k, side) for side in eq[:2]), *eq[2:])
+        eq._replace(left=_where(k, eq.left), right=_where(k, eq.right))
         for eq, k in zip(equations, known, strict=True)
     ]
     few = [eq.left.ndim == 3 and eq.right.shape[1] <= FEW for eq in equations]

@@ -83,7 +83,7 @@ class Modules(nnx.Module):
 
 def penalty(network, x):
     """The loss of `gradient_penalty`, of a network of one point."""
-    values, slopes = jax.vmap(network)(x), jax.vmap(jax.grad(network))(x)
+    values, slopes = jax.vmap(jax.value_and_grad(network))(x)
     return jnp.mean(values + 3 * (jnp.sqrt(jnp.sum(slopes**2, -1)) - 1) ** 2)
 
 
