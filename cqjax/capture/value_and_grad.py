@@ -162,7 +162,9 @@ def value_and_grad(
     pass. A *site* is a product Z = XW in `loss_fn` of an activation X and a parameter W. At every
     site it also captures what a solve for the effect of ΔW on Z needs: the rows of X and
     Z̄ = ∂L/∂Z, or XᵀX. Where W is a parameter V times constants of the program, as in
-    `x @ (V / 8)`, or `(x @ V) / 8 + b`, the problem is that of W, the damping included.
+    `x @ (V / 8)`, or `(x @ V) / 8 + b`, the problem is that of W, the damping included. Where the
+    loss has products Y = DWᵀ of the same weight, too, each side has its own statistic: that of D is
+    in the capture's `other`.
 
     Call it under `jax.jit`, together with the update. Outside of `jax.jit` each call traces the
     loss anew. Together, the update sees that it was handed the gradient's

@@ -7,7 +7,8 @@ often a row was read would make updates that do not know the size of x, and dive
 
 The rule tells the two apart by what looked-up entries, merely moved or scaled, are multiplied by:
 
-- A parameter, or a constant: the rows are the activation of another layer.
+- A parameter, a constant, or what is made of these entry by entry (1 + s for a scale s): the rows
+  are the activation of another layer.
 - Something made of the rows themselves: attention's queries, a normalisation's root mean square, a
   gate. The product is no linear function of the rows. So they are an embedding.
 - A factor that is the same for all entries of a row, as a mask of positions is: an embedding, too.
@@ -66,6 +67,7 @@ class Operators:
         self._moved: dict[Number, Numbers] = {}  # sites whose rows' entries a variable has
         self._made: dict[Number, Numbers] = {}  # those that it depends on, within the trip
         self._repeated: dict[Number, tuple[int, ...]] = {}  # axes along which it is the same
+        self._scales = set(program.inputs[:parameters])  # made of parameters, entry by entry
 
     def looked_up(self, site: int, rows: Number) -> None:
         """Takes note of a lookup."""
@@ -81,6 +83,8 @@ class Operators:
             own = {int(axis) for axis, size in kept if size != 1}
             axes = range(len(equation.outputs[0].shape))
             self._repeated[step.writes[0]] = tuple(i for i in axes if i not in own)
+        if self._is_scale(step):
+            self._scales.update(step.writes)
         if not self._made:
             return
         moved = 0
@@ -100,6 +104,17 @@ class Operators:
                 moved = _union(self._moved, sources)
             self._moved[written] = self._moved.get(written, 0) | moved
 
+    def _is_scale(self, step: Step) -> bool:
+        """Whether a step makes of parameters and constants alone what a layer's scale may be."""
+        if step.kind is Kind.EQUATION:
+            if not (step.equation.pointwise or step.equation.primitive.name in _MOVES):
+                return False
+        elif step.kind not in (Kind.ENTER, Kind.SLICE):
+            return False
+        others = [number for number in step.reads if number not in self._scales]
+        fixed = all(n not in self._trained and n not in self._batch for n in others)
+        return len(others) < len(step.reads) and fixed
+
     def _values(self, step: Step) -> tuple[Number, ...]:
         """What a step's results may be made of, without what only says which."""
         if step.kind is Kind.JOIN or step.equation.primitive is primitives.select_n_p:
@@ -109,7 +124,7 @@ class Operators:
 
     def _acted_on(self, step: Step, partner: Number, tags: Mapping[Number, Any]) -> bool:
         """Whether looked-up rows that multiply the partner act on it."""
-        if isinstance(tags.get(partner), View | Spread):
+        if isinstance(tags.get(partner), View | Spread) or partner in self._scales:
             return False
         equation = step.equation
         if equation.primitive.name in _ELEMENTWISE:

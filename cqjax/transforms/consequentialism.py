@@ -84,6 +84,17 @@ def scale_by_consequentialism(
     examples' own is solved for as if each example had a copy. Rows that the loss leaves out, by a
     mask or otherwise, are no examples.
 
+    A loss may use a weight both ways, as :math:`Z = XW` and as :math:`Y = DW^T`: by gradients with
+    respect to inputs in the loss, in tied embeddings and tied autoencoders. Then U solves the
+    Sylvester equation
+
+    .. math:: (X^T X) U + U (D^T D) + \lambda U = N G, \quad G = X^T \bar Z + \bar Y^T D,
+
+    which makes :math:`\lVert X U - N \bar Z \rVert^2 + \lVert D U^T - N \bar Y \rVert^2 + \lambda
+    \lVert U \rVert^2` least. It takes the eigenvectors of both matrices; of kernels that a
+    convolution and its transpose share, conjugate gradients. Relative damping is in units of the
+    mean eigenvalue of the equation. Such weights are solved for anew in every update.
+
     The transformation computes :math:`N (X^T X + \lambda I)^{-1} H` for whatever update :math:`H`
     it is handed. As the first member of a chain it is handed the gradient. Where rows were
     captured, it then takes the left form, which costs least. What an earlier member added to the

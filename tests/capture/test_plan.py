@@ -250,8 +250,8 @@ NOT_COVERED = {
         {"w": w84, "b": b4},
         {"b": "is not reached by the loss"},
     ),
-    "contracted both ways": (
-        lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) @ p["w"].T),
+    "contracted in two shapes": (
+        lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) @ p["w"].reshape(4, 8)),
         {"w": w84},
         {"w": "contract it in different ways"},
     ),

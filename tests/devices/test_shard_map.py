@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from across_batches import quickly
@@ -125,6 +126,38 @@ def convolved_loss(params, x, y):
         x.reshape(-1, 6, 1, 1), kernel, (1, 1), "SAME", dimension_numbers=numbers
     )
     return dense_loss(dense, jnp.tanh(z).reshape(x.shape), y)
+
+
+def both_ways(params, x, token, y):
+    """A table that is looked up and makes logits, and slopes of a network with a kernel."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def score(x):
+        z = lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", dimension_numbers=numbers)
+        hidden = jnp.tanh(jnp.tanh(z).reshape(len(x), -1) @ params["w"] + params["b"])
+        return jnp.sum(jnp.tanh(hidden @ params["v"]))
+
+    logits = jnp.tanh(params["table"][token]) @ params["table"].T
+    slopes = jax.grad(score)(x)
+    return jnp.mean(jnp.sum(slopes**2, (1, 2, 3)) + jnp.sum((logits - y) ** 2, -1))
+
+
+def test_weights_used_both_ways():
+    rng = np.random.default_rng(0)
+    sizes = {"kernel": (3, 3, 2, 4), "w": (64, 12), "b": (12,), "v": (12, 10), "table": (11, 6)}
+    params = {name: jnp.asarray(rng.normal(size=size) / 3) for name, size in sizes.items()}
+    batch = rng.normal(size=(16, 4, 4, 2)), np.arange(16) % 11, rng.normal(size=(16, 11))
+    batch = jax.tree.map(jnp.asarray, batch)
+    assert not cqjax.plan(both_ways)(params, *batch).uncovered()
+
+    def mean(*args):
+        return lax.pmean(both_ways(*args), "data")
+
+    tx = cqjax.csgd(0.1, max_change=0.05)
+    want = trained(quickly(steps_of(both_ways, tx)), tx, params, batch, 2)
+    got = trained(mapped(steps_of(mean, tx)), tx, params, batch, 2)
+    assert_close(got, want, 1e-7)  # conjugate gradients end at 1e-11
+    assert want[1][1].clipped.sum() > 0
 
 
 def test_nlms_and_the_matched_signal():

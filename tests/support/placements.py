@@ -114,6 +114,18 @@ def ensemble(at, p, x, y):
     return jnp.sum(jax.vmap(lambda own: error(jnp.tanh(x @ own["w"]) @ own["v"], y))(p))
 
 
+def tied(at, p, x, y):
+    hidden = jnp.tanh(x @ p["w"] + p["b"])
+    return error(jnp.dot(hidden, p["w"].T, out_sharding=at("data")) + p["c"], y)
+
+
+def slopes(at, p, x, y):
+    def network(x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]))
+
+    return error(jax.grad(network)(x), y)
+
+
 def automatic_part(at, p, x, y):
     def part(p, x):
         return jnp.tanh(x @ p["w"] + p["b"])
@@ -150,6 +162,10 @@ NETWORKS = {
         microbatches, {"w": (4, 6), "b": (6,), "v": (6, 3)}, ((2, 16, 4), (2, 16, 3))
     ),
     "padded and masked": Network(masked, {"w": (6, 8), "v": (8, 3)}, ((32, 6), (32, 3), 7)),
+    "tied weights": Network(tied, {"w": (6, 10), "b": (10,), "c": (6,)}, ((32, 6), (32, 6))),
+    "gradients in the loss": Network(
+        slopes, {"w": (6, 10), "b": (10,), "v": (10, 9)}, ((32, 6), (32, 6))
+    ),
     "ensemble by `jax.vmap`": Network(
         ensemble, {"w": (8, 4, 6), "v": (8, 6, 3)}, ((32, 4), (32, 3))
     ),
@@ -206,6 +222,8 @@ CASES = [
     Case("explicit", "microbatches in a scan", "batch", batch=P(None, "data")),
     Case("explicit", "padded and masked", "batch"),
     Case("explicit", "padded and masked", "batch", "C-SGD, dual"),
+    Case("explicit", "tied weights", "batch"),
+    Case("explicit", "gradients in the loss", "batch"),
     Case("explicit", "ensemble by `jax.vmap`", "members", params=BATCH, batch=P()),
     Case("explicit", "`jax.sharding.auto_axes` in the loss", "batch"),
     Case("explicit", "`jax.sharding.auto_axes` in the loss", "batch", within=False),
@@ -230,6 +248,12 @@ CASES = [
     Case("explicit 4 × 2", "attention", "batch, heads", params=HEADS, within=False),
     Case("explicit 4 × 2", "scanned residual pairs", "batch, weights", params=PAIRS),
     Case("explicit 4 × 2", "scanned residual pairs", "batch, weights", "C-SGD, dual", PAIRS),
+    Case(
+        "explicit 4 × 2",
+        "tied weights",
+        "batch, weights by outputs",
+        params={"w": COLUMNS, "b": ROWS, "c": P()},
+    ),
     Case("explicit 4 × automatic 2", "MLP", "batch"),
     Case("explicit 4 × automatic 2", "attention", "batch"),
     Case(
@@ -239,6 +263,7 @@ CASES = [
         params={**TENSOR, "w1": P(), "b1": P(), "w2": BATCH},
     ),
     Case("automatic", "convolution", "batch"),
+    Case("automatic", "gradients in the loss", "batch"),
     Case("automatic", "padded and masked", "batch"),
     Case("automatic 4 × 2", "MLP", "batch, weights by outputs and features", params=TENSOR),
     Case("automatic 4 × 2", "attention", "batch, heads", params=HEADS),
