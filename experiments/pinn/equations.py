@@ -83,14 +83,14 @@ def loss(
       weight: The multiple.
 
     Returns:
-      A loss of parameters, the network's state (which is handed on), and places `(n, 2)`. Its
-      fourth argument, something for each place, is not used.
+      A loss of parameters, the network's state (which is handed on), places `(n, 2)`, and what
+      their residuals should be, zeros `(n,)`.
     """
     residual = equation.residuals[mode]
     places, values = jnp.asarray(border), jnp.asarray(equation.solution(border))
 
     def loss_fn(
-        params: Any, model_state: Any, inside: jax.Array, unused: jax.Array
+        params: Any, model_state: Any, inside: jax.Array, targets: jax.Array
     ) -> tuple[jax.Array, Any]:
         def field(place: jax.Array) -> jax.Array:
             return model.apply({"params": params}, place)  # pyright: ignore[reportReturnType]
@@ -98,7 +98,7 @@ def loss(
         residuals = jax.vmap(lambda place: residual(field, place))(inside)
         there = jax.vmap(field)(places.astype(inside.dtype))
         errors = there - values.astype(inside.dtype)
-        return jnp.mean(residuals**2) + weight * jnp.mean(errors**2), model_state
+        return jnp.mean((residuals - targets) ** 2) + weight * jnp.mean(errors**2), model_state
 
     return loss_fn
 
