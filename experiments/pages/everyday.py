@@ -5,13 +5,14 @@ from typing import Any
 
 from experiments.everyday.entrants import ADAM, AT_DEFAULT_RATE, DEFAULTS, OURS, WARM_UP
 from experiments.everyday.experiment import KINDS
-from experiments.page import Claim, Page, count, judge, median, spread
+from experiments.page import Claim, Page, count, judge, spread
 from experiments.pages import contests, kinds
 from experiments.pages.contests import Contest, curves, last
-from experiments.pages.kinds import Held, ahead, diverged, share
+from experiments.pages.kinds import Held, diverged, share
 
 STEPS_BAR = 0.6  # of Adam's
 DOCUMENT = "this library's own words"
+JUDGED = "validation_loss"
 LOSSES = {"validation_loss": "validation loss", "train_loss": "training loss"}
 
 
@@ -25,7 +26,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         "Six kinds of everyday work",
         DOCUMENT,
         _summary(settings, results),
-        kinds.behind(held, LOSSES, "validation_loss"),
+        kinds.behind(held, LOSSES, JUDGED),
         claims,
         [
             f"All rates rise for the first {WARM_UP:.0%} of the steps and then fall to zero as a "
@@ -71,17 +72,17 @@ def _summary(settings: Any, results: Mapping[str, Any]) -> str:
 
 def _claims(held: Held) -> list[Claim]:
     """What the library says, and the verdicts."""
-    ahead = {title: ahead(contest, OURS, "validation_loss") for title, contest in held.items()}
+    ahead = {title: kinds.ahead(contest, OURS, JUDGED) for title, contest in held.items()}
     parts = {title: share(contest, OURS, "step") for title, contest in held.items()}
     soon = sum(part <= STEPS_BAR for part in parts.values())
-    untuned = {title: ahead(contest, AT_DEFAULT_RATE, "validation_loss") for title, contest in held.items()}
+    untuned = {title: kinds.ahead(c, AT_DEFAULT_RATE, JUDGED) for title, c in held.items()}
     lost = sum(diverged(contest, AT_DEFAULT_RATE, list(LOSSES)) for contest in held.values())
     return [
         Claim(
             DOCUMENT,
             f"{OURS} ends with a lower validation loss than tuned {ADAM} on at least five of six "
             "kinds of work",
-            f"on {sum(ahead.values())} of {len(held)}: {kinds.ends(held, OURS, "validation_loss")}",
+            f"on {sum(ahead.values())} of {len(held)}: {kinds.ends(held, OURS, JUDGED)}",
             judge(sum(ahead.values()) >= 5),
         ),
         Claim(
@@ -97,7 +98,7 @@ def _claims(held: Held) -> list[Claim]:
             f"untuned, with a peak of 0.01, it is ahead of tuned {ADAM} on at least three, and "
             "finite on all",
             f"on {sum(untuned.values())} of {len(held)}, with {lost:g} diverged runs: "
-            + kinds.ends(held, AT_DEFAULT_RATE, "validation_loss"),
+            + kinds.ends(held, AT_DEFAULT_RATE, JUDGED),
             judge(sum(untuned.values()) >= 3, lost == 0),
         ),
     ]

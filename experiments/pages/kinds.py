@@ -1,4 +1,4 @@
-"""What the pages share that compare optimizers on several kinds of work, with Adam as the measure."""
+"""What the pages that compare optimizers on several kinds of work share. Adam is the measure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,7 +83,9 @@ def behind(held: Held, metrics: Mapping[str, str], judged: str) -> list[str]:
         ]
         if where:
             words = metrics[judged]
-            lines.append(f"{name} ends with a higher {words} than tuned {ADAM}: {', '.join(where)}.")
+            lines.append(
+                f"{name} ends with a higher {words} than tuned {ADAM}: {', '.join(where)}."
+            )
     return lines
 
 

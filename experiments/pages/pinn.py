@@ -34,8 +34,8 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         [
             f"All rates rise for the first {WARM_UP:.0%} of the steps and then fall to zero as a "
             "cosine. The rate of an optimizer is the peak.",
-            f"{LBFGS} is Optax's with its line search. What stands for its rate is how many updates "
-            "it remembers. One of its steps evaluates loss and gradient several times.",
+            f"{LBFGS} is Optax's with its line search. What stands for its rate is how many "
+            "updates it remembers. One of its steps evaluates loss and gradient several times.",
             f"{AT_DEFAULT_RATE} has a peak of 0.01, for all parameters, and had no tuning runs. "
             f"{DEFAULTS}, is `cqjax.cadam` as it comes: constant at 0.01.",
             "The border's weight in the loss, "
@@ -88,12 +88,12 @@ def _summary(settings: Any, results: dict[str, Any]) -> str:
         "poisson: -Δu = 2π² sin(πx) sin(πy) on the unit square, by three layers of 64 tanh. "
         "burgers: u_t + u u_x = 0.03 u_xx from u = -sin(πx), by the same network. Loss: mean "
         "squared residual at all places inside, plus a multiple of the mean squared error at a "
-        "fourth as many places on the border. Error: the distance from the true field on a grid of "
-        f"{settings.side} by {settings.side} places, by the norm of this field. gan: "
-        f"a generator and a critic with a gradient penalty, of {MODES} clusters on a circle. Error: "
-        f"the 1-Wasserstein distance between {settings.evaluated} generated and as many true "
-        "points. tied: a character language model on Python's standard library, whose table of "
-        "embeddings is its last layer, too. Error: the cross-entropy of texts it has not seen. "
+        "fourth as many places on the border. Error: the distance from the true field on a grid "
+        f"of {settings.side} by {settings.side} places, by the norm of this field. gan: "
+        f"a generator and a critic with a gradient penalty, of {MODES} clusters on a circle. "
+        f"Error: the 1-Wasserstein distance between {settings.evaluated} generated and as many "
+        "true points. tied: a character language model on Python's standard library, whose table "
+        "of embeddings is its last layer, too. Error: the cross-entropy of texts it has not seen. "
         f"Steps and batch sizes: {lengths}. The networks are differentiated by {written}. "
         f"Each optimizer had {settings.tries} tuning runs of full length at rates half "
         f"a decade apart, and up to {settings.extensions} more, one at a time, while the best rate "
@@ -115,8 +115,8 @@ def _claims(held: Held) -> list[Claim]:
     sooner = {title: share(contest, OURS, "seconds") for title, contest in posed.items()}
     untuned = {title: ahead(contest, AT_DEFAULT_RATE, ERROR) for title, contest in held.items()}
     claims = {
-        f"on differential equations, {OURS} ends with at most {ERROR_BAR:g} of tuned {ADAM}'s error "
-        "after as many steps": (
+        f"on differential equations, {OURS} ends with at most {ERROR_BAR:g} of tuned {ADAM}'s "
+        "error after as many steps": (
             f"{_shares(parts)}: {kinds.ends(posed, OURS, ERROR)}",
             [part <= ERROR_BAR for part in parts.values()],
         ),

@@ -92,7 +92,7 @@ class Gan(NamedTuple):
         return loss_fn
 
     def distance(self, real: np.ndarray, noise: np.ndarray) -> Metric:
-        """The metric that is `wasserstein` between what is generated from some noise, and points."""
+        """The metric that is `wasserstein` between points and what is generated from noise."""
         generated = jax.jit(self.generated)
 
         def metric(params: Any, model_state: Any) -> float:

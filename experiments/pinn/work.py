@@ -102,8 +102,10 @@ def _solving(size: Size, kind: str) -> Work:
     model, rng = network(size), np.random.default_rng(0)
 
     def collocation() -> tuple[Split, LossFn]:
-        """Places, what their residuals should be, and the loss with its own places on the border."""
-        inside = Split(equation.inside(rng, number).astype(np.float32), np.zeros(number, np.float32))
+        """Places, what their residuals should be, and a loss with places on the border."""
+        inside = Split(
+            equation.inside(rng, number).astype(np.float32), np.zeros(number, np.float32)
+        )
         border = equation.border(rng, number // 4).astype(np.float32)
         return inside, equations.loss(model, equation, size.mode, border, weight)
 
