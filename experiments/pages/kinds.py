@@ -176,19 +176,30 @@ def draw(settings: Any, held: Held, metric: str, words: str, highest: float) -> 
       highest: What is more than so many times the target is not drawn.
     """
     columns = min(3, len(held)) if len(held) != 4 else 2
+    names = dict.fromkeys(name for contest in held.values() for name in contest["entrants"])
+    drawn = sorted(names.keys() - {DEFAULTS}, key=lambda name: (name != OURS, [*names].index(name)))
     for file in ("steps", "seconds"):
         figure, axes = drawing.panels(-(-len(held) // columns), columns, (4.2, 3.6))
         for panel, (title, contest) in zip(axes, held.items(), strict=False):
-            _draw(panel, contest, file, metric, highest)
+            _draw(panel, contest, drawn, file, metric, highest)
             panel.set(title=title, xlabel=file, ylabel=f"{words} (log scale)", xlim=(0, None))
-        axes[columns - 1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+        most = max(axes, key=lambda panel: len(panel.get_lines()))
+        axes[columns - 1].legend(
+            handles=most.get_lines()[:-1],
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            fontsize="small",
+        )
         drawing.save(figure, settings.output / f"{file}.png")
 
 
-def _draw(axes: Any, contest: Contest, by: str, metric: str, highest: float) -> None:
-    """Draw the curves of a contest, without the first step."""
-    names = [name for name in contest["entrants"] if name != DEFAULTS]
-    for number, name in enumerate(sorted(names, key=lambda name: name != OURS)):
+def _draw(
+    axes: Any, contest: Contest, names: Sequence[str], by: str, metric: str, highest: float
+) -> None:
+    """Draw the curves of a contest without the first step; each name has its style everywhere."""
+    for number, name in enumerate(names):
+        if name not in contest["entrants"]:
+            continue
         steps, _, values = curves(contest, name, metric)
         runs = contest["entrants"][name]["runs"]
         seconds = np.array([run["history"]["metrics"][metric]["seconds"] for run in runs])
