@@ -81,8 +81,9 @@ def _summary(settings: Any, results: dict[str, Any]) -> str:
         for title, c in results["contests"].items()
     )
     written = {
-        "reverse": "`jax.grad` and `jax.hessian`: each weight is used forwards and backwards",
-        "forward": "`jax.jvp`: each weight is used forwards alone, but the text's table both ways",
+        "reverse": "`jax.grad`: each of their weights is used forwards and backwards",
+        "forward": "`jax.jvp`: each of their weights is used forwards alone, except for "
+        "the text's table",
     }[settings.mode]
     return (
         "poisson: -Δu = 2π² sin(πx) sin(πy) on the unit square, by three layers of 64 tanh. "

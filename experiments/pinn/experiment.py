@@ -52,8 +52,8 @@ class Pinn(Contests):
     kinds: tuple[Literal["poisson", "burgers", "gan", "tied"], ...] = KINDS
     """The kinds of work."""
     mode: Literal["reverse", "forward"] = "reverse"
-    """How the losses differentiate networks: by jax.grad and jax.hessian, which use weights
-    backwards, too; or by jax.jvp, which uses them forwards alone. The values are the same."""
+    """How the losses differentiate networks: by jax.grad, which uses weights backwards, too; or by
+    jax.jvp, which uses them forwards alone. The values are the same."""
     extensions: int | None = None
     """While the best rate is at the edge of those tried, try one more beyond it, up to so many."""
     length: float | None = None

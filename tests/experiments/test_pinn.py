@@ -43,7 +43,7 @@ def test_the_page_and_the_figures(ran):
     content, page, folder, printed = ran
     check_page(content, page, claims=4)
     assert all(claim["holds"] == "open" for claim in content["claims"])
-    assert "`jax.jvp`: each weight is used forwards alone" in page
+    assert "`jax.jvp`: each of their weights is used forwards alone" in page
     for file in ("steps.png", "seconds.png"):
         check_figure(folder / file, panels=2)
     assert list(content["results"]["fields"]) == ["poisson"]

@@ -105,6 +105,17 @@ def test_the_loss_is_that_of_finite_differences(equation, float64):
     assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_laplacian_is_the_trace_of_the_hessian(float64):
+    def u(place):
+        return jnp.sin(2 * place[0]) * jnp.exp(place[0] * place[1])
+
+    place = jnp.array([0.3, 0.7])
+    source = 2 * np.pi**2 * np.sin(np.pi * 0.3) * np.sin(np.pi * 0.7)
+    expected = jnp.trace(jax.hessian(u)(place)) + source
+    for mode in ("reverse", "forward"):
+        np.testing.assert_allclose(POISSON.residuals[mode](u, place), expected, rtol=1e-12)
+
+
 def test_poissons_solution_solves_it():
     x, y = np.random.default_rng(0).uniform(size=(2, 50))
     h = 1e-3
