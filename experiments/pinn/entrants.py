@@ -16,18 +16,21 @@ from experiments.training import State, Step
 LBFGS = "L-BFGS"
 
 
-def everyone(work: Work, grids: Mapping[str, Sequence[float]]) -> list[Entrant]:
+def everyone(
+    work: Work, grids: Mapping[str, Sequence[float]], dampings: Sequence[float]
+) -> list[Entrant]:
     """All entrants, Adam first.
 
     Args:
       work: What they learn.
       grids: The rates that are tried at first for each that takes part, by its option's name. Of
         L-BFGS, whose line search finds the rates, the numbers of updates to remember.
+      dampings: Relative dampings with which C-Adam takes part once more.
 
     Returns:
       The entrants.
     """
-    adam, *others = entrants.everyone(work, grids)
+    adam, *others = entrants.everyone(work, grids, dampings)
     assert adam.name == ADAM
     if "lbfgs" not in grids:
         return [adam, *others]

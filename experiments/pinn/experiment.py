@@ -3,7 +3,8 @@
 The page is `experiments.pages.pinn`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from experiments.data import Dataset, Split
 from experiments.everyday.entrants import ADAM, OURS
 from experiments.experiment import Contests
 from experiments.pinn import entrants
-from experiments.pinn.work import ALL, POSED, Size, network, pace
+from experiments.pinn.work import ALL, POSED, Size, pace
 from experiments.training import State, shuffled_batches, train
 
 KINDS = ("poisson", "burgers", "gan", "tied")
@@ -48,6 +49,7 @@ class Pinn(Contests):
         characters=(20_000, 1_500_000, 10_000_000),
         side=(11, 51, 101),
         evaluated=(64, 512, 1024),
+        dampings=((), (0.01,), (0.01,)),
     )
     kinds: tuple[Literal["poisson", "burgers", "gan", "tied"], ...] = KINDS
     """The kinds of work."""
@@ -66,6 +68,8 @@ class Pinn(Contests):
     """Rows and columns of the grid on which a solution is tested."""
     evaluated: int | None = None
     """Compare so many points of the GAN. Texts: a sixteenth."""
+    dampings: tuple[float, ...] | None = None
+    """Let C-Adam take part once more with each of these relative dampings."""
     adam_rates: tuple[float, ...] = (3e-3, 1e-3, 1e-2)
     """Learning rates to try for Adam at first."""
     csgd_rates: tuple[float, ...] = (0.1, 0.03, 0.3)
@@ -88,6 +92,7 @@ class Pinn(Contests):
         options.require(self, options.AT_LEAST_ONE, "lbfgs_memories")
         options.require(self, options.LENGTH, "length")
         options.require(self, options.COUNT, "extensions")
+        options.require(self, options.POSITIVE, "dampings")
         options.require_distinct(self, "kinds")
         self.require_rates("adam", "csgd", "cadam")
         tries = self.tries or self.presets[self.preset]["tries"]
@@ -95,7 +100,7 @@ class Pinn(Contests):
 
     def load(self, console: Console) -> Dataset:
         """What the first kind of work learns from: all of it is made here, from fixed seeds."""
-        parts = ALL[self.kinds[0]](self._size()).task.parts
+        parts = _contest(self, self.kinds[0])[0].parts
         return Dataset(", ".join(self.kinds), "made by the program", parts.train, parts.test)
 
     def contests(self, dataset: Dataset) -> dict[str, tuple[Task, list[Entrant]]]:
@@ -107,13 +112,7 @@ class Pinn(Contests):
         Returns:
           By kind, what is learnt, and who takes part.
         """
-        works = {kind: ALL[kind](self._size()) for kind in self.kinds}
-        few = {name: self.rates(name) for name in ("adam", "cadam")}
-        all_ = few | {"csgd": self.rates("csgd"), "lbfgs": self.lbfgs_memories[: self.tries]}
-        return {
-            kind: (work.task, entrants.everyone(work, all_ if kind in POSED else few))
-            for kind, work in works.items()
-        }
+        return {kind: _contest(self, kind) for kind in self.kinds}
 
     def effort(self, title: str, train: Split) -> Effort:
         """How much is done for each entrant of a contest. A tuning run is a whole run."""
@@ -135,16 +134,14 @@ class Pinn(Contests):
         """
         results = super().hold(console, dataset)
         posed = [kind for kind in self.kinds if kind in POSED]
-        return results | {"fields": {kind: self._fields(kind, results, dataset) for kind in posed}}
+        return results | {"fields": {kind: self._fields(kind, results) for kind in posed}}
 
-    def _fields(
-        self, kind: str, results: dict[str, Any], dataset: Dataset
-    ) -> dict[str, list[float]]:
+    def _fields(self, kind: str, results: dict[str, Any]) -> dict[str, list[float]]:
         """Repeats two runs, for the sake of their last parameters."""
         equation, contest = POSED[kind].equation, results["contests"][kind]
         places = equation.grid(SIDE)
         fields = {"true": equation.solution(places).tolist()}
-        task, who = replace(self, kinds=(kind,)).contests(dataset)[kind]
+        task, who = _contest(self, kind)
         takes_part = {entrant.name: entrant for entrant in who}
         examples = tuple(map(jnp.asarray, task.parts.train))
         seed, steps = self.seed + 1, contest["effort"]["steps"]
@@ -155,9 +152,19 @@ class Pinn(Contests):
             params, model_state = task.start(seed)
             state = State(params, model_state, optimizer.init(params))
             state, _ = train(step, state, examples, batches, {}, lambda *_: None)
-            values = network(self._size()).apply({"params": state.params}, places)
+            values = task.model.apply({"params": state.params}, places)
             fields[name] = np.asarray(values, float).tolist()
         return fields
 
-    def _size(self) -> Size:
-        return Size(**{field: getattr(self, field) for field in Size._fields})
+
+@cache
+def _contest(settings: Pinn, kind: str) -> tuple[Task, list[Entrant]]:
+    """What is learnt, and who takes part, always with the same steps: they are compiled once."""
+    assert settings.dampings is not None
+    work = ALL[kind](Size(**{field: getattr(settings, field) for field in Size._fields}))
+    grids = {name: settings.rates(name) for name in ("adam", "cadam")}
+    if kind in POSED:
+        memories = settings.lbfgs_memories[: settings.tries]
+        grids |= {"csgd": settings.rates("csgd"), "lbfgs": memories}
+    everyone = entrants.everyone(work, grids, settings.dampings)
+    return work.task, [one.with_cached_steps() for one in everyone]

@@ -71,11 +71,6 @@ def pace(kind: str, length: float) -> Pace:
     return usual._replace(steps=max(2, round(length * usual.steps)))
 
 
-def network(size: Size) -> Network:
-    """The network that solves the equations."""
-    return Network(64 // size.narrower)
-
-
 def relative_error(model: Any, places: np.ndarray, values: np.ndarray) -> Metric:
     """The metric that is the distance of a network's values from some, by the norm of these."""
     field = jax.jit(lambda params: model.apply({"params": params}, places))
@@ -99,7 +94,7 @@ def burgers(size: Size) -> Work:
 
 def _solving(size: Size, kind: str) -> Work:
     equation, number, weight = POSED[kind]
-    model, rng = network(size), np.random.default_rng(0)
+    model, rng = Network(64 // size.narrower), np.random.default_rng(0)
 
     def collocation() -> tuple[Split, LossFn]:
         """Places, what their residuals should be, and a loss with places on the border."""

@@ -74,6 +74,7 @@ def outcome(error, share, untuned):
         "Adam": entrant(1.0, 100, "baseline"),
         "L-BFGS": entrant(0.4, 20, "other"),
         "C-Adam": entrant(error, 100 * share, "ours"),
+        "C-Adam, 0.01": entrant(error / 2, 50 * share, "ours"),
         "C-Adam, untuned": entrant(untuned, 100, "untuned"),
     }
     return {
@@ -87,9 +88,9 @@ def outcome(error, share, untuned):
 @pytest.mark.parametrize(
     ("posed", "share", "others", "untuned", "verdicts"),
     [
-        ((0.5, 0.2), 0.9, 0.9, 0.9, ["yes", "yes", "yes", "yes"]),
-        ((0.5, 0.6), 1.0, 1.1, 1.1, ["partly", "no", "no", "no"]),
-        ((0.6, 0.9), 1.5, 0.9, 0.9, ["no", "no", "yes", "yes"]),
+        ((0.5, 0.2), 0.9, 0.9, 0.9, ["yes"] * 6),
+        ((0.5, 0.6), 1.0, 1.1, 1.1, ["partly", "no", "yes", "yes", "no", "no"]),
+        ((0.6, 0.9), 1.1, 0.9, 0.9, ["no", "no", "yes", "yes", "yes", "yes"]),
     ],
 )
 def test_verdicts(posed, share, others, untuned, verdicts):
