@@ -35,7 +35,7 @@ class Work(NamedTuple):
     task: Task
     loss_fn: LossFn
     pace: Pace
-    rule: Mapping[str, float] = {}
+    rule: Mapping[str, Any] = {}
     """Settings of Adam's rule, for all who have one. The default is Optax's."""
 
     @property

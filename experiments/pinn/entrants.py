@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from experiments.classification import LossFn
@@ -56,6 +57,8 @@ def searching_step(loss_fn: LossFn, optimizer: Any) -> Step:
         updates, opt_state = optimizer.update(
             grads, opt_state, params, value=value, grad=grads, value_fn=value_fn
         )
-        return State(optax.apply_updates(params, updates), model_state, opt_state), value
+        return State(optax.apply_updates(params, updates), model_state, opt_state), jnp.asarray(
+            value
+        )
 
     return step

@@ -49,7 +49,6 @@ class Pinn(Contests):
         characters=(20_000, 1_500_000, 10_000_000),
         side=(11, 51, 101),
         evaluated=(64, 512, 1024),
-        dampings=((), (0.01,), (0.01,)),
     )
     kinds: tuple[Literal["poisson", "burgers", "gan", "tied"], ...] = KINDS
     """The kinds of work."""
@@ -68,7 +67,7 @@ class Pinn(Contests):
     """Rows and columns of the grid on which a solution is tested."""
     evaluated: int | None = None
     """Compare so many points of the GAN. Texts: a sixteenth."""
-    dampings: tuple[float, ...] | None = None
+    dampings: tuple[float, ...] = ()
     """Let C-Adam take part once more with each of these relative dampings."""
     adam_rates: tuple[float, ...] = (3e-3, 1e-3, 1e-2)
     """Learning rates to try for Adam at first."""
@@ -143,7 +142,8 @@ class Pinn(Contests):
         fields = {"true": equation.solution(places).tolist()}
         task, who = _contest(self, kind)
         takes_part = {entrant.name: entrant for entrant in who}
-        examples = tuple(map(jnp.asarray, task.parts.train))
+        places_inside, targets = task.parts.train
+        examples = jnp.asarray(places_inside), jnp.asarray(targets)
         seed, steps = self.seed + 1, contest["effort"]["steps"]
         batches = shuffled_batches(seed, len(examples[1]), len(examples[1]), steps)
         for name in (ADAM, OURS):
@@ -160,7 +160,6 @@ class Pinn(Contests):
 @cache
 def _contest(settings: Pinn, kind: str) -> tuple[Task, list[Entrant]]:
     """What is learnt, and who takes part, always with the same steps: they are compiled once."""
-    assert settings.dampings is not None
     work = ALL[kind](Size(**{field: getattr(settings, field) for field in Size._fields}))
     grids = {name: settings.rates(name) for name in ("adam", "cadam")}
     if kind in POSED:

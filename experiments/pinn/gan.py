@@ -108,7 +108,8 @@ def wasserstein(a: np.ndarray, b: np.ndarray) -> float:
     """
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.inf
-    ways = np.linalg.norm(np.float64(a)[:, None] - np.float64(b)[None], axis=-1)
+    apart = a[:, None].astype(np.float64) - b[None]
+    ways = np.linalg.norm(apart, axis=-1)
     return float(ways[linear_sum_assignment(ways)].mean())
 
 
