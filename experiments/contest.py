@@ -68,6 +68,8 @@ class Entrant(NamedTuple):
     It has the same number of images."""
     given: Sequence[str] = ()
     """The entrants before it whose rates it is told."""
+    extended: bool = True
+    """Whether its grid is extended, if the effort has extensions."""
 
     def with_cached_steps(self) -> "Entrant":
         """The same, but it returns the same step each time for a rate: it is compiled once."""
@@ -171,7 +173,8 @@ def hold(
     for entrant in entrants:
         name, tried = entrant.name, []
         further = () if entrant.role == "untuned" else entrant.rates
-        while further and len(tried) < len(entrant.rates) + effort.extensions:
+        most = len(entrant.rates) + effort.extensions * entrant.extended
+        while further and len(tried) < most:
             if tried:
                 runs.expect_another()
             tried += [(rate, run(entrant, rate, effort.seed, True)) for rate in further]

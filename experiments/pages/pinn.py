@@ -36,7 +36,8 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             f"All rates rise for the first {WARM_UP:.0%} of the steps and then fall to zero as a "
             "cosine. The rate of an optimizer is the peak.",
             f"{LBFGS} is Optax's with its line search. What stands for its rate is how many "
-            "updates it remembers. One of its steps evaluates loss and gradient several times.",
+            "updates it remembers; that grid is not extended. One of its steps evaluates loss and "
+            "gradient several times.",
             f"A number after the name {OURS} is its relative damping, instead of 0.1.",
             f"{AT_DEFAULT_RATE} has a peak of 0.01, for all parameters, and had no tuning runs. "
             f"{DEFAULTS}, is `cqjax.cadam` as it comes: constant at 0.01.",
