@@ -23,6 +23,7 @@ from experiments.locks import InUseError, claimed
 from experiments.loss_surface import LossSurface
 from experiments.mlp import Mlp
 from experiments.output_paths import OutputPaths
+from experiments.pinn.experiment import Pinn
 from experiments.quickstart import Quickstart
 from experiments.rates import Rates
 from experiments.resnet20 import Resnet20
@@ -41,6 +42,7 @@ EXPERIMENTS = {
     "conjugate_gradient": ConjugateGradient,
     "everyday": Everyday,
     "kept": Kept,
+    "pinn": Pinn,
     "bench": Bench,
     "index": Index,
 }

@@ -39,13 +39,16 @@ class Task(NamedTuple):
     augment: Augment | None = None
     """What is done to each batch's images."""
     watched: Mapping[str, Metric] = {}
-    """Further metrics that are evaluated during a run."""
+    """Further metrics that are evaluated during a run. Those named train_loss, validation_loss or
+    as the score are taken instead of the means over examples."""
     losses: Each = cross_entropies
     """The loss is the mean of these."""
     score: str = "test_accuracy"
     """Name of the metric on the test examples."""
     scores: Each = correct
     """The score is the mean of these."""
+    goal: str = "train_loss"
+    """Name of the metric that is to become as low as the best baseline's is in the end."""
 
 
 class Entrant(NamedTuple):
@@ -65,6 +68,8 @@ class Entrant(NamedTuple):
     It has the same number of images."""
     given: Sequence[str] = ()
     """The entrants before it whose rates it is told."""
+    extended: bool = True
+    """Whether its grid is extended, if the effort has extensions."""
 
     def with_cached_steps(self) -> "Entrant":
         """The same, but it returns the same step each time for a rate: it is compiled once."""
@@ -124,7 +129,7 @@ def hold(
     lowest validation loss wins. A loss that is not a number loses. All grids are extended by the
     same rule (`effort.extensions`). Then, at each seed, all entrants
     start from the same weights and see the same batches. The target is the lowest final training
-    loss of the baselines, in the median over the seeds.
+    loss of the baselines, or what else the task has for its goal, in the median over the seeds.
 
     Args:
       runs: Makes the training runs, and shows their progress.
@@ -168,7 +173,8 @@ def hold(
     for entrant in entrants:
         name, tried = entrant.name, []
         further = () if entrant.role == "untuned" else entrant.rates
-        while further and len(tried) < len(entrant.rates) + effort.extensions:
+        most = len(entrant.rates) + effort.extensions * entrant.extended
+        while further and len(tried) < most:
             if tried:
                 runs.expect_another()
             tried += [(rate, run(entrant, rate, effort.seed, True)) for rate in further]
@@ -186,12 +192,13 @@ def hold(
         best = min(variants, key=lambda entrant: min(map(_loss, tuned[entrant.name])))
         ran[best.name] = [run(best, rates[best.name], seed, False) for seed in seeds]
     baselines = [entrant.name for entrant in entrants if entrant.role == "baseline"]
-    target = _target({name: ran[name] for name in baselines})
+    target = _target({name: ran[name] for name in baselines}, task.goal)
 
     def results(name: str) -> dict[str, Any]:
         its = tasks[name]
         runs = [
-            {"seed": seed, **history.summary(), "to_target": reached(history, target, its.score)}
+            {"seed": seed, **history.summary()}
+            | {"to_target": reached(history, target, its.score, task.goal)}
             for seed, history in zip(seeds, ran.get(name, ()), strict=name in ran)
         ]
         return {"tuning": _tuning(tuned[name]), "rate": rates[name]} | (
@@ -230,10 +237,13 @@ def _loss(tried: tuple[float, History]) -> float:
 
 
 def reached(
-    history: History, target: Mapping[str, Any], score: str = "test_accuracy"
+    history: History,
+    target: Mapping[str, Any],
+    score: str = "test_accuracy",
+    goal: str = "train_loss",
 ) -> dict[str, float] | None:
-    """The first evaluation with a training loss not above the target's, if there is one."""
-    first = history.metrics["train_loss"].first_at_most(target["train_loss"])
+    """The first evaluation at which the goal's metric is not above the target, if there is one."""
+    first = history.metrics[goal].first_at_most(target[goal])
     if first is None:
         return None
     step, seconds = first
@@ -246,14 +256,14 @@ def reached(
     }
 
 
-def _target(ran: Mapping[str, Sequence[History]]) -> dict[str, Any]:
-    """The entrant with the lowest final training loss in the median, and this loss."""
-    losses = {
-        name: median([history.last("train_loss") for history in histories])
+def _target(ran: Mapping[str, Sequence[History]], goal: str) -> dict[str, Any]:
+    """The entrant with the lowest final value of a metric in the median, and this value."""
+    ends = {
+        name: median([history.last(goal) for history in histories])
         for name, histories in ran.items()
     }
-    best = min(losses, key=losses.__getitem__)
-    return {"entrant": best, "train_loss": losses[best]}
+    best = min(ends, key=ends.__getitem__)
+    return {"entrant": best, goal: ends[best]}
 
 
 def _tuning(tried: Sequence[tuple[float, History]]) -> list[dict[str, float]]:
@@ -273,11 +283,11 @@ def _evaluation(task: Task, measured: int) -> tuple[Any, dict[str, Metric], dict
     """The training images and labels; the metrics of tuning runs; the metrics of the others."""
     (images, labels), validation, test = task.parts
     model, losses = task.model, task.losses
-    validating = {"validation_loss": mean_of(model, losses, *validation)}
     evaluating = {
         "train_loss": mean_of(model, losses, images[:measured], labels[:measured]),
-        **validating,
+        "validation_loss": mean_of(model, losses, *validation),
         task.score: mean_of(model, task.scores, *test),
         **task.watched,
     }
+    validating = {"validation_loss": evaluating["validation_loss"]}
     return (jnp.asarray(images), jnp.asarray(labels)), validating, evaluating

@@ -81,19 +81,11 @@ class Contests(Experiment):
     preset: options.Preset = "cpu"
     """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. The preset
     sets the options below that are not given."""
-    dataset: data.AnyName | None = None
-    """The data set: digits for smoke, CIFAR-10 for the other presets."""
     tries: int | None = None
     """Number of tuning runs of each optimizer. They take the first of its learning rates."""
     seeds: int | None = None
     """Number of runs of each optimizer at its best rate. Tuning runs have the seed --seed, these
     runs the seeds after it."""
-    measured: int | None = None
-    """The training loss is measured on the first so many training images."""
-    data_dir: Path | None = None
-    """Folder of the data set's official files."""
-    download: bool = False
-    """Fetch the data set if it is not found, into --data-dir or the cache."""
 
     def __post_init__(self):
         """Refuse values that cannot be meant.
@@ -102,7 +94,7 @@ class Contests(Experiment):
           ValueError: If there is one; the message names the option.
         """
         super().__post_init__()
-        options.require(self, options.AT_LEAST_ONE, "tries", "seeds", "measured")
+        options.require(self, options.AT_LEAST_ONE, "tries", "seeds")
 
     def require_rates(self, *optimizers: str) -> None:
         """Refuse learning rates of these optimizers that are bad, or fewer than the tuning runs.
@@ -123,15 +115,23 @@ class Contests(Experiment):
         """The learning rates that are tried for an optimizer."""
         return getattr(self, f"{optimizer}_rates")[: self.tries]
 
-    def prepared(self, dataset: Dataset) -> Dataset:
-        """The data set as the experiment uses it."""
-        return dataset
+    def load(self, console: Console) -> Dataset:
+        """The data that all contests have in common.
+
+        Args:
+          console: Where to print what they are.
+
+        Raises:
+          DataError: If there are none, or their files are bad.
+          NotImplementedError: Each experiment has its own.
+        """
+        raise NotImplementedError
 
     def contests(self, dataset: Dataset) -> Mapping[str, tuple[Task, Sequence[Entrant]]]:
         """The contests by title: what is learnt, and who takes part.
 
         Args:
-          dataset: The data set, `prepared`.
+          dataset: What `load` returned.
 
         Raises:
           NotImplementedError: Each experiment has its own.
@@ -158,10 +158,7 @@ class Contests(Experiment):
           ResumeError: If an earlier session cannot be resumed.
         """
         console, settings = Console(), self.filled()
-        assert settings.dataset
-        dataset = data.load(settings.dataset, self.data_dir, self.download)
-        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
-        results = settings.hold(console, settings.prepared(dataset))
+        results = settings.hold(console, settings.load(console))
         publish(self.name, self, settings, results, console)
 
     def hold(self, console: Console, dataset: Dataset) -> dict[str, Any]:
@@ -169,7 +166,7 @@ class Contests(Experiment):
 
         Args:
           console: Where to draw the progress.
-          dataset: The data set, `prepared`.
+          dataset: What `load` returned.
 
         Returns:
           The summary of the data set. For each contest, what `pipeline.measure` and
@@ -204,7 +201,45 @@ class Contests(Experiment):
 
 
 @dataclass(frozen=True)
-class Contest(Contests):
+class OnImages(Contests):
+    """Contests that learn from a data set of images."""
+
+    dataset: data.AnyName | None = None
+    """The data set: digits for smoke, CIFAR-10 for the other presets."""
+    measured: int | None = None
+    """The training loss is measured on the first so many training images."""
+    data_dir: Path | None = None
+    """Folder of the data set's official files."""
+    download: bool = False
+    """Fetch the data set if it is not found, into --data-dir or the cache."""
+
+    def __post_init__(self):
+        """Refuse values that cannot be meant.
+
+        Raises:
+          ValueError: If there is one; the message names the option.
+        """
+        super().__post_init__()
+        options.require(self, options.AT_LEAST_ONE, "measured")
+
+    def prepared(self, dataset: Dataset) -> Dataset:
+        """The data set as the experiment uses it."""
+        return dataset
+
+    def load(self, console: Console) -> Dataset:
+        """The data set, `prepared`.
+
+        Raises:
+          DataError: If there is no such data set, or its files are bad.
+        """
+        assert self.dataset
+        dataset = data.load(self.dataset, self.data_dir, self.download)
+        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
+        return self.prepared(dataset)
+
+
+@dataclass(frozen=True)
+class Contest(OnImages):
     """Contests in which all learn from the same images for as many epochs."""
 
     epochs: float | None = None

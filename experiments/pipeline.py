@@ -53,9 +53,9 @@ def measure(
         """A compiled step. Each call takes the next step."""
         optimizer, step = entrant.at(entrant.rates[0])
         augment = task.augment if batch is fetched else None
-        start = (entrant.task or task).start(seed)
-        params, model_state = jax.tree.map(jnp.copy, start)  # the step donates its buffers
+        params, model_state = (entrant.task or task).start(seed)
         state = State(params, model_state, optimizer.init(params))
+        state = jax.tree.map(jnp.copy, state)  # the step donates its buffers, each once
         function = fetching(step, augment) if batch is fetched else step
         program, _ = compiled((step, augment), function, state, *batch())
 

@@ -66,16 +66,18 @@ def everyone(
         return [Entrant(name, lambda *rates: (at(*rates), step), grids[option], role, given=given)]
 
     def cadam(**options: Any) -> Make:
-        return lambda rate, others: cqjax.cadam(rate, uncovered_learning_rate=others, **options)
+        all_ = {**work.rule, **options}
+        return lambda rate, others: cqjax.cadam(rate, uncovered_learning_rate=others, **all_)
 
-    (tuned,), untuned = entrant(OURS, "cadam", "ours", cadam(), ADAM), cqjax.cadam()
+    (tuned,) = entrant(OURS, "cadam", "ours", cadam(), ADAM)
+    untuned = cqjax.cadam(**work.rule)
     its_step = capturing_step(work.loss_fn, untuned, terms=work.terms)
     damped = (
         entrant(f"{OURS}, {damping:g}", "cadam", "ours", cadam(relative_damping=damping), ADAM)
         for damping in dampings
     )
     return [
-        *entrant(ADAM, "adam", "baseline", lambda rate, _: optax.adam(rate)),
+        *entrant(ADAM, "adam", "baseline", lambda rate, _: optax.adam(rate, **work.rule)),
         *entrant("Nesterov", "nesterov", "other", lambda rate, _: optax.sgd(rate, 0.9, True)),
         *entrant("Muon", "muon", "other", muon, ADAM),
         *entrant("C-SGD", "csgd", "ours", lambda rate, _: cqjax.csgd(rate)),

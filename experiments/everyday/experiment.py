@@ -12,14 +12,14 @@ from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.everyday import entrants
 from experiments.everyday.work import ALL, Size, examples, pace
-from experiments.experiment import Contests
+from experiments.experiment import OnImages
 
 KINDS = ("language", "autoencoder", "cnn", "coordinates", "tabular", "mlp")
 TUNED = ("adam", "nesterov", "muon", "csgd", "cnesterov", "cmuon", "cadam")
 
 
 @dataclass(frozen=True)
-class Everyday(Contests):
+class Everyday(OnImages):
     """Train six everyday networks by Adam, Nesterov, Muon and this library's optimizers.
 
     A language model, an autoencoder, a convolutional network, a coordinate network, a table and a

@@ -19,6 +19,8 @@ class Language(nn.Module):
     width: int = 64
     blocks: int = 2
     heads: int = 4
+    tied: bool = False
+    """Whether the table of the symbols' embeddings is the last layer, too."""
 
     @nn.compact
     def __call__(self, symbols: jax.Array) -> jax.Array:
@@ -26,10 +28,12 @@ class Language(nn.Module):
         positions = self.param(
             "positions", nn.initializers.normal(0.02), (symbols.shape[-1], self.width)
         )
-        x = nn.Embed(self.symbols, self.width)(symbols) + positions
+        embed = nn.Embed(self.symbols, self.width)
+        x = embed(symbols) + positions
         for _ in range(self.blocks):
             x = TransformerBlock(self.heads, causal=True)(x)
-        return nn.Dense(self.symbols, name=HEAD)(nn.LayerNorm()(x))
+        x = nn.LayerNorm()(x)
+        return embed.attend(x) if self.tied else nn.Dense(self.symbols, name=HEAD)(x)
 
 
 class Autoencoder(nn.Module):

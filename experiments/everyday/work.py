@@ -1,6 +1,6 @@
 """The six kinds of work: what is learnt, by which network and loss, and for how long."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,8 @@ class Work(NamedTuple):
     task: Task
     loss_fn: LossFn
     pace: Pace
+    rule: Mapping[str, Any] = {}
+    """Settings of Adam's rule, for all who have one. The default is Optax's."""
 
     @property
     def terms(self) -> int:

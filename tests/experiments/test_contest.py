@@ -283,3 +283,22 @@ def test_the_last_tenth_is_held_out():
     np.testing.assert_array_equal(parts.validation.labels, np.arange(37, 41))
     np.testing.assert_array_equal(parts.validation.images, dataset.train.images[37:])
     assert parts.test is dataset.test
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_a_grid_may_stay_as_it_is(extended):
+    """The best of 0.1 and 0.2 is at the edge; the next half decade beyond 0.2 is 1."""
+    tuning = {("A", rate): 1 / rate for rate in (0.1, 0.2, 1.0)}
+    runs = Runs(tuning, {"A": iter(FINAL["A"])})
+    task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}))
+    hold(runs, "", task, [entrant("A")._replace(extended=extended)], EFFORT._replace(extensions=1))
+    tried = [call.at[1] for call in runs.calls if call.at_end]
+    assert tried == ([0.1, 0.2, 1.0] if extended else [0.1, 0.2])
+
+
+def test_the_goal_may_be_another_metric():
+    task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}), goal="validation_loss")
+    tuning = {("A", rate): rate for rate in (0.1, 0.2)}
+    held = hold(Runs(tuning, {"A": iter(FINAL["A"])}), "", task, [entrant("A")], EFFORT)
+    assert held["target"] == {"entrant": "A", "validation_loss": 1.0}
+    assert all(run["to_target"]["step"] == 0 for run in held["entrants"]["A"]["runs"])
