@@ -17,7 +17,7 @@ import numpy as np
 
 from cqjax.program.divisors import Mask
 from cqjax.program.jaxprs import Equation
-from cqjax.program.steps import Kind, Program, Step, differentiable
+from cqjax.program.steps import Kind, Program, Step, differentiable, differentiated
 
 Live = Any
 """True where all entries count, else whether each does: a boolean array with the variable's axes,
@@ -49,7 +49,7 @@ class _Walk:
         self._masks = {(mask.result, mask.operand): mask for mask in masks}
         self._values = values
         self._writers = {n: step for step in program.steps for n in step.writes}
-        needed = program.needed(program.outputs[:1], differentiable)
+        needed = program.needed(program.outputs[:1], differentiated)
         self.found: dict[int, Live] = {program.outputs[0]: True}
         for step in reversed(program.steps):
             results = [self.found.get(n) if n in needed else None for n in step.writes]

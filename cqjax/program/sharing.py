@@ -1,10 +1,10 @@
 """Which products have rows that all examples share: positions, class tokens, prototypes."""
 
 import dataclasses
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 from cqjax.program.sites import Site
-from cqjax.program.steps import Kind, Program, Step, differentiable
+from cqjax.program.steps import Kind, Program, Step, differentiated
 
 
 def with_sharing(
@@ -26,10 +26,11 @@ def with_sharing(
         return sites
     dependent = program.dependent(batch)
 
-    def passes(step: Step) -> bool:
-        return differentiable(step) and not _repeats(step, dependent, examples)
+    def unrepeated(step: Step, i: int) -> Sequence[int]:
+        repeated = _repeated(step, dependent, examples)
+        return [n for n in differentiated(step, i) if n not in repeated]
 
-    alone = program.needed(program.outputs[:1], passes)
+    alone = program.needed(program.outputs[:1], unrepeated)
     reads = {step.position: step for step in program.steps if step.kind is Kind.EQUATION}
 
     def shared(site: Site) -> bool:
@@ -39,11 +40,11 @@ def with_sharing(
     return tuple(dataclasses.replace(site, shared=shared(site)) for site in sites)
 
 
-def _repeats(step: Step, dependent: Set[int], examples: int) -> bool:
-    """Whether an equation uses what it reads once for each example."""
+def _repeated(step: Step, dependent: Set[int], examples: int) -> Set[int]:
+    """Those variables that an equation reads and uses once for each example."""
     equation = step.equation
     if step.kind is not Kind.EQUATION or not equation.inputs:
-        return False
+        return frozenset()
     if equation.primitive.name == "broadcast_in_dim":
         (operand, *_), (result,) = equation.inputs, equation.outputs
         kept = {
@@ -53,19 +54,22 @@ def _repeats(step: Step, dependent: Set[int], examples: int) -> bool:
             )
             if result.shape[axis] == size
         }
-        return any(n == examples and a not in kept for a, n in enumerate(result.shape))
+        repeats = any(n == examples and a not in kept for a, n in enumerate(result.shape))
+        return frozenset(step.reads if repeats else ())
     if equation.pointwise:  # an axis of length 1 is repeated
         (result, *_) = equation.outputs
-        return any(
-            number not in dependent
+        return frozenset(
+            number
+            for number, aval in zip(step.reads, equation.inputs, strict=True)
+            if number not in dependent
             and len(aval.shape) == len(result.shape)
             and any(m != n == examples for m, n in zip(aval.shape, result.shape, strict=True))
-            for number, aval in zip(step.reads, equation.inputs, strict=True)
         )
     if equation.primitive.name == "dot_general":
         owns = [n in dependent for n in step.reads]
         if owns[0] != owns[1]:
             shape = equation.inputs[owns.index(False)].shape
             # As many rows as examples, or a multiple, may be the examples' own.
-            return bool(shape) and shape[0] % examples != 0
-    return False
+            if shape and shape[0] % examples != 0:
+                return {step.reads[owns.index(False)]}
+    return frozenset()

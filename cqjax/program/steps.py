@@ -92,23 +92,23 @@ class Program(NamedTuple):
     literals: Mapping[Number, Any]
 
     def needed(
-        self, outputs: Iterable[Number], passes: Callable[["Step"], bool] = lambda _: True
+        self,
+        outputs: Iterable[Number],
+        sources: Callable[["Step", int], Iterable[Number]] = Step.sources,
     ) -> Set[int]:
         """The variables on which some of its results depend, these included.
 
         Args:
           outputs: the results.
-          passes: whether dependence through a step counts.
+          sources: those on which a step's i-th result depends, in a way that counts.
         """
         found = set(outputs)
         while True:
             before = len(found)
             for step in reversed(self.steps):
-                if found.isdisjoint(step.writes) or not passes(step):
-                    continue
                 for i, written in enumerate(step.writes):
                     if written in found:
-                        found.update(step.sources(i))
+                        found.update(sources(step, i))
             if len(found) == before:
                 return found
 
@@ -132,6 +132,11 @@ class Program(NamedTuple):
 def differentiable(step: Step) -> bool:
     """Whether gradients pass through a step."""
     return step.equation.primitive is not primitives.stop_gradient_p
+
+
+def differentiated(step: Step, i: int) -> tuple[Number, ...]:
+    """What the gradient of a step's i-th result goes to."""
+    return step.sources(i) if differentiable(step) else ()
 
 
 Constants = list[tuple[int, Any]]

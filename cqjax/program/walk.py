@@ -22,7 +22,7 @@ from cqjax.program.known import Known
 from cqjax.program.operators import Operators
 from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Bias, Site
-from cqjax.program.steps import Kind, Number, Position, Program, Step, differentiable
+from cqjax.program.steps import Kind, Number, Position, Program, Step, differentiated
 from cqjax.program.tags import Output, Spread, Tag, bias_layout, follow, scaled
 from cqjax.program.views import View
 
@@ -95,7 +95,7 @@ class _Walk:
     def record(self) -> Record:
         loss = self._program.outputs[:1]
         # What the loss does not depend on has no gradient: a product there is no site.
-        needed = self._program.needed(loss, differentiable)
+        needed = self._program.needed(loss, differentiated)
         for step in self._program.steps:
             self._step(step, needed)
         self._leave(loss, "is the loss")

@@ -195,3 +195,27 @@ def test_a_learned_position_table_trains():
         (params, tx.init(params))
     )
     assert losses[-1] < 1e-2 * losses[0]
+
+
+@pytest.mark.parametrize("number", [N, N + 1])
+def test_points_that_the_loss_holds_are_no_shared_rows(number):
+    """As many points on a border as inside, and biases that are added to all of them."""
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(2, 5)), "b": rng.normal(size=5), "v": rng.normal(size=(5, 1))}
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+    border = jnp.asarray(rng.normal(size=(number, 2)), jnp.float32)
+
+    def network(params, x):
+        return (jnp.tanh(x @ params["w"] + params["b"]) @ params["v"])[0]
+
+    def loss(params, x):
+        inside, outside = (jax.vmap(lambda x: network(params, x))(points) for points in (x, border))
+        return jnp.mean(inside**2) + jnp.mean(outside**2)
+
+    _, _, captures = cqjax.value_and_grad(loss, capture=cqjax.Gram)(params, X[:, 0, :2])
+    x = np.concatenate([X[:, 0, :2], border])
+    (weight,), (head,) = captures["w"], captures["v"]
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    np.testing.assert_allclose(weight.second_moment()[0], x.T @ x, rtol=1e-5, atol=1e-5)
+    h = np.tanh(x[:, :2] @ params["w"] + params["b"])
+    np.testing.assert_allclose(head.second_moment()[0], h.T @ h, rtol=1e-5, atol=1e-5)
