@@ -14,11 +14,12 @@ from cqjax.capture.parameters import Parameter
 from cqjax.capture.statistics import Rows, Statistic
 from cqjax.linalg import devices
 from cqjax.program.flow import Flow
+from cqjax.program.weight_function import WeightFunction
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sites", "gradients", "number"],
+    data_fields=["sites", "gradients", "number", "function"],
     meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,12 +35,15 @@ class Capture:
       block: the sites' static description.
       number: how many of its rows are examples, () or (B,); None where all are. Those that the loss
         leaves out, by a mask or otherwise, are zeros among the rows.
+      function: what makes the weight of the parameters, W = f(V), with `reparametrized="nearest"`;
+        None for a weight that is a parameter.
     """
 
     sites: tuple[Statistic, ...]
     gradients: dict[str, jax.Array]
     block: Block
     number: jax.Array | None
+    function: WeightFunction | None
 
     @property
     def has_rows(self) -> bool:

@@ -98,6 +98,8 @@ def _without_conflicts(
         if _most_occurrences(path, views, shapes) > 1:
             products = f"{len(among)} products that contract it in different ways, or scale it"
             reason = f"is the weight of {products}"
+            if any(view.made for view in views):
+                reason = f"is made into the weights of {products}"
             if len(among) == 1:
                 reason = "occurs more than once in one product's weight"
             refused.update(dict.fromkeys(among, reason))
@@ -109,6 +111,8 @@ def _without_conflicts(
 
 def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
     """How often the views hold one entry of a parameter, at the most."""
+    if any(view.made for view in views):  # what made it may have used each entry
+        return len(views)
     if all(view.whole for view in views):  # else slices or repeated parameters could share entries
         return len(views)
     with jax.ensure_compile_time_eval():
@@ -164,5 +168,6 @@ def _undecided(sites: Sequence[Site], shapes: Shapes, reasons: Reasons) -> Block
         solver="primal",
         bias=bias,
         shapes=tuple((path, shapes[path]) for path in paths),
-        exact=not any(reasons[path] for path in paths) and not any(s.stopped for s in sites),
+        exact=not (sites[0].view.made or any(reasons[path] for path in paths))
+        and not any(s.stopped for s in sites),
     )

@@ -51,7 +51,10 @@ def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
         sliced = "; ".join(filter(None, ("in slices", notes)))
         return (*head, str(len(weights)), *gap[1:], sliced)
     (block,) = weights
-    if len(block.view.paths) > 1:
+    if block.view.made:
+        made = f"W = f({', '.join(block.view.paths)})"
+        notes = "; ".join(filter(None, (made, notes)))
+    elif len(block.view.paths) > 1:
         others = ", ".join(p for p in block.view.paths if p != parameter.path)
         notes = "; ".join(filter(None, (f"joined with {others}", notes)))
     sizes = (block.batch, block.rows, block.features, block.outputs)

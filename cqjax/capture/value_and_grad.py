@@ -14,7 +14,7 @@ from cqjax.capture import tracing
 from cqjax.capture.argnums import Argnums, Which
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_option
-from cqjax.capture.options import Options, Signal
+from cqjax.capture.options import Options, Reparametrized, Signal
 from cqjax.capture.origins import Origin, record
 from cqjax.capture.parameters import Selector
 from cqjax.capture.plan import Plan
@@ -116,6 +116,7 @@ class ValueAndGrad:
                 {path: gradients[path] for path in block.paths},
                 block,
                 block.number(weights),
+                block.view.made and traced.function(block.view.made, jax.tree.leaves(params)),
             )
             for block in plan.blocks
         )
@@ -155,6 +156,7 @@ def value_and_grad(
     max_dim: int | None = None,
     block_size: int | None = None,
     precision: lax.PrecisionLike = "highest",
+    reparametrized: Reparametrized = "uncovered",
 ) -> ValueAndGrad:
     """`jax.value_and_grad`, and what it met on the way.
 
@@ -255,6 +257,7 @@ def value_and_grad(
         max_dim=max_dim,
         block_size=block_size,
         precision=precision,
+        reparametrized=reparametrized,
     )
     options.check()
     return ValueAndGrad(loss_fn, has_aux, argnums, on_uncovered, options)

@@ -92,13 +92,17 @@ class Program(NamedTuple):
     literals: Mapping[Number, Any]
 
     def needed(
-        self, outputs: Iterable[Number], passes: Callable[["Step"], bool] = lambda _: True
+        self,
+        outputs: Iterable[Number],
+        passes: Callable[["Step"], bool] = lambda _: True,
+        cut: Set[int] = frozenset(),
     ) -> Set[int]:
         """The variables on which some of its results depend, these included.
 
         Args:
           outputs: the results.
           passes: whether dependence through a step counts.
+          cut: variables of which it does not matter what they depend on.
         """
         found = set(outputs)
         while True:
@@ -107,7 +111,7 @@ class Program(NamedTuple):
                 if found.isdisjoint(step.writes) or not passes(step):
                     continue
                 for i, written in enumerate(step.writes):
-                    if written in found:
+                    if written in found and written not in cut:
                         found.update(step.sources(i))
             if len(found) == before:
                 return found
