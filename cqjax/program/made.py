@@ -174,11 +174,8 @@ class Made:
         made = {site.view.made for site in sites if site.view.made}
         while True:
             cut = {self._variables[name] for name in made}
-            live = self._program.needed(
-                self._program.outputs[:1],
-                differentiable,
-                cut | {n for n in self._levels if self._origin(n) in cut},
-            )
+            cut |= {n for n in self._levels if self._origin(n) in cut}
+            live = self._program.needed(self._program.outputs[:1], differentiable, cut) - cut
             serving = {at for at, written in writes.items() if live.isdisjoint(written)}
             # A product with a weight that is masked differently for different outputs.
             serving |= {site.position for site in sites if site.view.made in made}
@@ -252,7 +249,7 @@ def _sliced_by(step: Step) -> Levels:
 
 
 def _reason(use: Any) -> str:
-    return f"{use.reason}: it makes a weight of it, which {OPTION} covers"
+    return f"{use.reason}; it makes a product's weight, which {OPTION} covers"
 
 
 def _taken(

@@ -130,18 +130,22 @@ def clip_by_output_change(
         widest = max((max(x.block.outputs, x.block.features) for x in layers.values()), default=0)
         signs = jax.random.rademacher(key, (widest, PROBES), jnp.int8)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        results, events = {}, {}
+        results, events, made = {}, {}, {}
         for label, layer in layers.items():
-            factor = _factor(layer, weights[label].change, max_change, rate, signs)
-            results[label] = Matrices(*(_times(factor, part) for part in layer.change))
+            factor = _factor(layer, weights[label].value, max_change, rate, signs)
             events[label] = ~(factor == 1)
+            if layer.made:  # of several weights side by side, the one that is shortened most
+                shorter = {path: factor.min() * step for path, step in layer.handed.items()}
+                made |= layers.in_their_dtypes(shorter)
+            else:
+                results[label] = Matrices(*(_times(factor, part) for part in layer.change))
         others, shortened = layers.others, {}
         for path, step in others.items():
             factor = _factor_of_other(step, weights.others[path], max_change, rate)
             others[path] = (factor * step).astype(step.dtype)
             shortened[path] = ~(factor == 1)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return layers.replaced(results, others), ClipByOutputChangeState(
+        return layers.replaced(results, others | made), ClipByOutputChangeState(
             count, state.clipped + layers.counts(events, shortened)
         )
 

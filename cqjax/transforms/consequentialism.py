@@ -273,7 +273,8 @@ def _precondition(
 
     def solved(changed: bool) -> tuple[optax.Updates, jax.Array]:
         results: dict[str, Matrices] = {}
-        waiting: dict[str, solve.Solve] = {}
+        waiting: dict[str, solve.Solve | solve.SolveOfMade] = {}
+        made: dict[str, jax.Array] = {}
         rows: dict[str, jax.Array] = {}
         failures: dict[str, jax.Array] = {}
         for label, layer in layers.items():
@@ -288,7 +289,8 @@ def _precondition(
                 if layer.block.statistic.diagonal:
                     results[label], failures[label] = solve.diagonal(layer, damping, xx)
                 else:
-                    waiting[label] = solve.primal(layer, damping, xx, label in moments)
+                    kind = solve.nearest_of_made if layer.made else solve.primal
+                    waiting[label] = kind(layer, damping, xx, label in moments)
         # All matrices of a size are inverted together, and each layer's product with its inverse
         # comes when its signal is there. Whether an inverse failed is known before the backward
         # pass, so no layer waits for the others. With one stacked solve after it, XLA on a CPU
@@ -297,13 +299,19 @@ def _precondition(
         found = ridge.inverses([each.system for each in waiting.values()], spread_over)
         repaired: dict[str, jax.Array] = {}
         for (label, each), inverse in zip(waiting.items(), found, strict=True):
-            results[label], rows[label] = each.update(inverse)
+            result, rows[label] = each.update(inverse)
+            if isinstance(result, Matrices):
+                results[label] = result
+            else:
+                made |= layers.in_their_dtypes(result)
             repaired[label] = inverse.repaired
         for label, good in zip(rows, ridge.all_finite(list(rows.values())), strict=True):
             events = [failed[label] for failed in (*before, repaired) if label in failed]
-            lost = ~good | layers[label].overflows(results[label])
+            lost = ~good
+            if label in results:
+                lost |= layers[label].overflows(results[label])
             failures[label] = functools.reduce(jnp.logical_or, events, lost)
-        return layers.replaced(results), layers.counts(failures) + layers.lost()
+        return layers.replaced(results, made), layers.counts(failures) + layers.lost()
 
     # The dual starts from the rows, and so from the gradient. Within one trace it is known without
     # computing anything that the updates still are the gradient. Across a `jit` they are compared.
