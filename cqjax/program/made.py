@@ -225,7 +225,9 @@ class Made:
         behind = self._behind(number, values)
         fixed = values.of(n for n in behind if n in values)
         given |= {n: fixed[n] for n in behind if n in values}
-        sources = {self._paths[n]: n for n in self._paths if self._paths[n] in self._sources(number)}
+        sources = {
+            self._paths[n]: n for n in self._paths if self._paths[n] in self._sources(number)
+        }
         steps = {
             self._writers[n][0]: self._writers[n][1]
             for n in behind

@@ -18,8 +18,9 @@ Where f is linear in V (masks, scales, straight-through gradients), the linearis
 is the ridge solution among the W that f can make.
 
 Neither J nor JᵀAJ is ever formed: conjugate gradients take products with J and its transpose. They
-are preconditioned by Jᵀ S⁻¹ A⁻¹ S⁻¹ J, with S the squares of the lengths of J's rows. Where J's
-singular values are equal and it reaches every ΔW, that is the inverse.
+are preconditioned by K A⁻¹ Kᵀ with K = D⁻² Jᵀ S⁻¹, where D² is the diagonal of JᵀJ and S the mean
+of that of J D⁻² Jᵀ for each output. This is the inverse where J only scales and selects rows of W, and for weight
+normalisation.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,10 @@ Arrays = dict[str, jax.Array]
 LEAST = 1e-3
 """δ, relative to ρ times the mean eigenvalue of A."""
 
-ITERATIONS = 100
+PROBES = 16
+"""How many random signs estimate the preconditioner's scales."""
+
+ITERATIONS = 50
 """After how many steps conjugate gradients end in any case."""
 
 UNSOLVED = 1e-2
@@ -85,6 +89,15 @@ class Image:
         return own
 
     @property
+    def parameters(self) -> Arrays:
+        """Types of V and the bias."""
+        own = {
+            p: jax.ShapeDtypeStruct(v.shape, accumulator(v.dtype))
+            for p, v in self._parameters.items()
+        }
+        return own | (self._of_bias or {})
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The paths of V."""
         return tuple(self._parameters)
@@ -111,8 +124,8 @@ class Image:
 
     @property
     def tolerance(self) -> float:
-        """The relative residual at which the arithmetic of f is exhausted."""
-        return float(max(jnp.finfo(v.dtype).eps for v in self._parameters.values())) ** 0.75
+        """The relative residual at which iterations end: f's precision to the power of .4."""
+        return float(max(jnp.finfo(v.dtype).eps for v in self._parameters.values())) ** 0.4
 
 
 class Solution(NamedTuple):
@@ -136,8 +149,7 @@ def solved(image: Image, right: Arrays, matrix: jax.Array, inverse: jax.Array) -
       matrix: A, (B, m, m).
       inverse: a multiple of its inverse.
     """
-    squares = _squares_of_rows(image, right)
-    scale = jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1), 0)
+    columns, rows = _scales(image)
     # A change of V along the null space of J needs a step of its own from the preconditioner. It is
     # 1 / ‖A‖ at most, so that it does no harm elsewhere.
     gain = _gain(image, right)
@@ -155,8 +167,10 @@ def solved(image: Image, right: Arrays, matrix: jax.Array, inverse: jax.Array) -
         return added(change, delta, image.transpose(image.parted(moved)))
 
     def preconditioned(residual: Arrays) -> Arrays:
-        moved = scale * _times(inverse, scale * image(residual).joined)
-        return added(residual, least, image.transpose(image.parted(moved)))
+        scaled = jax.tree.map(jnp.multiply, columns, residual)
+        moved = rows * _times(inverse, rows * image(scaled).joined)
+        moved = image.transpose(image.parted(moved))
+        return added(residual, least, jax.tree.map(jnp.multiply, columns, moved))
 
     residual = {p: right[p] for p in image.paths}
     z = preconditioned(residual)
@@ -209,27 +223,44 @@ def _gain(image: Image, change: Arrays) -> jax.Array:
     return jnp.where(squares > 0, moved / jnp.where(squares > 0, squares, 1), 0)
 
 
-def _squares_of_rows(image: Image, like: Arrays) -> jax.Array:
-    """The squared norms of J's rows, (B, d(+1), o), as far as a preconditioner needs them.
+def _scales(image: Image) -> tuple[Arrays, jax.Array]:
+    """1 / D² for the parameters and 1 / S, (B, 1, o): see the module; zero where nothing moves.
 
-    Random signs z have (Jz)² equal to them in the mean. Where J only scales and selects, every z
-    has exactly that. Elsewhere we take the mean over the features of each output.
+    Both are estimated by random signs: the mean of (Jᵀy)² is the diagonal of JᵀJ, and likewise that
+    of (J D⁻¹ z)². Where J only scales and selects, the two are exact.
     """
-    keys = jax.random.split(jax.random.key(0), 2)
-    found = []
-    for key in keys:
-        signs = {
-            path: jax.random.rademacher(jax.random.fold_in(key, i), array.shape, array.dtype)
-            for i, (path, array) in enumerate(like.items())
-        }
-        moved = image(signs)
-        found.append(Matrices(*(None if p is None else jnp.square(p) for p in moved)))
-    first, second = found
-    difference = jnp.abs(first.weight - second.weight)
-    alike = jnp.all(difference <= 2**-6 * (first.weight + second.weight))
-    mean = (first.weight + second.weight).mean(1, keepdims=True) / 2
-    weight = jnp.where(alike, first.weight, mean)
-    return Matrices(weight, first.bias).joined
+
+    def signs(key: jax.Array, like: Any) -> Any:
+        leaves, tree = jax.tree.flatten(like)
+        keys = jax.random.split(key, len(leaves))
+        pairs = zip(keys, leaves, strict=True)
+        return jax.tree.unflatten(
+            tree, [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in pairs]
+        )
+
+    def mean_square(estimate: Any) -> Any:
+        def more(total: Any, key: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(lambda t, e: t + jnp.square(e) / PROBES, total, estimate(key)), None
+
+        keys = jax.random.split(jax.random.key(0), PROBES)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(estimate, keys[0]))
+        return lax.scan(more, devices.vary(zeros, devices.varying(estimate(keys[0]))), keys)[0]
+
+    def inverse(squares: jax.Array) -> jax.Array:
+        return jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1), 0)
+
+    weight = jax.eval_shape(image, image.parameters)
+    columns = mean_square(lambda key: image.transpose(signs(key, weight)))
+    shapes = jax.tree.map(inverse, columns)
+    roots = jax.tree.map(jnp.sqrt, shapes)
+
+    def moved(key: jax.Array) -> jax.Array:
+        return image(jax.tree.map(jnp.multiply, roots, signs(key, roots))).joined
+
+    # For each output the mean over the features that move at all: single ones are too uncertain.
+    squares = mean_square(moved)
+    number = jnp.maximum((squares > 0).sum(1, keepdims=True), 1)
+    return shapes, inverse(squares.sum(1, keepdims=True) / number)
 
 
 def _inner(a: Arrays, b: Arrays) -> jax.Array:
