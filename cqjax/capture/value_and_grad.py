@@ -211,6 +211,13 @@ def value_and_grad(
         some of the channels. A bias is solved for alone.
       precision: of the products with X on accelerators: of XᵀX, XXᵀ and, for the dual, that of Xᵀ
         with the solution; as in `jax.lax.dot_general`. Solves always have the highest.
+      reparametrized: what to do where the loss makes a product's weight of parameters by more than
+        moves and constants: W = f(V), as in weight normalisation and standardisation, spectral
+        normalisation, `x @ (w * mask)` with masks that are drawn, passed or differ between outputs,
+        quantisation with a straight-through gradient, products of parameters. f must not depend on
+        the batch. "uncovered" leaves V its gradient. "nearest" solves for V: with the Jacobian J of
+        f at V, the update is the ΔV whose J ΔV is nearest to the layer's own solution, by what it
+        does to the outputs. See `scale_by_consequentialism`.
 
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of

@@ -239,7 +239,9 @@ class Made:
             known = {sources[path]: (array, ()) for path, array in parameters.items()}
             known |= {n: (array, ()) for n, array in rest.items()}
             for order in sorted(steps):
-                known.update(zip(steps[order].writes, _taken(steps[order], jaxpr, known)))
+                known.update(
+                    zip(steps[order].writes, _taken(steps[order], jaxpr, known), strict=True)
+                )
             return known[number][0]
 
         return WeightFunction.traced(make, {p: given[n] for p, n in sources.items()}, rest)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import primitives
 
 from cqjax.linalg import devices
-from cqjax.program import forms, jaxprs, lookups, operators, views
+from cqjax.program import forms, jaxprs, lookups, opaque, operators, views
 from cqjax.program.forms import Form, Lookup
 from cqjax.program.jaxprs import Equation, Shaped
 from cqjax.program.known import Known
@@ -189,6 +189,8 @@ class _Walk:
         tagged = [(i, tag) for i, tag in enumerate(args) if tag is not None]
         if len(tagged) == 1:
             ((at, tag),) = tagged
+            if equation.primitive is primitives.add_p and self._is_zero(step.reads[1 - at]):
+                return [tag]  # sums in Python and in `jax.experimental.jet` begin with 0
             by = self._known.factor(step, at)
             same = None if by is None else scaled(tag, by, self._sites)
             if same is not None:
@@ -207,7 +209,7 @@ class _Walk:
         ):
             return nothing
         entering = [(i, tag) for i, tag in enumerate(args) if isinstance(tag, View | Spread)]
-        reason = "is combined with another parameter"
+        reason = opaque.reason(equation) or "is combined with another parameter"
         if len(entering) == 1:
             ((weight, tag),) = entering
             form = forms.matrix_form(
@@ -241,6 +243,10 @@ class _Walk:
                 self._reads[tag.site] += 1
             elif tag is not None:
                 self._use(tag, Use(reason, (), ""))
+
+    def _is_zero(self, number: Number) -> bool:
+        literal = self._program.literals.get(number)
+        return literal is not None and not np.ndim(literal) and literal == 0
 
     def _use(self, tag: View | Spread, use: Use) -> None:
         for path in (tag.view if isinstance(tag, Spread) else tag).paths:

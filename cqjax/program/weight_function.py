@@ -1,4 +1,4 @@
-"""A function that makes a weight of parameters, at a point: a pytree, which can be differentiated."""
+"""A function that makes a weight of parameters, at a point: a pytree with a Jacobian."""
 
 import dataclasses
 import functools

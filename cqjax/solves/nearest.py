@@ -1,7 +1,8 @@
 r"""Weights that a loss makes of parameters, W = f(V): a layer's ridge problem, posed in V.
 
 A layer's own update is the ΔW that minimises ‖X ΔW - N Z̄‖² + λ ‖ΔW‖². But W moves only as f lets
-it: to first order by J ΔV, with the Jacobian J of f at V. So the update of V is the ΔV that minimises
+it: to first order by J ΔV, with the Jacobian J of f at V. So the update of V is the ΔV that
+minimises
 
     ‖X J ΔV - N Z̄‖² + λ ‖J ΔV‖² + δ ‖ΔV‖²,
 
@@ -18,9 +19,9 @@ Where f is linear in V (masks, scales, straight-through gradients), the linearis
 is the ridge solution among the W that f can make.
 
 Neither J nor JᵀAJ is ever formed: conjugate gradients take products with J and its transpose. They
-are preconditioned by K A⁻¹ Kᵀ with K = D⁻² Jᵀ S⁻¹, where D² is the diagonal of JᵀJ and S the mean
-of that of J D⁻² Jᵀ for each output. This is the inverse where J only scales and selects rows of W, and for weight
-normalisation.
+are preconditioned by K A⁻¹ Kᵀ with K = D⁻² Jᵀ S⁻¹. Here D² is the diagonal of JᵀJ, and S the mean
+of that of J D⁻² Jᵀ, for each output. K is an inverse of J where J only scales and selects, and for
+weight normalisation.
 """
 
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ PROBES = 16
 ITERATIONS = 50
 """After how many steps conjugate gradients end in any case."""
 
-UNSOLVED = 1e-2
+UNSOLVED = 0.1
 """The relative residual, in the preconditioner's norm, above which an end is a failure."""
 
 

@@ -66,7 +66,9 @@ def clip_by_output_change(
     8 outputs there is no such error. Of many rows some are looked at, evenly spaced: about 512, or
     in a convolution those of 16 examples. So the cost is a product of few rows with 24 columns.
     Where only XᵀX was captured, it serves instead. For a weight whose XᵀX is in diagonal blocks,
-    the blocks' squares are added up.
+    the blocks' squares are added up. Where the loss makes W of parameters V
+    (`reparametrized="nearest"`), ΔW is what the update of V does to first order, and that update is
+    shortened; of weights side by side, all as much as the one that is shortened most.
 
     The state counts for each layer and parameter how often its update was shortened. At a
     well-chosen rate that is never, or in the first few steps.

@@ -91,6 +91,25 @@ def scale_by_consequentialism(
     span of the batch's inputs this makes it larger by up to :math:`N / \lambda`. So place the
     transformation first, and let weight decay follow it.
 
+    With `reparametrized="nearest"` of `value_and_grad`, the loss may make W of parameters,
+    :math:`W = f(V)`. Let J be the Jacobian of f at V. Then V moves W to first order by
+    :math:`J \Delta V`, the gradient of V is :math:`G = J^T X^T \bar Z`, and the update of V
+    minimises the layer's own ridge objective, posed in V:
+
+    .. math::
+      U_V = N (J^T (X^T X + \lambda I) J + \delta I)^{-1} G = \arg\min_D
+      \lVert X J D - N \bar Z \rVert^2 + \lambda \lVert J D \rVert^2
+      + \delta \lVert D \rVert^2.
+
+    So :math:`J U_V` is nearest to the U of W, in the norm of what a change does to the outputs. For
+    an f that is linear in V (masks, straight-through gradients), it is exact: the best of the W
+    that f can make. A bias is solved for with V. :math:`\delta = 10^{-3} \rho \bar a` is small, with
+    :math:`\rho = \lVert J G \rVert^2 / \lVert G \rVert^2` and the mean eigenvalue :math:`\bar a` of
+    :math:`X^T X + \lambda I`; it keeps V from long steps along directions that hardly move W. The
+    solution is found by up to 50 conjugate gradients. They end at a relative residual of
+    :math:`\epsilon^{0.4}`, which is .002 in float32; where they end above .1, that is counted as a
+    solve that failed. `update_every` solves for such weights anew in every update.
+
     In 16-bit models the right form starts from a gradient that was rounded to 16 bits. Where the
     rows do not span all features, 1/λ magnifies the rounding. `solver="dual"` starts from the rows.
     It does so also where an earlier member only scaled the gradient: clipped it by its norm, or
