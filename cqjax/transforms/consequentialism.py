@@ -103,12 +103,13 @@ def scale_by_consequentialism(
 
     So :math:`J U_V` is nearest to the U of W, in the norm of what a change does to the outputs. For
     an f that is linear in V (masks, straight-through gradients), it is exact: the best of the W
-    that f can make. A bias is solved for with V. :math:`\delta = 10^{-3} \rho \bar a` is small, with
-    :math:`\rho = \lVert J G \rVert^2 / \lVert G \rVert^2` and the mean eigenvalue :math:`\bar a` of
-    :math:`X^T X + \lambda I`; it keeps V from long steps along directions that hardly move W. The
-    solution is found by up to 50 conjugate gradients. They end at a relative residual of
-    :math:`\epsilon^{0.4}`, which is .002 in float32; where they end above .1, that is counted as a
-    solve that failed. `update_every` solves for such weights anew in every update.
+    that f can make. A bias is solved for with V. The last term is small. It keeps V from long steps
+    along directions that hardly move W: :math:`\delta = 10^{-3} \rho \bar a` with
+    :math:`\rho = \lVert J G \rVert^2 / \lVert G \rVert^2` and the mean eigenvalue
+    :math:`\bar a` of :math:`X^T X + \lambda I`. The solution is found by up to 50 conjugate
+    gradients. They end at a relative residual of :math:`\epsilon^{0.4}`, .002 in float32. Where
+    they end above .1, that is counted as a solve that failed. `update_every` solves for such
+    weights anew in every update.
 
     In 16-bit models the right form starts from a gradient that was rounded to 16 bits. Where the
     rows do not span all features, 1/λ magnifies the rounding. `solver="dual"` starts from the rows.
