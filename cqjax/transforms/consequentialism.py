@@ -106,10 +106,9 @@ def scale_by_consequentialism(
     that f can make. A bias is solved for with V. The last term is small. It keeps V from long steps
     along directions that hardly move W: :math:`\delta = 10^{-3} \rho \bar a` with
     :math:`\rho = \lVert J G \rVert^2 / \lVert G \rVert^2` and the mean eigenvalue
-    :math:`\bar a` of :math:`X^T X + \lambda I`. The solution is found by up to 50 conjugate
-    gradients. They end at a relative residual of :math:`\epsilon^{0.4}`, .002 in float32. Where
-    they end above .1, that is counted as a solve that failed. `update_every` solves for such
-    weights anew in every update.
+    :math:`\bar a` of :math:`X^T X + \lambda I`. The solution is found by up to 100 conjugate
+    gradients. They end at a relative residual of .002, in float64 of 1e-8; above .1 it counts as a
+    solve that failed. `update_every` solves for such weights anew in every update.
 
     In 16-bit models the right form starts from a gradient that was rounded to 16 bits. Where the
     rows do not span all features, 1/λ magnifies the rounding. `solver="dual"` starts from the rows.

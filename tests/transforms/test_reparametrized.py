@@ -12,12 +12,12 @@ import cqjax
 import cqjax.nnx
 
 RNG = np.random.default_rng(0)
-N, D, O = 24, 6, 5
+N, D, OUT = 24, 6, 5
 X = RNG.normal(size=(N, D)) @ RNG.normal(size=(D, D)) / 2
-Y = RNG.normal(size=(N, O))
-V = RNG.normal(size=(D, O))
-MASK = np.arange(1, D + 1)[:, None] % 4 <= np.arange(O)  # as in MADE: outputs see other inputs
-SCALES = RNG.uniform(0.5, 2, size=(D, O)) * MASK
+Y = RNG.normal(size=(N, OUT))
+V = RNG.normal(size=(D, OUT))
+MASK = np.arange(1, D + 1)[:, None] % 4 <= np.arange(OUT)  # as in MADE: outputs see other inputs
+SCALES = RNG.uniform(0.5, 2, size=(D, OUT)) * MASK
 LAMBDA = 0.7
 
 
@@ -51,10 +51,10 @@ def low_rank(xp, p):
 
 PARAMETERS = {
     "v": V,
-    "g": RNG.uniform(0.5, 2, O),
-    "w0": RNG.normal(size=(D, O)),
+    "g": RNG.uniform(0.5, 2, OUT),
+    "w0": RNG.normal(size=(D, OUT)),
     "a": RNG.normal(size=(D, 2)),
-    "c": RNG.normal(size=(2, O)),
+    "c": RNG.normal(size=(2, OUT)),
 }
 FUNCTIONS = {
     masked: ("v",),
@@ -74,12 +74,12 @@ def loss_of(make):
 
 
 def parameters(make, dtype=jnp.float32):
-    chosen = {path: PARAMETERS[path] for path in FUNCTIONS[make]} | {"b": RNG.normal(size=O)}
+    chosen = {path: PARAMETERS[path] for path in FUNCTIONS[make]} | {"b": RNG.normal(size=OUT)}
     return {path: jnp.asarray(array, dtype) for path, array in chosen.items()}
 
 
 def jacobian(make, params, paths):
-    """By central differences: (D, O, number of parameters)."""
+    """By central differences: (D, OUT, number of parameters)."""
     columns = []
     for path in paths:
         for i in range(params[path].size):
@@ -105,12 +105,12 @@ def reference(make, params, paths, damping=LAMBDA, x=X):
     mean = np.trace(with_one.T @ with_one + damping * np.eye(D + 1)) / (D + 1)
     delta = 1e-3 * gain * mean
     # Unknowns: V's entries, then the bias. (W; b) is joined @ unknowns.
-    joined = np.zeros((D + 1, O, number + O))
+    joined = np.zeros((D + 1, OUT, number + OUT))
     joined[:D, :, :number] = j
-    joined[D, np.arange(O), number + np.arange(O)] = 1
-    rows = np.einsum("ni,iok->nok", with_one, joined).reshape(-1, number + O)
-    ridge = np.sqrt(damping) * joined.reshape(-1, number + O)
-    least = np.sqrt(delta) * np.eye(number, number + O)
+    joined[D, np.arange(OUT), number + np.arange(OUT)] = 1
+    rows = np.einsum("ni,iok->nok", with_one, joined).reshape(-1, number + OUT)
+    ridge = np.sqrt(damping) * joined.reshape(-1, number + OUT)
+    least = np.sqrt(delta) * np.eye(number, number + OUT)
     right = np.concatenate([errors.ravel(), np.zeros(len(ridge) + number)])
     found = np.linalg.lstsq(np.concatenate([rows, ridge, least]), right, rcond=None)[0]
     ends = np.cumsum([params[path].size for path in paths])
@@ -158,7 +158,7 @@ def test_a_mask_leaves_each_output_its_own_ridge_problem():
         params = parameters(masked, jnp.float64)
         updates, _, _ = updated(masked, params)
     errors = X @ (np.asarray(params["v"]) * MASK) + np.asarray(params["b"]) - Y
-    for j in range(O):
+    for j in range(OUT):
         features = np.concatenate([X[:, MASK[:, j]], np.ones((N, 1))], 1)
         gram = features.T @ features + LAMBDA * np.eye(features.shape[1])
         alone = np.linalg.solve(gram, features.T @ errors[:, j])
@@ -185,7 +185,7 @@ rounded.defvjp(lambda v: (rounded(v), None), lambda _, g: (g,))
 )
 def test_straight_through_update_is_that_of_the_rounded_weight(quantised):
     with jax.enable_x64(True):
-        params = {"v": jnp.asarray(V), "b": jnp.zeros(O)}
+        params = {"v": jnp.asarray(V), "b": jnp.zeros(OUT)}
         updates, _, _ = updated(quantised, params)
         plain, _, _ = updated(own, params | {"v": rounded(params["v"])})
     assert_near(updates, {p: np.asarray(a) for p, a in plain.items()}, 0.02)  # for δ
@@ -206,7 +206,7 @@ def test_masks_that_are_passed_or_drawn():
 
     with jax.enable_x64(True):
         both = MASK * np.asarray(jax.random.bernoulli(key, 0.7, MASK.shape)) / 0.7
-        params = {"v": jnp.asarray(V), "b": jnp.zeros(O)}
+        params = {"v": jnp.asarray(V), "b": jnp.zeros(OUT)}
         tx = cqjax.scale_by_consequentialism(damping=LAMBDA, relative_damping=0.0)
 
         @jax.jit
@@ -333,7 +333,7 @@ class Normed(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = jnp.tanh(nn.WeightNorm(nn.Dense(8), name="norm")(x))
-        return nn.Dense(O)(h)
+        return nn.Dense(OUT)(h)
 
 
 def test_linen_weight_norm():
@@ -365,7 +365,7 @@ def test_nnx_weight_norm():
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.first = nnx.WeightNorm(nnx.Linear(D, 8, rngs=rngs), rngs=rngs)
-            self.last = nnx.Linear(8, O, rngs=rngs)
+            self.last = nnx.Linear(8, OUT, rngs=rngs)
 
         def __call__(self, x):
             return self.last(jnp.tanh(self.first(x)))
