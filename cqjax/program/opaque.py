@@ -6,7 +6,7 @@ from cqjax.program.jaxprs import Equation
 
 _COVERED = (
     "(of ODE and fixed-point solvers these are covered: a `jax.lax.scan` of steps, diffrax's "
-    "DirectAdjoint and ReversibleAdjoint, jaxopt's implicit_diff=False with unroll=True)"
+    "DirectAdjoint, jaxopt's implicit_diff=False with unroll=True)"
 )
 _REASONS: Mapping[str, str] = {
     "custom_jvp_call": f"a function with a derivative of its own, which no tap reaches {_COVERED}",
