@@ -116,7 +116,9 @@ class ValueAndGrad:
                 {path: gradients[path] for path in block.paths},
                 block,
                 block.number(weights),
-                block.view.made and traced.function(block.view.made, jax.tree.leaves(params)),
+                traced.function(block.view.made, jax.tree.leaves(params))
+                if block.view.made
+                else None,
             )
             for block in plan.blocks
         )

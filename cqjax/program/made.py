@@ -236,7 +236,9 @@ class Made:
         rest = {n: value for n, value in given.items() if n in behind and n not in sources.values()}
 
         def make(parameters: Mapping[str, jax.Array], rest: Mapping[Number, Any]) -> jax.Array:
-            known = {sources[path]: (array, ()) for path, array in parameters.items()}
+            known: dict[Number, tuple[Any, Levels]] = {
+                sources[path]: (array, ()) for path, array in parameters.items()
+            }
             known |= {n: (array, ()) for n, array in rest.items()}
             for order in sorted(steps):
                 known.update(

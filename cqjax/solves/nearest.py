@@ -93,7 +93,7 @@ class Image:
         return own
 
     @property
-    def parameters(self) -> Arrays:
+    def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Types of V and the bias."""
         own = {
             p: jax.ShapeDtypeStruct(v.shape, accumulator(v.dtype))
