@@ -177,6 +177,8 @@ class Made:
             cut |= {n for n in self._levels if self._origin(n) in cut}
             live = self._program.needed(self._program.outputs[:1], differentiable, cut) - cut
             serving = {at for at, written in writes.items() if live.isdisjoint(written)}
+            outer = {s.view.made for s in sites if s.view.made and s.position not in serving}
+            inner = {s.position for s in sites if s.view.made and s.position in serving}
             # A product with a weight that is masked differently for different outputs.
             serving |= {site.position for site in sites if site.view.made in made}
             told = {path for path, us in uses.items() if any(u.position in serving for u in us)}
@@ -194,11 +196,13 @@ class Made:
                 if site.view.made in made
                 and (told.isdisjoint(site.view.paths) or not weights.isdisjoint(site.view.paths))
             }
+            left |= made - outer
             if not left:
                 break
             made -= left
         sources = {p for s in sites if s.view.made in made for p in s.view.paths}
-        kept = [site for site in sites if site in own or (wanted and site.view.made in made)]
+        solved = made if wanted else set()
+        kept = [s for s in sites if s in own or (s.view.made in solved and s.position not in inner)]
         others: dict[str, list[Any]] = {}
         for path, us in uses.items():
             others[path] = [use for use in us if use.position not in serving]
