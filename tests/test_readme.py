@@ -16,6 +16,7 @@ DOCUMENTS = (
     README,
     ROOT / "docs" / "choosing.md",
     ROOT / "docs" / "composition.md",
+    ROOT / "docs" / "coverage.md",
     ROOT / "docs" / "diagnostics.md",
     ROOT / "docs" / "speed.md",
 )

@@ -51,7 +51,7 @@ class Block:
       bias: the view added to the outputs; None if there is none.
       shapes: shapes of the parameters involved.
       exact: whether the loss uses these parameters in these sites only, so that their gradient
-        is XᵀZ̄.
+        is XᵀZ̄. It is not where the loss makes the weight of them.
       parts: how many parts the features are in, each with an XᵀX of its own that is one of the B;
         a bias is then solved for alone. None where XᵀX is whole.
       precision: of the products with X.

@@ -14,11 +14,12 @@ from cqjax.capture.parameters import Parameter
 from cqjax.capture.statistics import Rows, Statistic
 from cqjax.linalg import devices
 from cqjax.program.flow import Flow
+from cqjax.program.weight_function import WeightFunction
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sites", "gradients", "number", "other"],
+    data_fields=["sites", "gradients", "number", "other", "function"],
     meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class Capture:
         leaves out, by a mask or otherwise, are zeros among the rows.
       other: where the loss has products Y = DWᵀ with the same weight, too, what was captured of
         them: their rows are those of D, and their weight is Wᵀ. None where it has none.
+      function: what makes the weight of the parameters, W = f(V), with `reparametrized="nearest"`;
+        None for a weight that is a parameter.
     """
 
     sites: tuple[Statistic, ...]
@@ -43,6 +46,7 @@ class Capture:
     block: Block
     number: jax.Array | None
     other: "Capture | None"
+    function: WeightFunction | None
 
     @property
     def has_rows(self) -> bool:

@@ -81,6 +81,8 @@ def _without_conflicts(groups: list[Group], shapes: Shapes, reasons: Reasons) ->
         if _most_occurrences(path, views, shapes) > 1:
             products = f"{len(among)} products that contract it in different ways, or scale it"
             reason = f"is the weight of {products}"
+            if any(view.made for view in views):
+                reason = f"is made into the weights of {products}"
             if len(among) == 1:
                 reason = "occurs more than once in one product's weight"
             refused.update(dict.fromkeys(among, reason))
@@ -92,6 +94,8 @@ def _without_conflicts(groups: list[Group], shapes: Shapes, reasons: Reasons) ->
 
 def _most_occurrences(path: str, views: Sequence[View], shapes: Shapes) -> int:
     """How often the views hold one entry of a parameter, at the most."""
+    if any(view.made for view in views):  # what made it may have used each entry
+        return len(views)
     if all(view.whole for view in views):  # else slices or repeated parameters could share entries
         return len(views)
     with jax.ensure_compile_time_eval():
@@ -145,7 +149,7 @@ def _undecided(group: Group, shapes: Shapes, reasons: Reasons) -> Block:
     of_biases = (bias.view.paths for bias in biases if bias is not None)
     paths = dict.fromkeys((*group.view.paths, *itertools.chain(*of_biases)))
     # Of two sides, the gradient is not XᵀZ̄.
-    exact = not group.other and not any(reasons[path] for path in paths)
+    exact = not (group.other or group.view.made or any(reasons[path] for path in paths))
     block, other = (
         Block(
             sites=tuple(sites),

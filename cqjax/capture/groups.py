@@ -63,7 +63,7 @@ def grouped(sites: Sequence[Site], shapes: Shapes, *, both_sides: bool) -> list[
         kinds = {None: (None, Lookup), Lookup: (None,), Ragged: ()}[kind]
         keys = [key for k in kinds if (key := (view, weight.transposed, k)) in groups]
         keys += [key for key, other in groups.items() if _turned(own[0], other[0], shapes)]
-        if not (both_sides and keys):
+        if not (both_sides and keys) or view.made:
             found.append(Group(own, []))
             continue
         # The side of a lookup, whose second moment is diagonal, or else of a bias comes first.

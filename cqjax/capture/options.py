@@ -15,6 +15,7 @@ from cqjax.capture.parameters import Selector
 from cqjax.capture.statistics import Gram, Inputs, Rows, Statistic
 
 Signal = Literal["gradient", "matched"]
+Reparametrized = Literal["uncovered", "nearest"]
 
 
 class Options(NamedTuple):
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     max_dim: int | None = None
     block_size: int | None = None
     precision: lax.PrecisionLike = "highest"
+    reparametrized: Reparametrized = "uncovered"
 
     def check(self) -> None:
         """Refuses what cannot be meant.
@@ -41,6 +43,12 @@ class Options(NamedTuple):
         check_option(self.solver, ("auto", "primal", "dual"), "solver")
         check_option(self.loss_reduction, ("mean", "sum"), "loss_reduction")
         check_option(self.signal, ("gradient", "matched"), "signal")
+        check_option(self.reparametrized, ("uncovered", "nearest"), "reparametrized")
+        if self.reparametrized == "nearest" and self.signal == "matched":
+            raise ValueError(
+                'reparametrized="nearest" with signal="matched": back-matching knows no weights '
+                'that the loss makes of parameters; expected reparametrized="uncovered"'
+            )
         _check_batch_size(self.batch_size, self.loss_reduction)
         _check_limits(self.max_dim, self.block_size)
         _check_capture(self)

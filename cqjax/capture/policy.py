@@ -24,6 +24,9 @@ def decided(block: Block, options: Options) -> Block | str:
         if not block.small("primal"):
             return _too_large(block.size("primal"))
         return dataclasses.replace(block, statistic=Groups)
+    if block.view.made:
+        needed = dataclasses.replace(block, statistic=options.capture or Gram)
+        return needed if block.small("primal") else _too_large(block.size("primal"))
     solvers = _solvers(block, options)
     small: list[Solver] = [solver for solver in solvers if block.small(solver)]
     if small:

@@ -54,7 +54,10 @@ def _cells(parameter: Parameter, blocks: Sequence[Block]) -> tuple[str, ...]:
     (block,) = weights
     if block.other is not None:
         return (*head, *_of_both_sides(block, block.other), notes)
-    if len(block.view.paths) > 1:
+    if block.view.made:
+        made = f"W = f({', '.join(block.view.paths)})"
+        notes = "; ".join(filter(None, (made, notes)))
+    elif len(block.view.paths) > 1:
         others = ", ".join(p for p in block.view.paths if p != parameter.path)
         notes = "; ".join(filter(None, (f"joined with {others}", notes)))
     sizes = (block.batch, block.rows, block.features, block.outputs)

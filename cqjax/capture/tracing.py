@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +20,12 @@ from cqjax.linalg import devices
 from cqjax.program import arguments, jaxprs, sharing, steps, terms
 from cqjax.program.flow import Flow
 from cqjax.program.known import Known
+from cqjax.program.made import Made
 from cqjax.program.paths import leaves_with_keys, path_of
 from cqjax.program.twins import twins
 from cqjax.program.values import Values
-from cqjax.program.walk import walk
+from cqjax.program.walk import Record, walk
+from cqjax.program.weight_function import WeightFunction
 
 PyTree = Any
 
@@ -39,6 +41,7 @@ class Traced(NamedTuple):
       plan: what is captured of it.
       size: N.
       rows: which of the products' rows count.
+      function: what makes the weight of a name, of all parameters' arrays.
     """
 
     jaxpr: Any
@@ -48,6 +51,7 @@ class Traced(NamedTuple):
     plan: Plan
     size: BatchSize
     rows: Rows
+    function: Callable[[str, Sequence[jax.Array]], WeightFunction]
 
     def results(self, values: Sequence[Any]) -> PyTree:
         """The loss's results, of those of the jaxpr."""
@@ -85,7 +89,14 @@ def trace(
     known = Known(program, constants, jax.tree.leaves((args, kwargs)))
     examples = arguments.shared_size((args, kwargs), ()) or None
     batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
-    record = walk(program, paths, avals, program.dependent(batch), known)
+
+    def walked(batch: Set[int], of_weights: Set[int]) -> Record:
+        made, wanted = Made(program, paths, of_weights), options.reparametrized == "nearest"
+        return walk(program, paths, avals, batch, known, made, wanted)
+
+    dependent = program.dependent(batch)
+    # Masks among the arguments are told from the batch once the number of examples is known.
+    record = walked(dependent, dependent if examples else frozenset())
     values = Values(jaxpr, program, constants, len(paths))
     products = program.written({site.position for site in record.sites})
     found = terms.counts(program, len(paths), products, values)
@@ -93,6 +104,7 @@ def trace(
     if examples is None:
         examples = terms.examples(found)
         batch = arguments.of_batch(program, constants, len(paths), (args, kwargs), examples)
+        record = walked(dependent, program.dependent(batch))
     sites = sharing.with_sharing(record.sites, program, batch, examples)
     record = record._replace(sites=sites)
     flow = Flow(program, record)
@@ -116,7 +128,11 @@ def trace(
     _check_devices_agree(plan, size.value)
     _check_real(plan, leaves)
     counted = Rows(program, found, values, again)
-    return Traced(jaxpr, outputs, kept, paths, plan, size, counted)
+
+    def function(name: str, parameters: Sequence[jax.Array]) -> WeightFunction:
+        return record.made.function(name, jaxpr, parameters, values)
+
+    return Traced(jaxpr, outputs, kept, paths, plan, size, counted, function)
 
 
 def _trace(

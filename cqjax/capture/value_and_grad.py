@@ -15,7 +15,7 @@ from cqjax.capture.argnums import Argnums, Which
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_option
-from cqjax.capture.options import Options, Signal
+from cqjax.capture.options import Options, Reparametrized, Signal
 from cqjax.capture.origins import Origin, record
 from cqjax.capture.parameters import Selector
 from cqjax.capture.plan import Plan
@@ -117,7 +117,10 @@ class ValueAndGrad:
             )
             own = {path: gradients[path] for path in block.paths}
             other = None if block.other is None else capture(block.other)
-            return Capture(tuple(of_sites), own, block, block.number(weights), other)
+            made, function = block.view.made, None
+            if made is not None:
+                function = traced.function(made, jax.tree.leaves(params))
+            return Capture(tuple(of_sites), own, block, block.number(weights), other, function)
 
         return (
             value,
@@ -155,6 +158,7 @@ def value_and_grad(
     max_dim: int | None = None,
     block_size: int | None = None,
     precision: lax.PrecisionLike = "highest",
+    reparametrized: Reparametrized = "uncovered",
 ) -> ValueAndGrad:
     """`jax.value_and_grad`, and what it met on the way.
 
@@ -211,6 +215,13 @@ def value_and_grad(
         some of the channels. A bias is solved for alone.
       precision: of the products with X on accelerators: of XᵀX, XXᵀ and, for the dual, that of Xᵀ
         with the solution; as in `jax.lax.dot_general`. Solves always have the highest.
+      reparametrized: what to do where the loss makes a product's weight of parameters by more than
+        moves and constants: W = f(V), as in weight normalisation and standardisation, spectral
+        normalisation, `x @ (w * mask)` with masks that are drawn, passed or differ between outputs,
+        quantisation with a straight-through gradient, products of parameters. f must not depend on
+        the batch. "uncovered" leaves V its gradient. "nearest" solves for V: with the Jacobian J of
+        f at V, the update is the ΔV whose J ΔV is nearest to the layer's own solution, by what it
+        does to the outputs. See `scale_by_consequentialism`.
 
     Returns:
       A function with `loss_fn`'s arguments, whose results are those of
@@ -257,6 +268,7 @@ def value_and_grad(
         max_dim=max_dim,
         block_size=block_size,
         precision=precision,
+        reparametrized=reparametrized,
     )
     options.check()
     return ValueAndGrad(loss_fn, has_aux, argnums, on_uncovered, options)

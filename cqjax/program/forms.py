@@ -20,7 +20,7 @@ from jax.extend.core import primitives
 from cqjax.linalg import conv_gram, gram, windows
 from cqjax.linalg.products import einsum
 from cqjax.linalg.windows import Window
-from cqjax.program import lookups
+from cqjax.program import lookups, opaque
 from cqjax.program.jaxprs import Equation
 from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
@@ -262,7 +262,8 @@ def matrix_form(equation: Equation, weight: int, sizes: Shape | None = None) -> 
         return ragged(equation, weight)
     if equation.primitive in lookups.READS and weight == 0 and sizes is None:
         return lookups.lookup(equation)
-    return f"enters `{equation.primitive.name}`, which is no matrix product"
+    opaquely = opaque.reason(equation)
+    return opaquely or f"enters `{equation.primitive.name}`, which is no matrix product"
 
 
 def _product(equation: Equation, weight: int, sizes: Shape) -> Form | str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend import core
+from jax.extend.core import primitives
 from jax.sharding import NamedSharding
 
 from cqjax.linalg import devices
@@ -116,10 +117,14 @@ def bodies(eqn: core.JaxprEqn) -> list[Any]:
 
 
 def at(jaxpr: Any, position: Sequence[int]) -> core.JaxprEqn:
-    """The equation at a position: its index, after those of the calls around it."""
+    """The equation at a position: its index, after those of the equations around it."""
     first, *rest = position
     eqn = opened(jaxpr)[0].eqns[first]
-    return at(bodies(eqn)[0], rest) if rest else eqn
+    if not rest:
+        return eqn
+    if eqn.primitive is primitives.cond_p:
+        return at(eqn.params["branches"][rest[0]], rest[1:])
+    return at(bodies(eqn)[0], rest)
 
 
 def constants_within(eqn: core.JaxprEqn) -> list[Any]:

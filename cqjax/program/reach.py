@@ -305,7 +305,7 @@ def _joined(equation: Equation, results: list[Live]) -> Live:
         return True
     parts = []
     for result, aval in zip(results, equation.outputs, strict=True):
-        part = np.full((1,) * len(shape), result is True) if result in (None, True) else result
+        part = result if hasattr(result, "shape") else np.full((1,) * len(shape), result is True)
         parts.append(
             jnp.broadcast_to(
                 part,

@@ -95,19 +95,21 @@ class Program(NamedTuple):
         self,
         outputs: Iterable[Number],
         sources: Callable[["Step", int], Iterable[Number]] = Step.sources,
+        cut: Set[int] = frozenset(),
     ) -> Set[int]:
         """The variables on which some of its results depend, these included.
 
         Args:
           outputs: the results.
           sources: those on which a step's i-th result depends, in a way that counts.
+          cut: variables of which it does not matter what they depend on.
         """
         found = set(outputs)
         while True:
             before = len(found)
             for step in reversed(self.steps):
                 for i, written in enumerate(step.writes):
-                    if written in found:
+                    if written in found and written not in cut:
                         found.update(sources(step, i))
             if len(found) == before:
                 return found

@@ -39,37 +39,37 @@ def twins(program: Program, sites: Sequence[Site]) -> Mapping[Position, Position
     several = [group for group in groups.values() if len(group) > 1]
     if not several:
         return {}
-    numbering = _numbering(program)
+    numbers = numbering(program)
     reads = {step.position: step.reads for step in program.steps if step.kind is Kind.EQUATION}
     found = {}
     for group in several:
         firsts: dict[Number, Position] = {}
         for site in group:
             variable = reads[site.position][site.operand]
-            number = numbering.get(variable, variable)
+            number = numbers.get(variable, variable)
             first = firsts.setdefault(number, site.position)
             if first != site.position:
                 found[site.position] = first
     return found
 
 
-def _numbering(program: Program) -> Mapping[Number, Number]:
+def numbering(program: Program) -> Mapping[Number, Number]:
     """Variables that equal an earlier one, with its number."""
-    numbering: dict[Number, Number] = {}
+    numbers: dict[Number, Number] = {}
     seen: dict[Any, tuple[int, ...]] = {}
     for number, value in program.literals.items():
         array = np.asarray(value)
         key = ("literal", array.dtype, array.shape, array.tobytes())
-        numbering[number] = seen.setdefault(key, (number,))[0]
+        numbers[number] = seen.setdefault(key, (number,))[0]
     for step in program.steps:
         primitive, params = step.equation.primitive, step.equation.params
         if step.kind is not Kind.EQUATION or step.loops or primitive.name not in _COMPARED:
             continue
-        reads = tuple(numbering.get(n, n) for n in step.reads)
+        reads = tuple(numbers.get(n, n) for n in step.reads)
         key = primitive, tuple(sorted(params.items())), reads
         try:
             first = seen.setdefault(key, step.writes)
         except TypeError:  # a parameter that cannot be hashed
             continue
-        numbering.update(zip(step.writes, first, strict=True))
-    return numbering
+        numbers.update(zip(step.writes, first, strict=True))
+    return numbers

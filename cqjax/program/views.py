@@ -79,6 +79,8 @@ class View:
       loops: lengths of the scans that slice the parameter, keyed by nesting level. Outside the
         loops the view has these axes in front.
       scale: what `args[0]` is multiplied by, if that is the last operation.
+      sources: where `path` stands for a weight that the loss makes of parameters (see `made`):
+        their paths.
     """
 
     path: str | None
@@ -89,6 +91,7 @@ class View:
     output: int = 0
     loops: tuple[tuple[int, int], ...] = ()
     scale: Constant | None = None
+    sources: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles have the name of the primitive, whose copy would be another."""
@@ -100,8 +103,15 @@ class View:
     def paths(self) -> tuple[str, ...]:
         """The parameters' paths, in order of appearance."""
         if self.path is not None:
-            return (self.path,)
+            return self.sources or (self.path,)
         return tuple(dict.fromkeys(p for arg in self.args for p in arg.paths))
+
+    @functools.cached_property
+    def made(self) -> str | None:
+        """The name of the weight that is seen, if the loss makes it of parameters; else None."""
+        if self.path is not None:
+            return self.path if self.sources else None
+        return next((arg.made for arg in self.args if arg.made), None)
 
     @functools.cached_property
     def whole(self) -> bool:
@@ -226,6 +236,11 @@ def _restored(name: str | None, fields: dict[str, Any]) -> View:
 def parameter(path: str, shape: tuple[int, ...]) -> View:
     """The parameter itself."""
     return View(path, shape)
+
+
+def made(name: str, sources: tuple[str, ...], shape: tuple[int, ...], loops: Any) -> View:
+    """A weight of this name that the loss makes of the parameters at `sources`."""
+    return View(name, shape, loops=loops, sources=sources)
 
 
 def results(equation: Equation, args: list[View | None]) -> list[View] | None:

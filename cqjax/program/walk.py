@@ -15,10 +15,11 @@ import numpy as np
 from jax.extend.core import primitives
 
 from cqjax.linalg import devices
-from cqjax.program import forms, jaxprs, lookups, masks, operators, views
+from cqjax.program import forms, jaxprs, lookups, masks, opaque, operators, views
 from cqjax.program.forms import Form, Lookup
 from cqjax.program.jaxprs import Equation, Shaped
 from cqjax.program.known import Known
+from cqjax.program.made import Made
 from cqjax.program.operators import Operators
 from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Bias, Site
@@ -47,14 +48,22 @@ class Record(NamedTuple):
     Attributes:
       sites: the sites, in the order of the program.
       uses: for each parameter's path, what it enters besides sites and biases.
+      made: the weights that the loss makes of parameters.
     """
 
     sites: tuple[Site, ...]
     uses: Mapping[str, tuple[Use, ...]]
+    made: Made
 
 
 def walk(
-    program: Program, paths: Sequence[str], avals: Sequence[Any], batch: Set[int], known: Known
+    program: Program,
+    paths: Sequence[str],
+    avals: Sequence[Any],
+    batch: Set[int],
+    known: Known,
+    made: Made,
+    reparametrized: bool,
 ) -> Record:
     """Finds the sites and the other uses of parameters in a loss.
 
@@ -64,8 +73,10 @@ def walk(
       avals: the parameters' abstract values.
       batch: the variables that depend on the batch.
       known: the variables whose values the program's text fixes.
+      made: finds the weights that the loss makes of parameters.
+      reparametrized: whether there are sites of weights that the loss makes of parameters.
     """
-    return _Walk(program, paths, avals, batch, known).record()
+    return _Walk(program, paths, avals, batch, known, made).record(reparametrized)
 
 
 class _Walk:
@@ -76,6 +87,7 @@ class _Walk:
         avals: Sequence[Any],
         batch: Set[int],
         known: Known,
+        made: Made,
     ):
         self._program = program
         self._known = known
@@ -88,11 +100,12 @@ class _Walk:
         self._sites: list[Site] = []
         self._with_bias: dict[int, Site] = {}  # as they are if nothing else reads their outputs
         self._operators = Operators(program, len(paths), batch)
+        self._made = made
         self._stopped: dict[Number, Number] = {}  # what their gradient is stopped from reaching
         self._reads: list[int] = []  # how often each site's output is read, by a bias too
         self._uses: dict[str, list[Use]] = {path: [] for path in paths}
 
-    def record(self) -> Record:
+    def record(self, reparametrized: bool) -> Record:
         loss = self._program.outputs[:1]
         # What the loss does not depend on has no gradient: a product there is no site.
         needed = self._program.needed(loss, differentiated)
@@ -101,8 +114,13 @@ class _Walk:
         self._leave(loss, "is the loss")
         self._drop_shared_outputs()
         self._drop_operators()
-        uses = {path: tuple(found) for path, found in self._uses.items()}
-        return Record(tuple(self._sites), uses)
+        sites, uses = self._made.settled(self._sites, self._uses, reparametrized)
+        for site in self._sites:
+            if site.view.made and site.bias is not None and site not in sites:
+                reason = "is the bias of a layer whose weight is not solved for"
+                for path in site.bias.view.paths:
+                    uses[path].append(Use(reason, site.position, "add"))
+        return Record(tuple(sites), {path: tuple(us) for path, us in uses.items()}, self._made)
 
     def _step(self, step: Step, needed: Set[int]) -> None:
         """Gives tags to what a step writes, as far as it is needed."""
@@ -114,9 +132,11 @@ class _Walk:
                 return
             case Kind.EQUATION:
                 args = [self._tags.get(n) for n in step.reads]
-                if any(tag is not None for tag in args):
-                    results = self._equation(step, args)
-                    self._tags.update(zip(step.writes, results, strict=True))
+                found = any(tag is not None for tag in args)
+                results = self._equation(step, args) if found else ()
+                if not any(results) and (made := self._made.weight(step)):
+                    results = [self._site(step, made.view, made.operand, made.form)]
+                self._tags.update(zip(step.writes, results, strict=bool(results)))
             case Kind.ENTER | Kind.CLOSE | Kind.SLICE | Kind.STACK:
                 for read, written in zip(step.reads, step.writes, strict=True):
                     if written in needed:
@@ -169,6 +189,8 @@ class _Walk:
         tagged = [(i, tag) for i, tag in enumerate(args) if tag is not None]
         if len(tagged) == 1:
             ((at, tag),) = tagged
+            if equation.primitive is primitives.add_p and self._is_zero(step.reads[1 - at]):
+                return [tag]  # sums in Python and in `jax.experimental.jet` begin with 0
             by = self._known.factor(step, at)
             same = None if by is None else scaled(tag, by, self._sites)
             if same is not None:
@@ -187,7 +209,7 @@ class _Walk:
         ):
             return nothing
         entering = [(i, tag) for i, tag in enumerate(args) if isinstance(tag, View | Spread)]
-        reason = "is combined with another parameter"
+        reason = opaque.reason(equation) or "is combined with another parameter"
         if len(entering) == 1:
             ((weight, tag),) = entering
             form = forms.matrix_form(
@@ -221,6 +243,10 @@ class _Walk:
                 self._reads[tag.site] += 1
             elif tag is not None:
                 self._use(tag, Use(reason, (), ""))
+
+    def _is_zero(self, number: Number) -> bool:
+        literal = self._program.literals.get(number)
+        return literal is not None and not np.ndim(literal) and literal == 0
 
     def _use(self, tag: View | Spread, use: Use) -> None:
         for path in (tag.view if isinstance(tag, Spread) else tag).paths:

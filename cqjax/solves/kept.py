@@ -117,7 +117,7 @@ def empty_inverses(
     masked, inverses = masked_paths(params, plan.blocks), {}
     for label, block in _unmasked(plan, params).items():
         useful = not block.statistic.diagonal and block.spans and block.small("primal")
-        useful = useful and block.other is None
+        useful = useful and block.other is None and not block.view.made  # these need XᵀX itself
         if useful and (averaged or _cheaper_kept(block, update_every)):
             bias = block.bias is not None and not masked.isdisjoint(block.bias.view.paths)
             size = block.features + joint_bias(block, masked=bias)

@@ -16,6 +16,7 @@ from cqjax.capture.captures import Capture
 from cqjax.capture.origins import Origin, origin_of
 from cqjax.capture.statistics import Rows
 from cqjax.linalg.gram import accumulator
+from cqjax.solves import nearest
 from cqjax.solves.matrices import Matrices, product
 
 
@@ -91,8 +92,27 @@ class Layer:
 
         They are taken for a gradient: where the loss multiplies parameters by constants c, they are
         divided by c, which gives the gradient with respect to the weight that the product sees.
+        Where the loss makes the weight of parameters, it is the shortest one that gives theirs.
         """
+        if self.made:
+            return nearest.of_weight(self.image, _exact(self._updates))
         return self._gradient(self._updates)
+
+    @property
+    def made(self) -> bool:
+        """Whether the loss makes the weight of parameters, W = f(V)."""
+        return self.capture.function is not None
+
+    @property
+    def image(self) -> nearest.Image:
+        """The linear map from changes of V, and of the bias, to those of W and the bias."""
+        assert self.capture.function is not None
+        return nearest.Image(self.block, self.capture.function, self.has_bias)
+
+    @property
+    def handed(self) -> dict[str, jax.Array]:
+        """The updates that the transformation was handed for the layer's parameters, by path."""
+        return _exact(self._updates)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -101,10 +121,23 @@ class Layer:
 
     @property
     def change(self) -> Matrices:
-        """The same, taken for a change of the parameters: how the product's weight changes."""
-        arrays = _exact(self._updates)
-        bias = self.block.bias_matrix(arrays) if self.has_bias else None
-        return Matrices(self.block.weight_matrix(arrays), bias)
+        """The same, taken for a change of the parameters: how the product's weight changes.
+
+        To first order, where the loss makes the weight of parameters.
+        """
+        return self.image(_exact(self._updates)) if self.made else self._matrices(self._updates)
+
+    @property
+    def value(self) -> Matrices:
+        """The same, taken for values of the parameters: what the product's weight is.
+
+        Where the loss makes the weight of parameters, it is that of the loss's evaluation.
+        """
+        function, arrays = self.capture.function, dict(self._updates)
+        if function is not None:
+            assert self.block.view.made is not None
+            arrays[self.block.view.made] = function(function.parameters)
+        return self._matrices(arrays)
 
     @property
     def gradient(self) -> Matrices:
@@ -211,6 +244,11 @@ class Layer:
                 "alone; expected a method that takes both (layer.capture.second_moment() and "
                 f'layer.other.capture.second_moment()), or skip="{self.block.view.paths[0]}"'
             )
+
+    def _matrices(self, arrays: Mapping[str, jax.Array]) -> Matrices:
+        arrays = _exact(arrays)
+        bias = self.block.bias_matrix(arrays) if self.has_bias else None
+        return Matrices(self.block.weight_matrix(arrays), bias)
 
     def _gradient(self, arrays: Mapping[str, jax.Array]) -> Matrices:
         arrays = _exact(arrays)

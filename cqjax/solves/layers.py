@@ -14,6 +14,7 @@ from cqjax.capture.captures import Capture, Captures
 from cqjax.linalg import devices
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
+from cqjax.solves import nearest
 from cqjax.solves.automatic import with_automatic_axes
 from cqjax.solves.layer import Layer
 from cqjax.solves.matrices import Matrices, finite
@@ -165,14 +166,17 @@ class Layers(Mapping[str, Layer]):
         Entries of a parameter that no layer covers keep their update, or are those of `others`.
         Those that are not finite, in the dtype of the parameter, become zero. Without a layer, so
         do those whose square is not: a rule that averages squares would have infinity for good.
+        Where the loss makes a weight of parameters, theirs are the shortest updates that move it
+        nearest to the result, to first order; or those of `others`, without a result.
         """
-        others = {
-            path: array.astype(self._leaves[path].dtype)
-            for path, array in {**self.others, **(others or {})}.items()
-        }
+        others = self.in_their_dtypes({**self.others, **(others or {})})
         leaves = self._leaves | {p: jnp.where(_has_square(a), a, 0) for p, a in others.items()}
         for label, (weight, bias) in results.items():
             layer = self[label]
+            if layer.made:
+                new = nearest.of_parameters(layer.image, Matrices(weight, bias))
+                leaves |= self.in_their_dtypes(new)
+                continue
             whole = layer.block.view.whole
             if not whole:  # the difference is added, so that other entries stay
                 weight = weight - layer.change.weight
@@ -181,6 +185,10 @@ class Layers(Mapping[str, Layer]):
                     new += leaves[path].astype(new.dtype)
                 leaves[path] = new.astype(leaves[path].dtype)
         return jax.tree.unflatten(self._tree, [finite(leaves[path]) for path in self.paths])
+
+    def in_their_dtypes(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Arrays of parameters, by path, in the dtypes of their updates."""
+        return {path: array.astype(self._leaves[path].dtype) for path, array in arrays.items()}
 
     def counts(
         self, events: Mapping[str, jax.Array], others: Mapping[str, jax.Array] | None = None

@@ -16,6 +16,7 @@ from jax import lax
 
 from cqjax.linalg import gram, ridge
 from cqjax.linalg.products import einsum
+from cqjax.solves import nearest
 from cqjax.solves.layer import Layer
 from cqjax.solves.matrices import Matrices, along, decomposed, finite, product
 
@@ -52,6 +53,19 @@ class Solve(NamedTuple):
     update: Callable[[ridge.Inverse], tuple[Matrices, jax.Array]]
 
 
+class SolveOfMade(NamedTuple):
+    """A matrix to be inverted, and the update of the parameters that a weight is made of.
+
+    Attributes:
+      system: the matrix and its damping.
+      update: makes the parameters' updates from the inverse, and a row of the weight's, (B, o),
+        which is not finite where they are not solved for.
+    """
+
+    system: ridge.System
+    update: Callable[[ridge.Inverse], tuple[dict[str, jax.Array], jax.Array]]
+
+
 def primal(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> Solve:
     """U = N (XᵀX + λI)⁻¹ H, for a second moment of the layer."""
 
@@ -59,6 +73,26 @@ def primal(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> Sol
         return preconditioned(layer, damping, inverse.value)
 
     return Solve(primal_system(layer, damping, xx, averaged), update)
+
+
+def nearest_of_made(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> SolveOfMade:
+    """U = N (JᵀAJ + δI)⁻¹ H, A = XᵀX + λI, where the loss makes the weight of parameters."""
+    system = primal_system(layer, damping, xx, averaged)
+
+    def update(inverse: ridge.Inverse) -> tuple[dict[str, jax.Array], jax.Array]:
+        one = jnp.eye(system.matrix.shape[-1], dtype=system.matrix.dtype)
+        matrix = system.matrix + along(inverse.damping, system.matrix) * one
+        handed, image = layer.handed, layer.image
+        found = nearest.solved(image, handed, matrix, inverse.value)
+        failed = inverse.failed.any()
+        plain = jnp.where(inverse.failed, inverse.value[:, 0, 0], 1).min()
+        u = {
+            path: jnp.where(failed, plain * handed[path], layer.terms * change)
+            for path, change in found.change.items()
+        }
+        return u, jnp.where(found.residual <= nearest.UNSOLVED, image(u).joined[:, 0], jnp.nan)
+
+    return SolveOfMade(system, update)
 
 
 def primal_system(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> ridge.System:

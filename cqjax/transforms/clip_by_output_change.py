@@ -66,7 +66,9 @@ def clip_by_output_change(
     8 outputs there is no such error. Of many rows some are looked at, evenly spaced: about 512, or
     in a convolution those of 16 examples. So the cost is a product of few rows with 24 columns.
     Where only XᵀX was captured, it serves instead. For a weight whose XᵀX is in diagonal blocks,
-    the blocks' squares are added up.
+    the blocks' squares are added up. Where the loss makes W of parameters V
+    (`reparametrized="nearest"`), ΔW is what the update of V does to first order, and that update is
+    shortened; of weights side by side, all as much as the one that is shortened most.
 
     The state counts for each layer and parameter how often its update was shortened. At a
     well-chosen rate that is never, or in the first few steps.
@@ -132,15 +134,18 @@ def clip_by_output_change(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         results, events, others, shortened = {}, {}, layers.others, {}
         for label, layer in layers.items():
-            factor = _factor(layer, weights[label].change, max_change, rate, signs)
+            factor = _factor(layer, weights[label].value, max_change, rate, signs)
             other, own = layer.other, weights[label].other
             if other is not None and own is not None:  # the shorter of what the two sides allow
-                of_other = _factor(other, own.change, max_change, rate, signs)
+                of_other = _factor(other, own.value, max_change, rate, signs)
                 factor = jnp.minimum(factor, of_other)
                 if (bias := other.change.bias) is not None:
                     others |= other.block.scatter_bias(_times(factor, bias))
-            results[label] = Matrices(*(_times(factor, part) for part in layer.change))
             events[label] = ~(factor == 1)
+            if layer.made:  # of several weights side by side, the one that is shortened most
+                others |= {path: factor.min() * step for path, step in layer.handed.items()}
+            else:
+                results[label] = Matrices(*(_times(factor, part) for part in layer.change))
         for path, step in layers.others.items():
             factor = _factor_of_other(step, weights.others[path], max_change, rate)
             others[path] = (factor * step).astype(step.dtype)

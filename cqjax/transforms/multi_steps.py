@@ -184,7 +184,7 @@ def multi_steps(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["sites", "gradients", "number", "other", "moment"],
+    data_fields=["sites", "gradients", "number", "other", "function", "moment"],
     meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,7 +219,7 @@ def _sums(
     def total(label: str, block: Block) -> _Sum:
         own = {path: leaves[path] for path in block.paths if path in leaves}
         other = None if block.other is None else total(kept.transposed(label), block.other)
-        return _Sum((), own, block.by_moments(), rows[label], other, moments[label])
+        return _Sum((), own, block.by_moments(), rows[label], other, None, moments[label])
 
     blocks = zip(labelled(plan.blocks), plan.blocks, strict=True)
     return [total(label, block) for label, block in blocks if label in moments]  # else masked
@@ -272,6 +272,12 @@ def _check(every_k: Any, plan: Any) -> None:
     check_positive(every_k, "every_k")
     check_plan(plan)
     for block in plan.blocks:
+        if block.view.made:
+            raise ValueError(
+                f"multi_steps: the loss makes the weight of {block.name} of parameters, by masks "
+                "or otherwise, which may differ from one microbatch to the next; put the "
+                'microbatches into the loss, or leave reparametrized="uncovered"'
+            )
         if not block.statistic.diagonal and not block.small("primal"):
             raise ValueError(
                 f"multi_steps: the plan solves for {block.name} by rows, since its XᵀX has "

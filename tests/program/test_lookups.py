@@ -146,7 +146,8 @@ def test_layers_in_another_order_are_not_taken_for_a_stack():
     def loss_fn(w, x):
         return jnp.mean(lax.scan(lambda h, i: (h @ w[i], None), x, jnp.array([0, 1, 1]))[0])
 
-    assert cqjax.plan(loss_fn)(RNG.normal(size=(3, D, D)), X).uncovered()[""] == (REASON,)
+    (reason,) = cqjax.plan(loss_fn)(RNG.normal(size=(3, D, D)), X).uncovered()[""]
+    assert reason.startswith(f"{REASON}; ")
 
 
 EXPERTS, MIXED = RNG.normal(size=(V, D, K)), RNG.normal(size=(D, D))
