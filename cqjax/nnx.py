@@ -1,5 +1,7 @@
 """`value_and_grad` and `plan` for losses of `flax.nnx` modules."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """A block: the sites that share one weight, and the bias added to their outputs. One solve."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -176,7 +178,7 @@ class Block:
         """
         return batch_size / examples if self.shared and examples is not None else batch_size
 
-    def by_moments(self) -> "Block":
+    def by_moments(self) -> Block:
         """The block, solved for by its second moment."""
         solver: Solver = "diagonal" if self.statistic.diagonal else "primal"
         return dataclasses.replace(self, solver=solver)

@@ -5,6 +5,8 @@ changed it. A method that computes from rows, not from the updates, would lose t
 a layer's record shows both.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 

@@ -1,5 +1,7 @@
 """Consequentialism: updates chosen by what they do to each layer's outputs."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
