@@ -60,10 +60,10 @@ def main(steps=200, figure="ensemble.png"):
     print(f"members: {right.min():.1%} to {right.max():.1%} of new digits right")
     print(f"together: {(together == labels[1400:]).mean():.1%}")
     losses = jnp.stack(losses)
-    plt.semilogy(losses)
-    plt.xlabel("steps")
-    plt.ylabel("loss of each member's batch")
-    plt.savefig(figure)
+    _, axes = plt.subplots()
+    axes.semilogy(losses)
+    axes.set(xlabel="steps", ylabel="loss of each member's batch")
+    axes.figure.savefig(figure)
     return losses.mean(-1).tolist()
 
 

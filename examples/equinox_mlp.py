@@ -39,10 +39,10 @@ def main(steps=300, figure="equinox_mlp.png"):
         losses.append(float(loss))
     found = jax.vmap(eqx.combine(params, static))(x[1400:]).argmax(-1)
     print(f"loss {losses[-1]:.2g}, test accuracy {(found == labels[1400:]).mean():.1%}")
-    plt.semilogy(losses)
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.savefig(figure)
+    _, axes = plt.subplots()
+    axes.semilogy(losses)
+    axes.set(xlabel="steps", ylabel="loss of the batch")
+    axes.figure.savefig(figure)
     return losses
 
 

@@ -54,6 +54,7 @@ def train(tx, x, labels, steps):
 
 def main(steps=300, figure="getting_started.png", rate=3e-3):
     """Compares Adam, at the best of five rates, with C-Adam as it comes."""
+    _, axes = plt.subplots()
     images, labels = load_digits(return_X_y=True)
     x, labels = jnp.asarray(images, jnp.float32) / 16, jnp.asarray(labels)
     rules = {"Adam": optax.with_extra_args_support(optax.adam(rate)), "C-Adam": cqjax.cadam()}
@@ -62,11 +63,10 @@ def main(steps=300, figure="getting_started.png", rate=3e-3):
         params, curves[name] = train(tx, x[:1400], labels[:1400], steps)
         accuracy = (logits_fn(params, x[1400:]).argmax(-1) == labels[1400:]).mean()
         print(f"{name}: loss {curves[name][-1]:.2g}, test accuracy {accuracy:.1%}")
-        plt.semilogy(curves[name], label=name)
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.legend()
-    plt.savefig(figure)
+        axes.semilogy(curves[name], label=name)
+    axes.set(xlabel="steps", ylabel="loss of the batch")
+    axes.legend()
+    axes.figure.savefig(figure)
     return curves
 
 

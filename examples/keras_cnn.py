@@ -59,10 +59,10 @@ def main(steps=150, figure="keras_cnn.png"):
         variable.assign(value)
     found = model(x[1400:], training=False).argmax(-1)
     print(f"loss {losses[-1]:.2g}, test accuracy {(found == labels[1400:]).mean():.1%}")
-    plt.semilogy(losses)
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.savefig(figure)
+    _, axes = plt.subplots()
+    axes.semilogy(losses)
+    axes.set(xlabel="steps", ylabel="loss of the batch")
+    axes.figure.savefig(figure)
     return losses
 
 

@@ -49,6 +49,7 @@ def train_step(state, x, labels):
 
 def main(steps=200, figure="linen_cnn.png", rate=1e-2):
     """Compares Adam, at the best of five rates, with C-Adam at its default: same schedule."""
+    _, axes = plt.subplots()
     images, labels = load_digits(return_X_y=True)
     x, labels = jnp.asarray(images, jnp.float32).reshape(-1, 8, 8, 1) / 16, jnp.asarray(labels)
     model, curves = CNN(), {}
@@ -64,11 +65,10 @@ def main(steps=200, figure="linen_cnn.png", rate=1e-2):
         found = model.apply(variables, x[1400:], train=False).argmax(-1)
         print(f"{name}: loss {loss:.2g}, test accuracy {(found == labels[1400:]).mean():.1%}")
         curves[name] = losses
-        plt.semilogy(losses, label=name)
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.legend()
-    plt.savefig(figure)
+        axes.semilogy(losses, label=name)
+    axes.set(xlabel="steps", ylabel="loss of the batch")
+    axes.legend()
+    axes.figure.savefig(figure)
     return curves
 
 

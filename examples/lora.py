@@ -1,4 +1,4 @@
-"""Fine-tuning with LoRA in NNX: the pretrained weights stay, two thin matrices beside each learn."""
+"""Fine-tuning with LoRA in NNX: the weights stay, two thin matrices beside each of them learn."""
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -17,9 +17,7 @@ class Net(nnx.Module):
     """A classifier of digits; each layer has a LoRA of rank 4 beside its weight."""
 
     def __init__(self, rngs):
-        self.hidden = nnx.List(
-            [nnx.LoRALinear(n, 128, lora_rank=4, rngs=rngs) for n in (64, 128)]
-        )
+        self.hidden = nnx.List([nnx.LoRALinear(n, 128, lora_rank=4, rngs=rngs) for n in (64, 128)])
         self.last = nnx.LoRALinear(128, 10, lora_rank=4, rngs=rngs)
 
     def __call__(self, x):
@@ -62,12 +60,12 @@ def main(steps=150, figure="lora.png"):
         found = model(lying[1400:]).argmax(-1)
         accuracy = (found == labels[1400:]).mean()
         print(f"{what}: {count:,} parameters trained, {accuracy:.1%} of lying digits right")
-    plt.semilogy(losses)
-    plt.axvline(steps, color="grey", label="from here on: lying digits, LoRA alone")
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.legend()
-    plt.savefig(figure)
+    _, axes = plt.subplots()
+    axes.semilogy(losses)
+    axes.axvline(steps, color="grey", label="from here on: lying digits, LoRA alone")
+    axes.set(xlabel="steps", ylabel="loss of the batch")
+    axes.legend()
+    axes.figure.savefig(figure)
     return losses
 
 

@@ -36,6 +36,7 @@ def loss_fn(params, x, labels):
 
 def main(steps=150, figure="many_devices.png"):
     """Trains on one device and on all of them, and compares the losses."""
+    _, axes = plt.subplots()
     images, labels = load_digits(return_X_y=True)
     x, labels = jnp.asarray(images, jnp.float32) / 16, jnp.asarray(labels)
     tx = cqjax.cadam(3e-3)
@@ -59,11 +60,10 @@ def main(steps=150, figure="many_devices.png"):
             losses.append(float(loss))
         curves[f"{count} devices"] = losses
         print(f"{count} devices: loss {losses[-1]:.4g}")
-        plt.semilogy(losses, label=f"{count} devices", linestyle="-" if count == 1 else "--")
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.legend()
-    plt.savefig(figure)
+        axes.semilogy(losses, label=f"{count} devices", linestyle="-" if count == 1 else "--")
+    axes.set(xlabel="steps", ylabel="loss of the batch")
+    axes.legend()
+    axes.figure.savefig(figure)
     return curves
 
 

@@ -1,4 +1,4 @@
-"""Newton-Muon: our solve before Optax's Muon. The two lines are the ones that make `solve`, `tx`."""
+"""Newton-Muon: our solve before Optax's Muon. The two lines are those of `solve` and `tx`."""
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ def train(tx, x, steps):
 
 def main(steps=400, figure="newton_muon.png", rate=0.03, ours=0.03):
     """Compares Muon with Newton-Muon, each at the best of five rates."""
+    _, axes = plt.subplots()
     x = jnp.asarray(load_digits().data, jnp.float32) / 16
     # Muon is for the hidden weights; biases and the last layer have Adam, and the plain gradient.
     chosen = {name: {"w": name != "layer7", "b": False} for name in NAMES}
@@ -67,11 +68,10 @@ def main(steps=400, figure="newton_muon.png", rate=0.03, ours=0.03):
     for name, rule in (("Muon", optax.with_extra_args_support(by_muon(rate))), ("Newton-Muon", tx)):
         curves[name] = train(rule, x, steps)
         print(f"{name}: loss {curves[name][-1]:.3f}")
-        plt.semilogy(curves[name], label=name)
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.legend()
-    plt.savefig(figure)
+        axes.semilogy(curves[name], label=name)
+    axes.set(xlabel="steps", ylabel="loss of the batch")
+    axes.legend()
+    axes.figure.savefig(figure)
     return curves
 
 

@@ -4,7 +4,6 @@ import argparse
 import pathlib
 import tempfile
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,40 +17,26 @@ import cqjax
 LENGTH, WIDTH = 32, 64
 
 
-class Block(nnx.Module):
-    """Attention and an MLP, each with a normalisation before it."""
-
-    def __init__(self, rngs):
-        self.norm1, self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
-
-    def __call__(self, x):
-        x = x + self.attention(self.norm1(x), mask=nnx.make_causal_mask(x[..., 0]))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
-
-
 class Transformer(nnx.Module):
-    """Predicts the next character."""
+    """Predicts the next character by a layer of attention and an MLP."""
 
     def __init__(self, rngs):
         self.characters = nnx.Embed(128, WIDTH, rngs=rngs)
         self.places = nnx.Embed(LENGTH, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs), Block(rngs)])
-        self.norm, self.head = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, 128, rngs=rngs)
+        self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
+        self.hidden = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
+        self.head = nnx.Linear(4 * WIDTH, 128, rngs=rngs)
 
     def __call__(self, text):
         x = self.characters(text) + self.places(jnp.arange(LENGTH))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+        x = x + self.attention(self.norms[0](x), mask=nnx.make_causal_mask(text))
+        return self.head(nnx.gelu(self.hidden(self.norms[1](x))))
 
 
 def loss_fn(model, text):
     """The mean cross-entropy of the next characters."""
-    logits = model(text[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(model(text[:, :-1]), text[:, 1:]).mean()
 
 
 @nnx.jit
@@ -72,10 +57,9 @@ def batches(steps, first=0):
 
 def main(steps=150, figure="nnx_language_model.png", tx=None):
     """Trains for half of the steps, saves, and goes on with what a new process would restore."""
-    tx, losses = tx or cqjax.cadam(), []
-    model = Transformer(nnx.Rngs(0))
+    tx, model = tx or cqjax.cadam(), Transformer(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    losses += [float(train_step(model, optimizer, text)) for text in batches(steps)]
+    losses = [float(train_step(model, optimizer, text)) for text in batches(steps)]
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(f"{folder}/state", nnx.state((model, optimizer)))
         checkpointer.wait_until_finished()
@@ -84,13 +68,12 @@ def main(steps=150, figure="nnx_language_model.png", tx=None):
         state = checkpointer.restore(f"{folder}/state", nnx.state((model, optimizer)))
         nnx.update((model, optimizer), state)
     losses += [float(train_step(model, optimizer, text)) for text in batches(steps, steps)]
-    print(f"loss {losses[0]:.2f}, at the checkpoint {losses[steps - 1]:.2f}, now {losses[-1]:.2f}")
-    plt.plot(losses)
-    plt.axvline(steps, color="grey", label="saved, and resumed in a new model")
-    plt.xlabel("steps")
-    plt.ylabel("loss of the batch")
-    plt.legend()
-    plt.savefig(figure)
+    print(f"loss {losses[0]:.2f}, when saved {losses[steps - 1]:.2f}, in the end {losses[-1]:.2f}")
+    _, axes = plt.subplots()
+    axes.plot(losses)
+    axes.axvline(steps, color="grey")
+    axes.set(xlabel="steps", ylabel="loss", title="Grey: saved, and resumed in a new model")
+    axes.figure.savefig(figure)
     return losses
 
 

@@ -1,4 +1,4 @@
-"""A physics-informed network: Poisson's equation on a square, with second derivatives in the loss."""
+"""A physics-informed network: Poisson's equation on a square, by second derivatives in the loss."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,8 @@ import cqjax
 def init(key, widths=(2, 32, 32, 32, 1)):
     """A weight and a bias for each layer."""
     shapes = list(zip(widths[:-1], widths[1:], strict=True))
-    keys = jax.random.split(key, len(shapes))
-    return [
-        {"w": jax.random.normal(k, shape) / shape[0] ** 0.5, "b": jnp.zeros(shape[1])}
-        for k, shape in zip(keys, shapes, strict=True)
-    ]
+    weights = map(jax.nn.initializers.lecun_normal(), jax.random.split(key, len(shapes)), shapes)
+    return [{"w": w, "b": jnp.zeros(w.shape[1])} for w in weights]
 
 
 def network(params, x):
@@ -24,8 +21,7 @@ def network(params, x):
     z = 2 * x - 1
     for layer in params[:-1]:
         z = jnp.tanh(z @ layer["w"] + layer["b"])
-    border = 16 * jnp.prod(x * (1 - x), -1)
-    return border * (z @ params[-1]["w"] + params[-1]["b"])[:, 0]
+    return 16 * jnp.prod(x * (1 - x), -1) * (z @ params[-1]["w"] + params[-1]["b"])[:, 0]
 
 
 def laplacian(u, x):
@@ -40,20 +36,20 @@ def laplacian(u, x):
     return sum(second(jnp.broadcast_to(axis, x.shape)) for axis in jnp.eye(2))
 
 
+def loss_fn(params, x):
+    """The mean squared residual of -Δu = 5π² sin(πx) sin(2πy), over its scale."""
+    residual = laplacian(lambda x: network(params, x), x) + 5 * jnp.pi**2 * exact(x)
+    return jnp.mean(residual**2) / 600
+
+
 def exact(x):
     """The solution."""
     return jnp.sin(jnp.pi * x[:, 0]) * jnp.sin(2 * jnp.pi * x[:, 1])
 
 
-def loss_fn(params, x):
-    """The mean squared residual of -Δu = 5π² sin(πx) sin(2πy), over its scale."""
-    force = 5 * jnp.pi**2 * exact(x)
-    residual = laplacian(lambda x: network(params, x), x) + force
-    return jnp.mean(residual**2) / 600
-
-
 def main(steps=400, figure="pinn.png", rate=1e-2, ours=1e-2):
     """Compares Adam, at the best of five rates, with C-Adam at its default: same schedule."""
+    _, axes = plt.subplots()
     points, curves = jax.random.uniform(jax.random.key(2), (1000, 2)), {}
     for name, rule, peak in (("Adam", optax.adam, rate), ("C-Adam", cqjax.cadam, ours)):
         schedule = optax.warmup_cosine_decay_schedule(0.0, peak, max(steps // 20, 1), steps)
@@ -73,11 +69,10 @@ def main(steps=400, figure="pinn.png", rate=1e-2, ours=1e-2):
         error = jnp.std(network(params, points) - exact(points)) / jnp.std(exact(points))
         print(f"{name}: loss {losses[-1]:.2g}, relative error of the solution {error:.1%}")
         curves[name] = losses
-        plt.semilogy(losses, label=name)
-    plt.xlabel("steps")
-    plt.ylabel("squared residual")
-    plt.legend()
-    plt.savefig(figure)
+        axes.semilogy(losses, label=name)
+    axes.set(xlabel="steps", ylabel="squared residual")
+    axes.legend()
+    axes.figure.savefig(figure)
     return curves
 
 

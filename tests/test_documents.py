@@ -1,0 +1,94 @@
+"""The documents' code runs as pasted; the first pages read easily; the README is short.
+
+Each block of Python runs by itself, unless its first line says what it continues: the block above,
+or the first block of its page.
+"""
+
+import functools
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+FIRST_PAGES = (README, ROOT / "docs" / "getting-started.md", ROOT / "docs" / "choosing.md")
+ABOVE, FIRST = "# Continues the block above.", "# Continues the first block."
+
+
+@functools.cache
+def blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@functools.cache
+def session(path, number):
+    """The names after a block of a page, and after what it continues."""
+    code = blocks(path)[number]
+    first = code.partition("\n")[0]
+    if first == ABOVE:
+        names = dict(session(path, number - 1))
+    else:
+        names = dict(session(path, 0)) if first == FIRST else {}
+    exec(compile(code, f"{path.name}, block {number + 1}", "exec"), names)
+    return names
+
+
+BLOCKS = [
+    pytest.param(path, number, id=f"{path.relative_to(ROOT)}-{number + 1}")
+    for path in PAGES
+    for number in range(len(blocks(path)))
+]
+
+
+@pytest.mark.parametrize(("path", "number"), BLOCKS)
+def test_code_runs(path, number):
+    session(path, number)
+
+
+def test_every_page_is_looked_at():
+    assert len(BLOCKS) > 35
+    marks = [code.count("# Continues") for path in PAGES for code in blocks(path)]
+    right = [code.startswith((ABOVE, FIRST)) for path in PAGES for code in blocks(path)]
+    assert marks == list(map(int, right))
+
+
+def sentences(path):
+    """The sentences of a page's running text, without code, tables and addresses."""
+    text = re.sub(r"^(```|:::).*?^\1.*?$", "\n", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(\||#|!\[|<).*$", "\n", text, flags=re.MULTILINE)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"^ *[-*] |^ *\d+\. ", "\n\n", text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield from re.split(r"(?<=[.!?])\s+(?=[\"'*`A-Z0-9])", " ".join(paragraph.split()))
+
+
+@pytest.mark.parametrize("path", FIRST_PAGES, ids=lambda path: path.name)
+def test_sentences_are_short(path):
+    found = list(sentences(path))
+    assert len(found) > 20
+    for sentence in found:
+        assert len(sentence.split()) <= 35, sentence
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    """Within the repository: files, and headings of pages."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, heading = target.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.exists(), target
+        if heading:
+            assert heading in map(anchor, re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE))
+
+
+def anchor(heading):
+    """GitHub's address of a heading, and MyST's."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
