@@ -1,7 +1,6 @@
 """A transformer language model in NNX: trained, saved by Orbax, and resumed in a new model."""
 
 import argparse
-import pathlib
 import tempfile
 
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def train_step(model, optimizer, text):
 
 def batches(steps, first=0):
     """Pieces of the text of a module of Python, from the step `first` on."""
-    text = np.frombuffer(pathlib.Path(argparse.__file__).read_bytes(), np.uint8).astype(np.int32)
+    text = np.fromfile(argparse.__file__, np.uint8).astype(np.int32)
     for number in track(range(first, first + steps)):
         starts = np.random.default_rng(number).integers(0, len(text) - LENGTH - 1, (16, 1))
         yield text[starts + np.arange(LENGTH + 1)] % 128

@@ -1,6 +1,7 @@
 """What this library says of everyday work, and what was measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -265,20 +266,38 @@ def _tables(held: Held) -> dict[str, list[dict[str, str]]]:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """Draw steps.png and seconds.png, with a panel for each kind of work."""
+    """Draw steps.png and seconds.png, with a panel for each kind of work, and front.png."""
     held = results["contests"]
     columns = min(3, len(held))
     for file in ("steps", "seconds"):
         figure, axes = drawing.panels(-(-len(held) // columns), columns, (4.2, 3.6))
         for panel, (title, contest) in zip(axes, held.items(), strict=False):
-            _draw(panel, title, contest, file)
+            names = [name for name in contest["entrants"] if name != DEFAULTS]
+            _draw(panel, title, contest, file, names)
+            panel.set_ylabel("training loss (log scale)")
         axes[columns - 1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
         drawing.save(figure, settings.output / f"{file}.png")
+    _draw_front(held, settings.output / "front.png")
 
 
-def _draw(axes: Any, title: str, contest: Contest, by: str) -> None:
+def _draw_front(held: Held, path: Path) -> None:
+    """Draw few optimizers for many readers: each kind of work by steps, and by seconds beside."""
+    figure, axes = drawing.panels(-(-len(held) // 2), 4, (2.6, 2.1))
+    for number, (title, contest) in enumerate(held.items()):
+        names = [name for name in (OURS, "Adam", "Muon", "Nesterov") if name in contest["entrants"]]
+        for panel, by in zip(axes[2 * number : 2 * number + 2], ("steps", "seconds"), strict=True):
+            _draw(panel, title, contest, by, names)
+            drawing.few_ticks(panel)
+            panel.set_xlim(0, min(panel.get_xlim()[1], 2.5 * panel.lines[0].get_xdata()[-1]))
+    for empty in axes[2 * len(held) :]:
+        empty.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    drawing.save(figure, path)
+
+
+def _draw(axes: Any, title: str, contest: Contest, by: str, names: Sequence[str]) -> None:
     """Draw the training losses of a contest, without those at the first step."""
-    names = [name for name in contest["entrants"] if name != DEFAULTS]
     for number, name in enumerate(sorted(names, key=lambda name: name != OURS)):
         steps, _, loss = curves(contest, name, "train_loss")
         runs = contest["entrants"][name]["runs"]
@@ -289,4 +308,4 @@ def _draw(axes: Any, title: str, contest: Contest, by: str) -> None:
     target = contest["target"]["train_loss"]
     axes.axhline(target, color="0.4", linewidth=0.8)
     drawing.logarithmic(axes, highest=8 * target)
-    axes.set(title=title, xlabel=by, ylabel="training loss (log scale)", xlim=(0, None))
+    axes.set(title=title, xlabel=by, xlim=(0, None))

@@ -237,7 +237,7 @@ def test_the_page_and_the_figures(ran):
     check_page(content, page, claims=3)
     assert all(claim["holds"] == "open" for claim in content["claims"])
     assert "take `relative_damping=1`, weight decay, or fewer steps" in page
-    for file in ("steps.png", "seconds.png"):
+    for file in ("steps.png", "seconds.png", "front.png"):
         check_figure(folder / file, panels=2)
     assert "60/60 runs" in printed
     contest = content["results"]["contests"]["mlp"]
