@@ -54,7 +54,7 @@ def logarithmic(axes: Axes, highest: float = np.inf) -> None:
 def few_ticks(axes: Axes) -> None:
     """Leave ticks that a small panel with a logarithmic axis has room for."""
     low, high = axes.get_ylim()
-    subs = (1, 2, 5) if high < 30 * low else (1,)
+    subs = (1, 2, 5) if high < 100 * low else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
 
 

@@ -8,6 +8,9 @@ import functools
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,6 +48,43 @@ BLOCKS = [
 @pytest.mark.parametrize(("path", "number"), BLOCKS)
 def test_code_runs(path, number):
     session(path, number)
+
+
+@pytest.mark.parametrize(
+    ("rule", "rates", "least"),
+    [
+        (optax.sgd, (0.03, 0.05, 0.1, 0.15, 0.2), 500),
+        (optax.adam, (0.003, 0.01, 0.03, 0.1), 95),
+    ],
+)
+def test_others_take_longer(rule, rates, least):
+    """Than the 80 steps of *Getting started*, at the best of these rates; at 0.4 SGD diverges."""
+    names = session(ROOT / "docs" / "getting-started.md", 0)
+    x, y, k1, k2 = (names[name] for name in ("x", "y", "k1", "k2"))
+    initial = {
+        "w1": jax.random.normal(k1, (8, 64)) / 2,
+        "b1": jnp.zeros(64),
+        "w2": jax.random.normal(k2, (64, 1)) / 8,
+        "b2": jnp.zeros(1),
+    }
+
+    @jax.jit
+    def losses(rate):
+        tx = rule(rate)
+
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(names["loss_fn"])(params, x, y)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, (initial, tx.init(initial)), length=700)[1]
+
+    curves = list(map(losses, rates))
+    reached = [int(jnp.argmax(curve < 1e-4)) for curve in curves if jnp.any(curve < 1e-4)]
+    assert min(reached) > least
+    if rule is optax.sgd:
+        assert not jnp.isfinite(losses(0.4)[-1])
 
 
 def test_every_page_is_looked_at():

@@ -130,7 +130,7 @@ class Layer:
         }
 
     def cosine(self) -> jax.Array:
-        """The cosine of updates and gradient of the weight, without sign, (); NaN if one is zero."""
+        """The cosine of updates and gradient of the weight, unsigned, (); NaN if one is zero."""
         # Of the weight alone: a bias before a normalisation has a gradient of rounding errors.
         pairs = [
             [array.astype(accumulator(array.dtype)) for array in (self._updates[p], g)]
