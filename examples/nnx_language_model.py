@@ -64,10 +64,12 @@ def main(steps=150, figure="nnx_language_model.png", tx=None):
         checkpointer.wait_until_finished()
         model = Transformer(nnx.Rngs(1))  # other first weights, all of which are replaced
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        state = checkpointer.restore(f"{folder}/state", nnx.state((model, optimizer)))
-        nnx.update((model, optimizer), state)
+        now = nnx.state((model, optimizer))
+        nnx.update((model, optimizer), checkpointer.restore(f"{folder}/state", now))
     losses += [float(train_step(model, optimizer, text)) for text in batches(steps, steps)]
-    print(f"loss {losses[0]:.2f}, when saved {losses[steps - 1]:.2f}, in the end {losses[-1]:.2f}")
+    print(
+        f"loss when saved {np.mean(losses[steps - 10 : steps]):.2f}, now {np.mean(losses[-10:]):.2f}"
+    )
     _, axes = plt.subplots()
     axes.plot(losses)
     axes.axvline(steps, color="grey")

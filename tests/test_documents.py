@@ -7,6 +7,7 @@ or the first block of its page.
 import functools
 import pathlib
 import re
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,24 @@ def test_links_lead_somewhere(path):
         assert page.exists(), target
         if heading:
             assert heading in map(anchor, re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE))
+
+
+def test_on_an_index_all_links_lead_to_the_repository():
+    """README as the package's metadata have it, by the substitutions of pyproject.toml."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    text = README.read_text()
+    relative = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    assert len(relative) > 15
+    for each in settings["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"][
+        "substitutions"
+    ]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    source = settings["project"]["urls"]["Source"]
+    for target in relative:
+        picture = target.endswith(".png")
+        root = "https://raw.githubusercontent.com" + source.removeprefix("https://github.com")
+        assert f"]({root}/main/{target})" in text or f"]({source}/blob/main/{target})" in text
+        assert picture == (f"]({root}/main/{target})" in text)
 
 
 def anchor(heading):

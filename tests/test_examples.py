@@ -11,7 +11,7 @@ import cqjax
 
 EXAMPLES = sorted((pathlib.Path(__file__).parents[1] / "examples").glob("*.py"))
 NEEDS = {"equinox_mlp": "equinox", "haiku_mlp": "haiku", "keras_cnn": "keras"}
-STEPS = {"nnx_language_model": 8, "lora": 12}
+STEPS = {"nnx_language_model": 12, "lora": 12}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
