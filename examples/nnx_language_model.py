@@ -67,9 +67,7 @@ def main(steps=150, figure="nnx_language_model.png", tx=None):
         now = nnx.state((model, optimizer))
         nnx.update((model, optimizer), checkpointer.restore(f"{folder}/state", now))
     losses += [float(train_step(model, optimizer, text)) for text in batches(steps, steps)]
-    print(
-        f"loss when saved {np.mean(losses[steps - 10 : steps]):.2f}, now {np.mean(losses[-10:]):.2f}"
-    )
+    print(f"when saved {np.mean(losses[steps - 10 : steps]):.2f}, now {np.mean(losses[-10:]):.2f}")
     _, axes = plt.subplots()
     axes.plot(losses)
     axes.axvline(steps, color="grey")

@@ -16,6 +16,7 @@ STEPS = {"nnx_language_model": 12, "lora": 12}
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_trains(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])
     matplotlib.use("agg")
