@@ -2,6 +2,9 @@
 
 import importlib.metadata
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
 project = "cqjax"
 author = "the cqjax developers"
 copyright = "the cqjax developers, Apache-2.0"
@@ -28,6 +31,25 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 80
+autodoc_type_aliases = {
+    name: name
+    for name in (
+        "Argnums",
+        "ArrayLike",
+        "Axis",
+        "Beta",
+        "Factors",
+        "Mask",
+        "OnAscent",
+        "Optimizer",
+        "PyTree",
+        "Schedule",
+        "Signal",
+        "ValueFn",
+        "lax.PrecisionLike",
+        "optax.ScalarOrSchedule",
+    )
+}
 add_module_names = False
 python_use_unqualified_type_names = True
 
@@ -43,3 +65,22 @@ pygments_style = "friendly"
 pygments_dark_style = "monokai"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+# Formulas are MathML, which browsers render without a script from elsewhere.
+html_math_renderer = "mathml"
+
+
+def setup(app):
+    """Registers the renderer."""
+
+    def inline(self, node):
+        self.body.append(convert(node.astext()))
+        raise SkipNode
+
+    def block(self, node):
+        formula = convert(node.astext(), display="block")
+        self.body.append(f'<div class="formula">{formula}</div>')
+        raise SkipNode
+
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))

@@ -59,7 +59,7 @@ def main(steps=400, figure="autoencoder.png", rate=1e-2):
     adam = optax.adam(rises_and_falls(0.0, rate, steps // 20, steps))
     cadam = cqjax.cadam(rises_and_falls(0.0, 1e-2, steps // 20, steps))
     rules = {"Adam": optax.with_extra_args_support(adam), "C-Adam": cadam}
-    panels = plt.figure(figsize=(9, 4), layout="constrained").subplots(1, 2)
+    panels = plt.figure(figsize=(6.4, 6), layout="constrained").subplots(2, 1)
     rows, curves = [x[1400:1410]], {}
     for name, tx in rules.items():
         params, curves[name] = train(tx, x[:1400], steps)
@@ -68,9 +68,9 @@ def main(steps=400, figure="autoencoder.png", rate=1e-2):
         panels[0].semilogy(curves[name], label=name)
     panels[0].set(xlabel="steps", ylabel="loss of the batch")
     panels[0].legend()
-    images = np.stack(rows).reshape(len(rows), -1, 8, 8).transpose(0, 2, 1, 3)
-    panels[1].imshow(images.reshape(8 * len(rows), -1), cmap="gray_r", vmin=0, vmax=1)
-    panels[1].set(xticks=[], yticks=[3.5, 11.5, 19.5], yticklabels=["new images", *rules])
+    images = np.pad(np.stack(rows).reshape(3, -1, 8, 8), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    panels[1].imshow(images.transpose(0, 2, 1, 3).reshape(36, -1), cmap="gray_r", vmin=0, vmax=1)
+    panels[1].set(xticks=[], yticks=[5.5, 17.5, 29.5], yticklabels=["new images", *rules])
     plt.savefig(figure)
     return curves
 
