@@ -102,7 +102,7 @@ def sentences(path):
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"^ *[-*] |^ *\d+\. ", "\n\n", text, flags=re.MULTILINE)
     for paragraph in re.split(r"\n\s*\n", text):
-        yield from re.split(r"(?<=[.!?])\s+(?=[\"'*`A-Z0-9])", " ".join(paragraph.split()))
+        yield from re.split(r"(?<=[.!?])\**\s+(?=[\"'*`A-Z0-9])", " ".join(paragraph.split()))
 
 
 @pytest.mark.parametrize("path", FIRST_PAGES, ids=lambda path: path.name)
