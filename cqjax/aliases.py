@@ -1,5 +1,7 @@
 """The papers' optimizers, as chains of a transformation of cqjax and one of Optax's rules."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from cqjax.transforms.learning_rates import scale_by_learning_rates
 Optimizer = optax.GradientTransformationExtraArgs
 Mask = optax.Params | Callable[[optax.Params], Any] | None
 _Rule = optax.GradientTransformation
+_Rate = optax.ScalarOrSchedule
 _Limits = tuple[list[_Rule], list[_Rule]]
 
 
@@ -294,9 +297,7 @@ def _solve(
     )
 
 
-def _rates(
-    learning_rate: optax.ScalarOrSchedule, uncovered: optax.ScalarOrSchedule | None = None
-) -> _Rule:
+def _rates(learning_rate: _Rate, uncovered: _Rate | None = None) -> _Rule:
     """Minus the rate of covered parameters, and that of the others, if it is another."""
     check_rate(learning_rate, "learning_rate")
     if uncovered is None:
@@ -312,14 +313,12 @@ def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
     return [] if none else [optax.add_decayed_weights(weight_decay, mask)]
 
 
-def _limit(max_change: float | None, rate: optax.ScalarOrSchedule = 1.0) -> list[_Rule]:
+def _limit(max_change: float | None, rate: _Rate = 1.0) -> list[_Rule]:
     """The trust region, if there is one, for updates that are taken at this rate."""
     return [] if max_change is None else [clip_by_output_change(max_change, learning_rate=rate)]
 
 
-def _limits(
-    max_change: float | None, before: float, after: float, rate: optax.ScalarOrSchedule = 1.0
-) -> _Limits:
+def _limits(max_change: float | None, before: float, after: float, rate: _Rate = 1.0) -> _Limits:
     """Limits before and after a rule with a memory, in multiples of `max_change`.
 
     What a rule takes in stays: Adam takes 80,000 steps to forget one update of 1e18. And a rate
@@ -336,7 +335,7 @@ def _chain(
     return optax.chain(solve, *limits[0], rule, *decay, rates, *limits[1])
 
 
-def _accumulated(rate: optax.ScalarOrSchedule, momentum: Any) -> optax.ScalarOrSchedule:
+def _accumulated(rate: _Rate, momentum: Any) -> _Rate:
     """The rate at which an update acts that momentum repeats.
 
     Raises:

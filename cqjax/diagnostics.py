@@ -1,5 +1,7 @@
 """How well each layer's inputs determine its update, and what the update does to its outputs."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,7 @@
 """Back-matching's optimizer, and those that the papers compare theirs with."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import optax

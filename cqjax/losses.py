@@ -1,5 +1,7 @@
 """Losses of the NeuronLearning notes (section 2.2) that Optax lacks."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

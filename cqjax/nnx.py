@@ -1,5 +1,7 @@
 """`value_and_grad` and `plan` for losses of `flax.nnx` modules."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +50,7 @@ class ValueAndGrad:
 
         Args:
           *args: the loss's arguments: the model, which may be abstract, made by `nnx.eval_shape`;
-            and others: arrays, or `jax.ShapeDtypeStruct`s.
+            and others: each an array, or a `jax.ShapeDtypeStruct`.
           **kwargs: those passed by name.
 
         Returns:

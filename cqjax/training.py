@@ -1,5 +1,7 @@
 """Flax's training state, for transformations that take the argument `captures`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,7 +51,7 @@ class TrainState(train_state.TrainState):
         captures: Captures | None = None,
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> "TrainState":
+    ) -> TrainState:
         """Updates `step`, `params` and `opt_state`, and replaces other fields.
 
         Args:
@@ -70,7 +72,7 @@ class TrainState(train_state.TrainState):
     @classmethod
     def create(
         cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any
-    ) -> "TrainState":
+    ) -> TrainState:
         """Creates a state at step 0, with the transformation's initial state.
 
         Args:

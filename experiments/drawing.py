@@ -51,6 +51,13 @@ def logarithmic(axes: Axes, highest: float = np.inf) -> None:
     )
 
 
+def few_ticks(axes: Axes) -> None:
+    """Leave ticks that a small panel with a logarithmic axis has room for."""
+    low, high = axes.get_ylim()
+    subs = (1, 2, 5) if high < 100 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+
+
 def band(axes: Axes, x: Any, median: Any, low: Any, high: Any, label: str, number: int) -> None:
     """Draw a line of medians, and shade the range from `low` to `high`."""
     axes.plot(x, median, label=label, markevery=max(1, len(x) // 8), **style(number))

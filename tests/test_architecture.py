@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 
 import pytest
 
@@ -100,3 +101,14 @@ def test_public_names_are_documented():
     for thing in objects:
         doc = thing.__doc__ or ""
         assert len(doc.splitlines()) > 3, thing
+
+
+def test_public_names_are_in_the_reference():
+    """Each of them once, on a page of docs/api."""
+    pages = (ROOT.parent / "docs" / "api").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
+    listed = re.findall(r"^\.\. auto(?:function|class):: (\w+)", text, re.MULTILINE)
+    flax = ["value_and_grad", "plan", "ValueAndGrad", "TrainState"]
+    diagnostics = ["report", "Report", "LayerReport"]
+    expected = [*set(cqjax.__all__) - {"nnx", "training", "diagnostics"}, *flax, *diagnostics]
+    assert sorted(listed) == sorted(expected)

@@ -4,6 +4,8 @@ They come of the weights' norms alone. m = 1 at the output; each layer that is p
 down multiplies it by a factor.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
@@ -63,7 +65,7 @@ class ChainLayer:
         """Paths of all its parameters."""
         return (self.weight, *self.also, *self.above, *self._scale)
 
-    def stages(self) -> list["Stage"]:
+    def stages(self) -> list[Stage]:
         """What is passed on the way down: its normalisation, then the layer itself."""
         entries = self.inputs * self.ratio
         layer = Stage(views.parameter(self.weight, ()), (), self.outputs, 1, entries)
@@ -87,7 +89,7 @@ class Stage(NamedTuple):
     positions: float = 1
     entries: float = 1
 
-    def factor(self, below: "Stage | None", arrays: Arrays) -> jax.Array:
+    def factor(self, below: Stage | None, arrays: Arrays) -> jax.Array:
         """What m is multiplied by.
 
         Of a weight, ‖W‖²_F · positions / entries: the mean over the input's entries of the squared

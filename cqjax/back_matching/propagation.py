@@ -1,5 +1,7 @@
 """Back-matching as a whole: the matched signal, and the weights' update that goes with it."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, Literal

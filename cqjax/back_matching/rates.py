@@ -1,5 +1,7 @@
 """Back-matching's layer-wise rates: for chains of layers by Algorithm 1, for any graph measured."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

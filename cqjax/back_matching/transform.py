@@ -1,5 +1,7 @@
 """Back-matching's layer-wise rates as a transformation."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 

@@ -1,5 +1,7 @@
 """Units: the parameters that share a rate, and the layers that they are used in."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping

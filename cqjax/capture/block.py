@@ -1,5 +1,7 @@
 """A block: the sites that share one weight, and the bias added to their outputs. One solve."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -71,11 +73,11 @@ class Block:
     parts: int | None = None
     precision: lax.PrecisionLike = "highest"
     max_dim: int | None = None
-    other: "Block | None" = None
+    other: Block | None = None
     beside_own: bool = False
 
     @property
-    def sides(self) -> tuple["Block", ...]:
+    def sides(self) -> tuple[Block, ...]:
         """This block, and the one whose weight is the transpose of its own, if there is one."""
         return (self,) if self.other is None else (self, self.other)
 
@@ -197,7 +199,7 @@ class Block:
         """
         return batch_size / examples if self.shared and examples is not None else batch_size
 
-    def by_moments(self) -> "Block":
+    def by_moments(self) -> Block:
         """The block, solved for by its second moment."""
         if self.solver == "both sides":
             return self

@@ -1,5 +1,7 @@
 """What one evaluation of the loss captured: a pytree that crosses `jit`, `vmap` and `scan`."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +14,7 @@ from cqjax.capture.block import Block
 from cqjax.capture.own_statistics import Groups
 from cqjax.capture.parameters import Parameter
 from cqjax.capture.statistics import Rows, Statistic
+from cqjax.capture.table import lines
 from cqjax.linalg import devices
 from cqjax.program.flow import Flow
 from cqjax.program.weight_function import WeightFunction
@@ -45,8 +48,12 @@ class Capture:
     gradients: dict[str, jax.Array]
     block: Block
     number: jax.Array | None
-    other: "Capture | None"
+    other: Capture | None
     function: WeightFunction | None
+
+    def __repr__(self) -> str:
+        """Its paths, and the shapes of what was captured of each site."""
+        return f"Capture({', '.join(self.block.paths)}: {'; '.join(map(_shapes, self.sites))})"
 
     @property
     def has_rows(self) -> bool:
@@ -149,6 +156,15 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
     flow: Flow
     unknown: str = ""
 
+    def __repr__(self) -> str:
+        """A table: for each weight its bias, its sites' number, and what was captured of them."""
+        rows = []
+        for each in self.blocks:
+            bias = ", ".join(path for path in each.block.paths if path not in each.block.view.paths)
+            captured = dict.fromkeys(map(_shapes, each.sites))
+            rows.append((each.block.name, bias, str(len(each.sites)), "; ".join(captured)))
+        return "\n".join(lines(("weight", "bias", "sites", "captured"), {"sites"}, rows))
+
     def __getitem__(self, path: str) -> tuple[Capture, ...]:
         """The captures in which the parameter at `path` takes part.
 
@@ -172,3 +188,16 @@ class Captures(Mapping[str, tuple[Capture, ...]]):
             for path in capture.block.paths:
                 found.setdefault(path, []).append(capture)
         return {path: tuple(captures) for path, captures in found.items()}
+
+
+def _shapes(statistic: Any) -> str:
+    """A statistic's class, and its arrays' names, dtypes and shapes."""
+    if not dataclasses.is_dataclass(statistic):
+        return type(statistic).__name__
+    parts = ((each.name, getattr(statistic, each.name)) for each in dataclasses.fields(statistic))
+    arrays = (f"{name} {_typed(value)}" for name, value in parts if hasattr(value, "shape"))
+    return f"{type(statistic).__name__}: {', '.join(arrays)}"
+
+
+def _typed(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}".replace(" ", "")

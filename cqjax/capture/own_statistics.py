@@ -1,5 +1,7 @@
 """What is captured of lookups and ragged products, whatever `capture=` asks for."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import ClassVar
 
@@ -28,7 +30,7 @@ class Groups(Statistic):
     sizes: jax.Array
 
     @classmethod
-    def take(cls, site: Site, trip: Trip) -> "Groups":
+    def take(cls, site: Site, trip: Trip) -> Groups:
         """Those of one trip."""
         assert isinstance(site.form, Ragged) and trip.sizes is not None
         xx = site.form.second_moment(trip.x, trip.sizes, trip.precision)
@@ -57,7 +59,7 @@ class Counts(Statistic):
     counts: jax.Array
 
     @classmethod
-    def take(cls, site: Site, trip: Trip) -> "Counts":
+    def take(cls, site: Site, trip: Trip) -> Counts:
         """The counts of one trip, for which x are the indices."""
         assert isinstance(site.form, Lookup)
         weights = None if trip.weights is None else jnp.square(trip.weights)

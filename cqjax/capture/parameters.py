@@ -1,5 +1,7 @@
 """Which parameters are selected, and what a plan says of each."""
 
+from __future__ import annotations
+
 import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence

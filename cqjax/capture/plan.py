@@ -1,5 +1,7 @@
 """A plan: which parameters are covered, by which solves, at what cost."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
@@ -10,7 +12,7 @@ from cqjax.capture.block import Block
 from cqjax.capture.coverage import make_blocks
 from cqjax.capture.options import Options, Signal
 from cqjax.capture.parameters import Owners, Parameter, Shapes, Status, listed, selected
-from cqjax.capture.table import parameter_lines
+from cqjax.capture.table import parameter_lines, wrapped
 from cqjax.program.flow import Flow
 from cqjax.program.walk import Record
 
@@ -51,7 +53,8 @@ class Plan:
         if self.signal == "matched":
             unmatched = ", ".join(self.unmatched) or "no layer with parameters"
             total += f"\nsignal: matched; as in backpropagation through {unmatched}"
-        return "\n".join((*parameter_lines(self.parameters, self.blocks), total))
+        below = (line for part in total.splitlines() for line in wrapped(part, ""))
+        return "\n".join((*parameter_lines(self.parameters, self.blocks), *below))
 
     @property
     def unmatched(self) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 A new statistic is one class: derive it from `Statistic`, and pass it as `capture=`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import ClassVar, NamedTuple, Self
 
@@ -99,7 +101,7 @@ class Statistic:
     diagonal: ClassVar[bool] = False
 
     @classmethod
-    def take(cls, site: Site, trip: Trip) -> "Statistic":
+    def take(cls, site: Site, trip: Trip) -> Statistic:
         """What one trip of a site contributes.
 
         Args:
@@ -168,14 +170,14 @@ class Rows(Statistic):
     h: jax.Array | None
 
     @classmethod
-    def take(cls, site: Site, trip: Trip) -> "Rows":
+    def take(cls, site: Site, trip: Trip) -> Rows:
         """The rows of one trip."""
         assert not isinstance(site.form, Lookup | Ragged)
         rows = site.form.rows(trip.x)
         h = None if trip.h is None else row_weights.column(site.form, trip.h, rows.shape[:2])
         return cls(rows, site.form.output.pack(trip.dz), h)
 
-    def fold(self, site: Site) -> "Rows":
+    def fold(self, site: Site) -> Rows:
         """The rows of all trips: along B if each trip has a weight of its own, else along n."""
         own = [level for level, _ in site.view.loops]
         loops = len(site.loops)
@@ -188,7 +190,7 @@ class Rows(Statistic):
 
         return jax.tree.map(merged, self)
 
-    def of_all_devices(self, axes: devices.Axes) -> "Rows":
+    def of_all_devices(self, axes: devices.Axes) -> Rows:
         """The rows of all devices, one after the other."""
         return devices.gathered(self, axes, 1)
 
@@ -222,12 +224,12 @@ class Inputs(Statistic):
     x: jax.Array
     h: jax.Array | None
 
-    def fold(self, site: Site) -> "Inputs":
+    def fold(self, site: Site) -> Inputs:
         """The same: there are no loops around the site."""
         del site
         return self
 
-    def of_all_devices(self, axes: devices.Axes) -> "Inputs":
+    def of_all_devices(self, axes: devices.Axes) -> Inputs:
         """Each device's own: their moments are summed, once there are some."""
         del axes
         return self
@@ -262,7 +264,7 @@ class Gram(Statistic):
     xx: jax.Array
 
     @classmethod
-    def take(cls, site: Site, trip: Trip) -> "Gram | Inputs":
+    def take(cls, site: Site, trip: Trip) -> Gram | Inputs:
         """XᵀX of one trip; the inputs, where the backward pass keeps them anyway.
 
         Then whoever wants XᵀX computes it, and nobody pays for a product that nobody uses:
@@ -299,7 +301,7 @@ class SketchedGram(Gram):
     rows_per_feature: ClassVar[int] = 4
 
     @classmethod
-    def take(cls, site: Site, trip: Trip) -> "Gram | Inputs":
+    def take(cls, site: Site, trip: Trip) -> Gram | Inputs:
         """XᵀX of one trip."""
         form, wanted = site.form, cls.rows_per_feature * site.form.weight.shape[1]
         if not isinstance(form, Product) or form.inputs.shape[1] < 2 * wanted:

@@ -14,7 +14,7 @@ from cqjax.capture.batch_size import BatchSize, batch_size
 from cqjax.capture.options import Options
 from cqjax.capture.plan import Plan, make_plan
 from cqjax.capture.rows import Rows
-from cqjax.frameworks import linen, nnx_modules
+from cqjax.frameworks import loaded
 from cqjax.frameworks import owners as ownership
 from cqjax.linalg import devices
 from cqjax.program import arguments, jaxprs, sharing, steps, terms
@@ -75,7 +75,7 @@ def trace(
       TypeError: a parameter is not real floating-point.
     """
     _check_manual_axes()
-    nnx_modules.refuse(params)
+    loaded.refuse(params)
     keyed = list(leaves_with_keys(params))
     leaves = {path_of(keys): leaf for keys, leaf in keyed}
     _check_parameters([path_of(keys) for keys, _ in keyed], [leaf for _, leaf in keyed])
@@ -165,7 +165,7 @@ def _trace(
                 kept[i] = result
         return [result for i, result in enumerate(results) if i not in kept]
 
-    with ownership.recorded() as owners, linen.intercepted():
+    with ownership.recorded() as owners, loaded.intercepted():
         jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(params, abstract)
     computed = iter(shapes)
     outputs = [kept[i] if i in kept else next(computed) for i in range(structure.num_leaves)]

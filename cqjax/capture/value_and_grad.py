@@ -1,5 +1,7 @@
 """`value_and_grad`: from a user's loss function to captures."""
 
+from __future__ import annotations
+
 import functools
 import warnings
 from collections.abc import Callable, Sequence

@@ -5,6 +5,8 @@ changed it. A method that computes from rows, not from the updates, would lose t
 a layer's record shows both.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 
@@ -48,7 +50,7 @@ class Layer:
         return self.capture.block
 
     @property
-    def other(self) -> "Layer | None":
+    def other(self) -> Layer | None:
         """The layer of Y = DWᵀ, whose weight is Wᵀ, where the loss has such products; else None."""
         if self.capture.other is None:
             return None
@@ -170,7 +172,7 @@ class Layer:
         }
 
     def cosine(self) -> jax.Array:
-        """|cos| of the angle between updates and gradient of the weight, (); NaN if one is zero."""
+        """The cosine of updates and gradient of the weight, unsigned, (); NaN if one is zero."""
         # Of the weight alone: a bias before a normalisation has a gradient of rounding errors.
         pairs = [
             [array.astype(accumulator(array.dtype)) for array in (self._updates[p], g)]

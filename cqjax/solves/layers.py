@@ -1,5 +1,7 @@
 """All layers among the updates of a transformation: the way to write a new method."""
 
+from __future__ import annotations
+
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any

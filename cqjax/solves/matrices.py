@@ -1,5 +1,7 @@
 """A layer's part of an update as matrices, and their algebra."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple, TypeVar
 
@@ -31,7 +33,7 @@ class Matrices(NamedTuple):
         return jnp.concatenate([self.weight, self.bias[:, None]], 1)
 
     @classmethod
-    def parted(cls, joined: jax.Array, has_bias: bool) -> "Matrices":
+    def parted(cls, joined: jax.Array, has_bias: bool) -> Matrices:
         """The inverse of `joined`."""
         return cls(joined[:, :-1], joined[:, -1]) if has_bias else cls(joined, None)
 

@@ -1,5 +1,7 @@
 """A trust region: a bound on how far one step moves the outputs of each layer."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import chex

@@ -1,5 +1,7 @@
 """Nonlinear conjugate gradients (the NeuronLearning notes, section 3.2)."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, Literal, NamedTuple, get_args
 

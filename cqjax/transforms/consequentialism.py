@@ -1,5 +1,7 @@
 """Consequentialism: updates chosen by what they do to each layer's outputs."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +37,7 @@ class ScaleByConsequentialismState(NamedTuple):
         layer's failures are counted at its weight, at the first parameter of a joined one. The
         total is their sum.
       foreign: (P,) int32, likewise: how often a layer's update came in with another direction than
-        the gradient that was captured (|cos| < .9). Above 0, it was of another batch, or changed.
+        the captured gradient (a cosine below .9). Above 0, it was of another batch, or changed.
       moments: with `ema_decay`, the moving average of each weight's XᵀX / N.
       inverses: with `update_every`, N (XᵀX + λI)⁻¹, (B, d, d), of the weights that are not solved
         for anew in each step; whether there has been one, (B,), and whether the last attempt

@@ -1,5 +1,7 @@
 """Extra arguments for transformations inside wrappers that do not pass any on."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import optax

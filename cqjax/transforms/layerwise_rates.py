@@ -3,6 +3,8 @@
 Zhang, Chen and Liu (2018) compare back-matching with it.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,5 +1,7 @@
 """Two learning rates: one for what is solved for, one for everything else."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import chex

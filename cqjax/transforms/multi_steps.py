@@ -1,5 +1,7 @@
 """Microbatches in separate calls: gradients and second moments are added up to a whole batch's."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Mapping

@@ -3,6 +3,8 @@
 This is the first extension that Paeedeh and Ghiasi-Shirazi (2020) try, in section 4.2.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

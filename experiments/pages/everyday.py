@@ -1,8 +1,10 @@
 """What this library says of everyday work, and what was measured."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from experiments import drawing
 from experiments.everyday.entrants import ADAM, AT_DEFAULT_RATE, DEFAULTS, OURS, WARM_UP
 from experiments.everyday.experiment import KINDS
 from experiments.page import Claim, Page, count, judge, spread
@@ -142,5 +144,24 @@ def _tables(held: Held) -> dict[str, list[dict[str, str]]]:
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:
-    """Draw steps.png and seconds.png, with a panel for each kind of work."""
-    kinds.draw(settings, results["contests"], "train_loss", "training loss", highest=8)
+    """Draw steps.png and seconds.png, with a panel for each kind of work, and front.png."""
+    held = results["contests"]
+    kinds.draw(settings, held, "train_loss", "training loss", highest=8)
+    _draw_front(held, settings.output / "front.png")
+
+
+def _draw_front(held: Held, path: Path) -> None:
+    """Draw few optimizers for many readers: each kind of work by steps, and by seconds beside."""
+    figure, axes = drawing.panels(-(-len(held) // 2), 4, (2.6, 2.1))
+    names = [OURS, *sorted(["Adam", "Muon", "Nesterov"])]
+    for number, (title, contest) in enumerate(held.items()):
+        for panel, by in zip(axes[2 * number : 2 * number + 2], ("steps", "seconds"), strict=True):
+            kinds.curves_of(panel, contest, names, by, "train_loss", highest=8)
+            panel.set(title=title, xlabel=by, xlim=(0, None))
+            drawing.few_ticks(panel)
+            panel.set_xlim(0, min(panel.get_xlim()[1], 2.5 * panel.lines[0].get_xdata()[-1]))
+    for empty in axes[2 * len(held) :]:
+        empty.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    drawing.save(figure, path)

@@ -181,7 +181,7 @@ def draw(settings: Any, held: Held, metric: str, words: str, highest: float) -> 
     for file in ("steps", "seconds"):
         figure, axes = drawing.panels(-(-len(held) // columns), columns, (4.2, 3.6))
         for panel, (title, contest) in zip(axes, held.items(), strict=False):
-            _draw(panel, contest, drawn, file, metric, highest)
+            curves_of(panel, contest, drawn, file, metric, highest)
             panel.set(title=title, xlabel=file, ylabel=f"{words} (log scale)", xlim=(0, None))
         most = max(axes, key=lambda panel: len(panel.get_lines()))
         axes[columns - 1].legend(
@@ -193,7 +193,7 @@ def draw(settings: Any, held: Held, metric: str, words: str, highest: float) -> 
         drawing.save(figure, settings.output / f"{file}.png")
 
 
-def _draw(
+def curves_of(
     axes: Any, contest: Contest, names: Sequence[str], by: str, metric: str, highest: float
 ) -> None:
     """Draw the curves of a contest without the first step; each name has its style everywhere."""

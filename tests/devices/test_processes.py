@@ -13,7 +13,7 @@ import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "multi_device.py"
+SCRIPT = ROOT / "tests" / "support" / "multi_device.py"
 WAYS = ["one device", "data parallel, jit", "FSDP, jit", "shard_map, inversions shared out"]
 
 

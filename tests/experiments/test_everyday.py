@@ -239,6 +239,7 @@ def test_the_page_and_the_figures(ran):
     assert "take `relative_damping=1`, weight decay, or fewer steps" in page
     for file in ("steps.png", "seconds.png"):
         check_figure(folder / file, panels=2)
+    check_figure(folder / "front.png", panels=4, least=(250, 300))
     assert "60/60 runs" in printed
     contest = content["results"]["contests"]["mlp"]
     ends = {

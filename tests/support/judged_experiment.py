@@ -41,10 +41,10 @@ def check_page(content, page, claims):
     assert content["environment"]["versions"]["jax"] in page
 
 
-def check_figure(path, panels):
-    """It is a picture of so many panels side by side, none of them empty."""
+def check_figure(path, panels, least=(350, 400)):
+    """It is a picture of so many panels side by side, none of them empty or too small."""
     picture = matplotlib.image.imread(path)[..., :3]
-    assert picture.shape[1] >= 400 * panels and picture.shape[0] >= 350
+    assert picture.shape[1] >= least[1] * panels and picture.shape[0] >= least[0]
     assert path.stat().st_size < 300_000
     width = picture.shape[1] // panels
     for panel in range(panels):

@@ -182,7 +182,7 @@ def test_kept_inverses_are_bounded_too():
     assert max(losses) < 2 * losses[0], losses
 
 
-# The README's chain.
+# The usual chain of docs/composition.md.
 
 ROUNDS, SEEDS = 300, 3
 

@@ -2,12 +2,12 @@
 
 On one host it takes all accelerators, or eight simulated CPU devices if there is one device only:
 
-    python examples/multi_device.py
+    python tests/support/multi_device.py
 
 On several hosts, run it on each of them, with the address of the first host (number 0):
 
-    python examples/multi_device.py --coordinator HOST0:1234 --processes 2 --process-id 0
-    python examples/multi_device.py --coordinator HOST0:1234 --processes 2 --process-id 1
+    python tests/support/multi_device.py --coordinator HOST0:1234 --processes 2 --process-id 0
+    python tests/support/multi_device.py --coordinator HOST0:1234 --processes 2 --process-id 1
 
 Both may be the same machine. HOST0 is 127.0.0.1 then, and each process has `--cpu-devices`
 simulated devices of its own. On Cloud TPU and Slurm, `jax.distributed.initialize()` needs no
