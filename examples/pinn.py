@@ -48,7 +48,7 @@ def exact(x):
 
 
 def main(steps=400, figure="pinn.png", rate=1e-1, ours=3e-2):
-    """Compares Adam and C-Adam, each at the best of six peaks of the same schedule."""
+    """Compares Adam and C-Adam, each at the best peak that was tried for the same schedule."""
     _, axes = plt.subplots()
     points, curves = jax.random.uniform(jax.random.key(2), (1000, 2)), {}
     for name, rule, peak in (("Adam", optax.adam, rate), ("C-Adam", cqjax.cadam, ours)):

@@ -69,13 +69,13 @@ def back_matching_units(source: Plan | Captures) -> tuple[Unit, ...]:
         found.append(Unit(paths, tuple(rows), sum(rows.values()), pooled, block))
 
     # A layer in both branches of a cond counts the rows of both. A weight that is used both ways (a
-    # tied table) has the rate 1: Algorithm 1 has no factor for it.
+    # tied table), or is made of parameters, has the rate 1: Algorithm 1 has no factor for it.
     for captured in source.blocks:
         block = captured.block if isinstance(captured, Capture) else captured
         rows = {
             numbers[site.position]: site.rows for site in block.sites if site.position in numbers
         }
-        if rows and block.other is None:
+        if rows and block.other is None and block.view.made is None:
             add(block.paths, rows, block)
     parameters = {parameter.path: parameter for parameter in source.parameters}
     normalisations: dict[tuple[str, ...], dict[int, int]] = {}

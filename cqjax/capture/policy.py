@@ -24,6 +24,8 @@ def decided(block: Block, options: Options) -> Block | str:
         if not block.small("primal"):
             return _too_large(block.size("primal"))
         return dataclasses.replace(block, statistic=Groups)
+    if block.view.made and any(site.x.placement or site.z.placement for site in block.sites):
+        return "is made into a weight on a mesh with explicit axes; expected automatic ones"
     if block.view.made:
         needed = dataclasses.replace(block, statistic=options.capture or Gram)
         return needed if block.small("primal") else _too_large(block.size("primal"))

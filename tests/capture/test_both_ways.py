@@ -145,3 +145,18 @@ def test_share_of_the_parameters_that_is_covered(name):
     covered = sum(sizes[p.path] for p in plan.parameters if p.status == "covered")
     assert covered >= share * sum(sizes.values()), plan
     assert any(block.solver == "both sides" for block in plan.blocks)
+
+
+def test_equinox():
+    eqx = pytest.importorskip("equinox")
+    network = eqx.nn.MLP(2, "scalar", 16, 2, jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_array)
+
+    def loss(params, x):
+        network = eqx.combine(params, static)
+        values, slopes = jax.vmap(jax.value_and_grad(network))(x)
+        return jnp.mean((jnp.linalg.norm(slopes, axis=-1) - 1) ** 2 + values**2)
+
+    plan = cqjax.plan(loss)(params, jnp.ones((8, 2)))
+    assert not plan.uncovered()
+    assert {block.solver for block in plan.blocks} == {"both sides"}
