@@ -65,7 +65,7 @@ def test_reparametrized_weights_along_automatic_axes():
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
     explicit = split(AxisType.Explicit)
-    with jax.set_mesh(jax.typeof(explicit[0]).sharding.mesh):
+    with jax.set_mesh(explicit[0].sharding.mesh):
         plan = evaluate.plan(params, *explicit)
     assert "explicit axes" in plan.uncovered()["v"][0]
-    assert {"b", "w"} & {p.path for p in plan.parameters if p.status == "covered"} == {"w"}
+    assert [p.path for p in plan.parameters if p.status == "covered"] == ["w"]
