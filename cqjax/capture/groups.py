@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cqjax.program.forms import Convolution, Lookup
+from cqjax.program.forms import Convolution, Lookup, Product
+from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
 from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Bias, Site
@@ -51,7 +52,7 @@ def grouped(sites: Sequence[Site], shapes: Shapes, *, both_sides: bool) -> list[
     """
     groups: collections.OrderedDict[tuple[View, Layout, Kind], list[Site]]
     groups = collections.OrderedDict()
-    for site in sites:
+    for site in map(_untransposed, sites):
         kind: Kind = type(site.form) if isinstance(site.form, Lookup | Ragged) else None
         view, factor = (site.view, 1.0) if kind is Lookup else site.view.split
         group = groups.setdefault((view, site.form.weight, kind), [])
@@ -87,6 +88,17 @@ def same_bias(sites: Sequence[Site], shapes: Shapes) -> list[Site]:
         site if site.bias is None else dataclasses.replace(site, bias=same[site.bias])
         for site in sites
     ]
+
+
+def _untransposed(site: Site) -> Site:
+    """The site whose weight is the parameter as it is stored, rather than its transpose."""
+    if not isinstance(site.form, Product):
+        return site
+    form, view = site.form.untransposed(site.view)
+    # Masks, factors and biases have the order of the features, or of the outputs.
+    kept = form.inputs == site.form.inputs and form.output == site.form.output
+    plain = site.bias is None and site.gain == Constant(1.0) and form.live == Constant(True)
+    return dataclasses.replace(site, form=form, view=view) if kept or plain else site
 
 
 def _order(sites: Sequence[Site]) -> int:

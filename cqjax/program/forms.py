@@ -67,15 +67,15 @@ class Product:
         Features and outputs are in the order of the weight's axes. So one product's features are
         another's outputs, axis by axis, where the loss uses a weight both ways.
         """
-        form = self
-        while (permutation := view.transposition) and view.shape == form.weight.sizes:
-            form = dataclasses.replace(form, weight=form.weight.before(permutation))
+        weight = self.weight
+        while (permutation := view.transposition) and view.shape == weight.sizes:
+            weight = weight.before(permutation)
             (view,) = view.args
-        weight, order = form.weight.sorted(1)
-        inputs = form.inputs.reordered(2, order)
-        weight, order = weight.sorted(2)
-        output = form.output.reordered(2, order)
-        return dataclasses.replace(form, weight=weight, inputs=inputs, output=output), view
+        weight, features = weight.sorted(1)
+        weight, outputs = weight.sorted(2)
+        inputs = self.inputs.reordered(2, features)
+        output = self.output.reordered(2, outputs)
+        return dataclasses.replace(self, weight=weight, inputs=inputs, output=output), view
 
     @property
     def channels(self) -> int:

@@ -266,8 +266,6 @@ class _Walk:
             reason = "is joined with one that varies over other mesh axes"
             self._use(view, Use(reason, step.position, ""))
             return None
-        if isinstance(form, forms.Product):
-            form, view = form.untransposed(view)
         if view.holes:
             masked = masks.masked(form, view.pattern().reshape(-1, *view.shape))
             if isinstance(masked, str):

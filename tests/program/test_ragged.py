@@ -124,13 +124,13 @@ def test_an_average_over_steps_and_a_clip():
     assert np.isfinite(v).all()
 
 
-def test_rows_are_not_to_be_had():
+def test_rows_are_not_to_be_had(float64):
     _, grads, captures = cqjax.value_and_grad(loss_fn, batch_size=N)(W, X, Y, SIZES)
     with pytest.raises(ValueError, match="a ragged product's rows never are"):
         tx = cqjax.scale_by_nlms(0.1)
         tx.update(grads, tx.init(W), captures=captures)
 
 
-def test_back_matching_says_that_it_does_not_match_them():
+def test_back_matching_says_that_it_does_not_match_them(float64):
     plan = cqjax.plan(loss_fn, signal="matched", batch_size=N)({"w": W}["w"], X, Y, SIZES)
     assert plan.unmatched == ("",)

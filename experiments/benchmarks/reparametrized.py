@@ -36,6 +36,7 @@ class WeightNormed(nn.Module):
     def loss(self, params, x, labels):
         """The mean cross entropy."""
         logits = self.apply(params, x)
+        assert isinstance(logits, jax.Array)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
