@@ -49,34 +49,42 @@ def patches(x: jax.Array, window: Window, groups: int = 1) -> jax.Array:
       X, (groups, n, d). The rows are in the order of examples, then positions; the features in that
       of the window's offsets, then a group's channels.
     """
-    columns = jnp.stack(_columns(x, window), -2)
-    grouped = columns.reshape(*columns.shape[:-1], groups, x.shape[-1] // groups)
-    rows, features = math.prod(columns.shape[:-2]), columns.shape[-2] * grouped.shape[-1]
-    return jnp.moveaxis(grouped, -2, 0).reshape(groups, rows, features)
+    seen = _seen(x, window)
+    rows, offsets = math.prod(seen.shape[: x.ndim - 1]), math.prod(window.shape)
+    grouped = seen.reshape(rows, offsets, groups, x.shape[-1] // groups)
+    return jnp.moveaxis(grouped, -2, 0).reshape(groups, rows, offsets * grouped.shape[-1])
 
 
 def column_sums(x: jax.Array, window: Window, groups: int = 1) -> jax.Array:
     """The sums of the columns of `patches`: (groups, d), in at least float32."""
     # Summing over the examples first leaves one input to take the columns of.
     total = x.sum(0, keepdims=True, dtype=gram.accumulator(x.dtype))
-    axes = tuple(range(x.ndim - 1))
-    sums = jnp.stack([column.sum(axes) for column in _columns(total, window)])
-    return jnp.moveaxis(sums.reshape(len(sums), groups, -1), 1, 0).reshape(groups, -1)
+    sums = _seen(total, window, summed=True)
+    return jnp.moveaxis(sums.reshape(-1, groups, x.shape[-1] // groups), 1, 0).reshape(groups, -1)
 
 
-def _columns(x: jax.Array, window: Window) -> list[jax.Array]:
+def _seen(x: jax.Array, window: Window, *, summed: bool = False) -> jax.Array:
     """For each offset in the window, the entries there at all positions.
 
-    Each is (batch, *positions, channels).
+    They are (batch, *positions, *offsets, channels); summed over the positions, (batch, *offsets,
+    channels).
     """
     edges = zip(window.padding, window.lhs_dilation, strict=True)
-    padded = _pad(x, [(lo, hi, inserted - 1) for (lo, hi), inserted in edges])
-    columns = []
-    for offset in itertools.product(*map(range, window.shape)):
-        starts = [u * dilation for u, dilation in zip(offset, window.rhs_dilation, strict=True)]
-        axes = zip(starts, window.positions(x.shape[1:-1]), window.strides, strict=True)
-        columns.append(padded[:, *(slice(u, u + n * stride, stride) for u, n, stride in axes)])
-    return columns
+    seen = _pad(x, [(lo, hi, inserted - 1) for (lo, hi), inserted in edges])
+    # One spatial axis after the other: of k x k offsets, 2k slices are compiled instead of k².
+    for i, count in enumerate(window.positions(x.shape[1:-1])):
+        axis, stride = (1 if summed else 1 + i), window.strides[i]
+        starts = [u * window.rhs_dilation[i] for u in range(window.shape[i])]
+        parts = [_spaced(seen, axis, start, count, stride) for start in starts]
+        seen = jnp.stack([part.sum(axis) if summed else part for part in parts], -2)
+    return seen
+
+
+def _spaced(x: jax.Array, axis: int, start: int, count: int, stride: int) -> jax.Array:
+    """So many entries along an axis, each at a distance from the last."""
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(start, start + count * stride, stride)
+    return x[tuple(index)]
 
 
 class Blocks(NamedTuple):
