@@ -40,8 +40,16 @@ def decided(block: Block, options: Options) -> Block | str:
     return _too_large(min(block.size(solver) for solver in solvers))
 
 
+BOTH_SIDES_DIM = 1024
+"""The largest matrix of which a weight that is used both ways takes eigenvectors, or inverses for
+some of them, unless `max_dim` says otherwise. On 2 CPU cores `eigh` of 512 rows takes 40 to 640 ms,
+and its time goes with the cube."""
+
+
 def _both_sides(block: Block, other: Block, options: Options) -> Block | str:
     """A weight with products Z = XW and Y = DWᵀ: two second moments, and one solve."""
+    if block.max_dim is None and not block.windows:
+        block = dataclasses.replace(block, max_dim=BOTH_SIDES_DIM)
     sides = []
     for side in (block, dataclasses.replace(other, max_dim=block.max_dim)):
         looked_up = isinstance(side.sites[0].form, Lookup)
@@ -50,7 +58,10 @@ def _both_sides(block: Block, other: Block, options: Options) -> Block | str:
             side, solver="both sides", statistic=statistic, precision=options.precision
         )
         if not side.small("both sides"):
-            return _too_large(side.size("both sides"))
+            return (
+                "is used both ways, and needs the eigenvectors of a matrix of "
+                f"{side.size('both sides')} rows, more than max_dim={block.max_dim}"
+            )
         sides.append(side)
     return dataclasses.replace(sides[0], other=sides[1])
 

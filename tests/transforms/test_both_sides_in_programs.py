@@ -286,6 +286,14 @@ def test_what_cannot_be_says_why(small):
     params, *args = arrays(model)
     plan = cqjax.plan(model.loss, max_dim=3)(params, *args)
     assert "4 rows, more than max_dim" in plan.uncovered()["table"][0]
+
+    def wide(params, x):
+        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["w"].T - x) ** 2)
+
+    shapes = {"w": jax.ShapeDtypeStruct((1100, 8), jnp.float32)}, jnp.ones((4, 1100))
+    (reason,) = cqjax.plan(wide)(*shapes).uncovered()["w"]
+    assert "a matrix of 1100 rows, more than max_dim=1024" in reason
+    assert not cqjax.plan(wide, max_dim=2048)(*shapes).uncovered()
     _, grads, captures = cqjax.value_and_grad(model.loss)(params, *args)
     tx = cqjax.for_each_layer(lambda layer: layer.second_moment() and None, "mine")
     with pytest.raises(ValueError, match="table is used both ways, as XW and as DWᵀ"):
