@@ -79,7 +79,8 @@ def solve(equations: Sequence[Equation]) -> list[Solution]:
     """Solves equations. Matrices of one size are decomposed, or inverted, together.
 
     Where the smallest aᵢ + bⱼ + λ is less than 8 ε times the largest, an equation is singular to
-    working precision. λ is raised there by `ridge.REPAIR_DAMPING` times the mean of aᵢ + bⱼ.
+    working precision. λ is raised there by `ridge.REPAIR_DAMPING` times the mean of aᵢ + bⱼ; where
+    U has few columns, for each bⱼ by `ridge.inverses`.
     """
     # Of two sides, the one with few columns is on the right.
     turned = [eq.left.ndim == 3 and eq.left.shape[1] < eq.right.shape[1] for eq in equations]
