@@ -175,13 +175,11 @@ def energy(rng: np.random.Generator) -> Model:
 
 
 def pinn(rng: np.random.Generator) -> Model:
-    """Δu = f, by two gradients, one of the other; and u = 0 at the same points."""
+    """Δu = f, by gradients of the gradient; and u = 0 at the same points."""
 
     def loss(params, x, f):
         def residual(x, f):
-            slope = jax.grad(lambda x: network(params, x))
-            second = [jax.grad(lambda x, i=i: slope(x)[i])(x)[i] for i in range(2)]
-            return sum(second) - f
+            return jnp.trace(jax.jacrev(jax.grad(lambda x: network(params, x)))(x)) - f
 
         values = jax.vmap(lambda x: network(params, x))(x)
         return jnp.mean(jax.vmap(residual)(x, f) ** 2 + values**2)
