@@ -92,7 +92,10 @@ def test_convolutions_lookups_and_tokens():
         return jnp.mean((jnp.tanh(z).mean((1, 2)) + jnp.tanh(tokens).mean(1)) ** 2)
 
     b, t = export.symbolic_shape("b, t")
-    shapes = jax.ShapeDtypeStruct((b, 4, 4, 1), jnp.float32), jax.ShapeDtypeStruct((b, t), jnp.int32)
+    shapes = (
+        jax.ShapeDtypeStruct((b, 4, 4, 1), jnp.float32),
+        jax.ShapeDtypeStruct((b, t), jnp.int32),
+    )
     plan = cqjax.plan(loss)(params, *shapes)
     assert "8*b" not in str(plan) and "b*t" in str(plan) and plan.batch_size is None
     assert "N = the computed divisor" in str(plan)
