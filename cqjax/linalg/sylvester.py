@@ -18,8 +18,8 @@ from cqjax.linalg import lapack, ridge, triangular
 
 FEW = 8
 """The most columns of U for which one inverse for each takes the place of A's eigenvectors. An
-inverse costs 2 d³ operations, which suit a CPU's threads. Eigenvectors cost 9 d³, in LAPACK's: for
-d = 64 as long as 2 inverses, and for d = 128 to 512 as long as 10."""
+inverse costs 2 d³ operations, which suit a CPU's threads. Eigenvectors cost 9 d³, in LAPACK's: with
+one thread as long as 2 to 11 inverses for d = 64 to 512, and up to 70 where threads fight."""
 
 ITERATIONS = 200
 """The most steps of conjugate gradients."""

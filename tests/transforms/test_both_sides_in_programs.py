@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from both_sides import MODELS, gradient_penalty, tied_autoencoder, tied_embedding
+from both_sides import MODELS, tied_autoencoder, tied_embedding
 from flax import nnx
 
 import cqjax
@@ -231,20 +231,28 @@ def test_what_is_kept_between_steps_leaves_them_out(float64, small):
     assert not state.moments and not state.inverses
 
 
-def test_a_bound_on_the_outputs_holds_on_both_sides(float64):
-    model = gradient_penalty(np.random.default_rng(0))
-    params, x = arrays(model)
-    tx = optax.chain(optax.sgd(1e3), cqjax.clip_by_output_change(0.2))
-    new, state, *_ = updated(model, tx)
-    h1 = jnp.tanh(x @ params["w1"] + params["b1"])
-    h2 = jnp.tanh(h1 @ params["w2"] + params["b2"])
-    back = ((1 - h2**2) * params["w3"][:, 0]) @ new["w2"].T
-    own = ((1 - h2**2) * params["w3"][:, 0]) @ params["w2"].T
-    assert state[1].clipped.sum() > 0
-    # A side whose own outputs are small is measured by what an initialisation would have.
-    least = np.sqrt(np.mean(np.square((1 - h2**2) * params["w3"][:, 0])))
-    moved, size = (np.sqrt(np.mean(np.square(a))) for a in (back, own))
-    assert 0 < moved <= 0.2 * max(size, 1.5 * least)
+@pytest.mark.parametrize("binding", ["x", "d"])
+def test_a_bound_on_the_outputs_holds_on_both_sides(float64, binding):
+    """The change of the weight moves the outputs of one side alone: XΔW = 0, or DΔWᵀ = 0."""
+    rng = np.random.default_rng(0)
+    w, x, d = rng.normal(size=(4, 3)), rng.normal(size=(9, 4)), rng.normal(size=(7, 3))
+    change = np.zeros_like(w)
+    if binding == "x":
+        d[:, 0], change[:, 0] = 0, 50 * rng.normal(size=4)
+        ratio = np.linalg.norm(x @ w) / np.linalg.norm(x @ change)
+    else:
+        x[:, 0], change[0] = 0, 50 * rng.normal(size=3)
+        ratio = np.linalg.norm(d @ w.T) / np.linalg.norm(d @ change.T)
+
+    def loss(w, x, d):
+        return jnp.mean(jnp.tanh(x @ w)) + jnp.mean(jnp.tanh(d @ w.T))
+
+    w, x, d, change = map(jnp.asarray, (10 * w, x, d, change))
+    _, _, captures = cqjax.value_and_grad(loss, batch_size=9)(w, x, d)
+    tx = cqjax.clip_by_output_change(0.02)
+    new, state = tx.update(change, tx.init(w), w, captures=captures)
+    assert 0.02 * 10 * ratio < 1 and state.clipped.sum() == 1
+    np.testing.assert_allclose(new, 0.02 * 10 * ratio * change, rtol=1e-9)
 
 
 def test_the_report_has_the_eigenvalues_of_both_sides(float64):
