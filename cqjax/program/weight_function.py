@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
 import jax
-from jax.core import eval_jaxpr
+from jax.extend import core
 
 from cqjax.program import jaxprs
 
@@ -80,7 +80,7 @@ class WeightFunction:
         jaxpr, number = self.text.jaxpr, len(self.text.jaxpr.constvars)
         consts, given = self.given[:number], self.given[number:]
         leaves = jax.tree.leaves(dict(parameters))
-        (weight,) = eval_jaxpr(jaxpr, consts, *leaves, *given)
+        (weight,) = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))(*leaves, *given)
         return weight
 
     def linearized(
