@@ -6,12 +6,14 @@ A new statistic is one class: derive it from `Statistic`, and pass it as `captur
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cqjax.capture.output_moments import OutputMoments, input_squares, of_outputs, output_moments
 from cqjax.linalg import devices, gram
 from cqjax.linalg.products import einsum
 from cqjax.program import row_weights
@@ -20,22 +22,6 @@ from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Site
 
 _pytree = jax.tree_util.register_dataclass
-
-
-def quadratic_form(moment: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """vᵀMv for each column v = [V; c] of V: (B, d, k) and c: (B, k), or of V alone: (B, k).
-
-    Args:
-      moment: M, (B, d, d) or (B, d+1, d+1); without c, a constant feature of M is left out. Or its
-        diagonal, (B, d).
-      weight: V.
-      bias: c, or None.
-    """
-    if moment.ndim == 2:
-        return einsum("bd,bdk->bk", moment, jnp.square(weight))
-    v = weight if bias is None else jnp.concatenate([weight, bias[:, None]], 1)
-    moment = moment[:, : v.shape[1], : v.shape[1]]
-    return (v * einsum("bde,bek->bdk", moment, v, precision=gram.HIGHEST)).sum(1)
 
 
 class Trip(NamedTuple):
@@ -140,15 +126,23 @@ class Statistic:
             f"{type(self).__name__} define second_moment"
         )
 
-    def squared_outputs(
-        self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
-    ) -> jax.Array:
-        """The sums of squares over the rows of XV + hc for columns V (B, d, k), c (B, k): (B, k).
+    def output_moments(
+        self, site: Site, columns: jax.Array, precision: lax.PrecisionLike
+    ) -> OutputMoments:
+        """Sums over the rows of the outputs XV of other weights V: (B, d, k).
 
         Raises:
           ValueError: neither the rows nor their second moment are known.
         """
-        return quadratic_form(self.second_moment(site, precision), weight, bias)
+        return output_moments(self.second_moment(site, precision), columns)
+
+    def input_squares(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """‖X‖², the sum of the squares of all entries: (B,).
+
+        Raises:
+          ValueError: neither the rows nor their second moment are known.
+        """
+        return input_squares(self.second_moment(site, precision), site.form.weight.shape[1])
 
 
 @_pytree
@@ -199,16 +193,18 @@ class Rows(Statistic):
         del site
         return gram.inner(self.x, self.h, precision)
 
-    def squared_outputs(
-        self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
-    ) -> jax.Array:
+    def output_moments(
+        self, site: Site, columns: jax.Array, precision: lax.PrecisionLike
+    ) -> OutputMoments:
         """Those of these rows: a product with k columns costs less than XᵀX."""
         del site
-        x = self.x.astype(weight.dtype)
-        z = einsum("bnd,bdk->bnk", x, weight, precision=precision)
-        if bias is not None and self.h is not None:
-            z += self.h[..., None].astype(z.dtype) * bias[:, None]
-        return jnp.square(z).sum(1)
+        y = einsum("bnd,bdk->bnk", self.x.astype(columns.dtype), columns, precision=precision)
+        return of_outputs(y, self.h)
+
+    def input_squares(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """That of these rows."""
+        del site, precision
+        return jnp.square(self.x.astype(gram.accumulator(self.x.dtype))).sum((1, 2))
 
 
 @_pytree
@@ -239,16 +235,27 @@ class Inputs(Statistic):
         assert not isinstance(site.form, Lookup | Ragged)
         return devices.total(site.form.second_moment(self.x, self.h, precision), site.reduced)
 
-    def squared_outputs(
-        self, site: Site, weight: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
-    ) -> jax.Array:
-        """An estimate by some of the rows, of all devices."""
+    def output_moments(
+        self, site: Site, columns: jax.Array, precision: lax.PrecisionLike
+    ) -> OutputMoments:
+        """Estimates by some of the rows, of all devices."""
         assert not isinstance(site.form, Lookup | Ragged)
-        z = site.form.times(self.x, weight, precision)
-        if bias is not None and self.h is not None:
-            h = row_weights.sampled(site.form, self.h, z.shape[1])
-            z += h.astype(z.dtype) * bias[:, None]
-        return devices.total(site.form.output.shape[1] * jnp.square(z).mean(1), site.reduced)
+        y = site.form.times(self.x, columns, precision)
+        h = None if self.h is None else row_weights.sampled(site.form, self.h, y.shape[1])
+        times = site.form.output.shape[1] / y.shape[1]
+        sums = jax.tree.map(lambda each: times * each, of_outputs(y, h))
+        return devices.total(sums, site.reduced)
+
+    def input_squares(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
+        """An estimate by some of the rows, of all devices.
+
+        A convolution's is as if its window saw each entry of the input equally often.
+        """
+        del precision
+        assert not isinstance(site.form, Lookup | Ragged)
+        x = site.form.sampled(self.x)
+        mean = jnp.square(x.astype(gram.accumulator(x.dtype))).mean((1, 2))
+        return devices.total(mean * math.prod(site.form.rows_shape), site.reduced)
 
 
 @_pytree

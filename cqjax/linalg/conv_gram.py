@@ -17,9 +17,9 @@ matrix of the same kind with one axis less. The same holds at the end of the axi
 All this is for windows without dilation and strides; `windows.in_blocks` reduces others to these.
 """
 
-import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -183,25 +183,34 @@ def _unit_gram(
         return gram.inner(x[None], precision=precision)[0]
     product = _toeplitz(_autocorrelation(x, window, precision), window)
     # Pairs such as (before, after) are for the start of an axis; `[::way]` swaps them for its end.
-    for axis, way, depth, others, around in _outside(window, padding):
+    both_ends = itertools.groupby(_outside(window, padding), lambda each: (each[0], each[2]))
+    for (axis, depth), ends in both_ends:
+        _, ways, _, (others, *_), (around, *_) = zip(*ends, strict=True)
         both = axis, ndim + 1 + axis
-        # The strip: the first (or last) `depth` entries along the axis, counted as channels.
-        strip = _pad(x, (axis + 1,), *(0, depth - x.shape[axis + 1])[::way])
-        strip = jnp.moveaxis(strip, axis + 1, -2)
-        strip = strip.reshape(*strip.shape[:-2], depth * channels)
+        strips = [_strip(x, axis, way, depth) for way in ways]
         if len(others) > 1:
-            outside = _unit_gram(strip, others, around, precision)
-        else:
-            patches = windows.patches(strip, _unit_window(others, around))
-            outside = gram.inner(patches, None, precision)
-        outside = outside.reshape(2 * (*others, depth, channels))
-        outside = jnp.moveaxis(outside, (ndim - 1, 2 * ndim), both)
-        # A position that is t before the first (or after the last) sees each entry of the strip at
-        # an offset that is t more (or less). So the entries' Gram matrix is shifted for each t.
-        shifted = (_pad(outside, both, *(at, -at)[::way]) for at in range(depth))
-        outside = sum(shifted, jnp.zeros_like(outside))
-        product -= _pad(outside, both, *(window[axis] - depth, 0)[::way])
+            parts = [_unit_gram(strip, others, around, precision) for strip in strips]
+        else:  # the two ends of an axis side by side, which compiles once
+            seen = jnp.concatenate(strips, -1)
+            patches = windows.patches(seen, _unit_window(others, around), len(strips))
+            parts = list(gram.inner(patches, None, precision))
+        for way, outside in zip(ways, parts, strict=True):
+            outside = outside.reshape(2 * (*others, depth, channels))
+            outside = jnp.moveaxis(outside, (ndim - 1, 2 * ndim), both)
+            # A position that is t before the first (or after the last) sees each entry of the strip
+            # at an offset that is t more (or less). So the entries' Gram matrix is shifted for each
+            # t.
+            shifted = (_pad(outside, both, *(at, -at)[::way]) for at in range(1, depth))
+            outside = sum(shifted, outside)
+            product -= _pad(outside, both, *(window[axis] - depth, 0)[::way])
     return product
+
+
+def _strip(x: jax.Array, axis: int, way: int, depth: int) -> jax.Array:
+    """The first (or last) `depth` entries along an axis, counted as channels."""
+    strip = _pad(x, (axis + 1,), *(0, depth - x.shape[axis + 1])[::way])
+    strip = jnp.moveaxis(strip, axis + 1, -2)
+    return strip.reshape(*strip.shape[:-2], depth * x.shape[-1])
 
 
 def _outside(
@@ -251,10 +260,24 @@ def _autocorrelation(
     if not is_symbolic_dim(x.shape[0]):
         examples = max(SUMMED // max(1, math.prod(x.shape[1:-1])), -(-len(x) // PARTS), 1)
         number = min(1 << (-(-len(x) // examples) - 1).bit_length(), len(x)) or 1
-    parts = [x[start::number] for start in range(number)]
-    half = functools.reduce(jnp.add, [_correlation(p, p, reach, precision) for p in parts])
+    half = _sum_of_parts(x, number, lambda part: _correlation(part, part, reach, precision))
     mirrored = jnp.flip(half[:, 1:], tuple(range(1, half.ndim - 1))).swapaxes(0, -1)
     return jnp.concatenate([mirrored, half], 1)
+
+
+def _sum_of_parts(
+    x: jax.Array, number: int, function: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """The sum of a function of so many parts of the examples, as a loop, which is compiled once."""
+    if number == 1:
+        return function(x)
+    x = _pad(x, (0,), 0, -len(x) % number)  # examples of zeros add nothing
+    x = x.reshape(-1, number, *x.shape[1:])
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return total + function(lax.dynamic_index_in_dim(x, i, 1, keepdims=False))
+
+    return lax.fori_loop(1, number, add, function(x[:, 0]))
 
 
 def _correlation(
@@ -293,8 +316,15 @@ def _toeplitz(correlation: jax.Array, window: Sequence[int]) -> jax.Array:
     """Copies entry u - v to each pair of offsets u, v: (*window, channels, *window, channels)."""
     ndim = len(window)
     for axis, k in enumerate(window, 1):
-        each_v = [
-            lax.slice_in_dim(correlation, k - 1 - v, 2 * k - 1 - v, axis=axis) for v in range(k)
-        ]
-        correlation = jnp.stack(each_v, ndim + axis)
+        # In k copies, one after the other, entries of one diagonal are 2k - 2 apart. As views of
+        # one array these are compiled in a third of the time that k slices of it take.
+        before, after = correlation.shape[:axis], correlation.shape[axis + 1 :]
+        copies = jnp.broadcast_to(
+            jnp.expand_dims(correlation, axis), (*before, k, 2 * k - 1, *after)
+        ).reshape(*before, k * (2 * k - 1), *after)
+        length = max(1, 2 * k - 2)
+        rows = lax.slice_in_dim(copies, k - 1, k - 1 + k * length, axis=axis)
+        rows = rows.reshape(*before, k, length, *after)
+        each_v = lax.slice_in_dim(rows, 0, k, axis=axis + 1)
+        correlation = jnp.moveaxis(each_v, axis, ndim + axis)
     return jnp.moveaxis(correlation, 0, ndim)

@@ -27,6 +27,13 @@ def einsum(
     """
     operands, result = subscripts.split("->")
     first, second = operands.split(",")
+    alone = [i for i in first if i in second and i in result and a.shape[first.index(i)] == 1]
+    if alone:  # of axes of length one, XLA would compile what made the operands once more
+        a = lax.squeeze(a, [first.index(i) for i in alone])
+        b = lax.squeeze(b, [second.index(i) for i in alone])
+        first, second, inner = (_without(letters, alone) for letters in (first, second, result))
+        product = einsum(f"{first},{second}->{inner}", a, b, precision, preferred_element_type)
+        return lax.expand_dims(product, [result.index(i) for i in alone])
     batch = [axis for axis in first if axis in second and axis in result]
     summed = [axis for axis in first if axis in second and axis not in result]
     own = [axis for axis in first + second if axis in result and axis not in batch]
@@ -41,3 +48,16 @@ def einsum(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+
+
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """The diagonals of square matrices, (B, m, m): (B, m)."""
+    # `jnp.diagonal` is a `gather`, which takes longer to compile.
+    one = lax.broadcasted_iota(jnp.int32, matrix.shape, 1) == lax.broadcasted_iota(
+        jnp.int32, matrix.shape, 2
+    )
+    return jnp.where(one, matrix, 0).sum(-1)
+
+
+def _without(letters: str, some: list[str]) -> str:
+    return "".join(letter for letter in letters if letter not in some)

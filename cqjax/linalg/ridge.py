@@ -1,4 +1,4 @@
-"""Damped inverses: matrices of one shape are inverted together, failed inverses are repaired."""
+"""Damped inverses: all are inverted together, and those that fail are repaired."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cqjax.linalg import devices, triangular
-from cqjax.linalg.products import einsum
+from cqjax.linalg import definite, devices
+from cqjax.linalg.products import diagonal, einsum
 
 REPAIR_DAMPING = 1e-2
 """What the second attempt adds to the damping, relative to the mean eigenvalue."""
@@ -30,9 +30,11 @@ class System(NamedTuple):
 
     Attributes:
       matrix: A, (B, m, m).
-      damping: λ, (B,) or ().
+      damping: the absolute part of λ, (B,) or ().
       rank: the number of A's eigenvalues that may differ from zero.
+      relative: the part of λ that is relative to the mean of these eigenvalues, (B,) or ().
       gain: c, ().
+      column: h, (B, m), where A is to be `matrix` + hhᵀ; None where it is `matrix`.
       solvable: (B,) or () bool, whether to attempt the inverse with this λ. Where it is false, the
         first attempt counts as failed, and only the second, with a larger λ, is used.
     """
@@ -40,7 +42,9 @@ class System(NamedTuple):
     matrix: jax.Array
     damping: jax.Array | float
     rank: jax.Array | int
+    relative: jax.Array | float = 0.0
     gain: jax.Array | float = 1.0
+    column: jax.Array | None = None
     solvable: jax.Array | bool = True
 
 
@@ -81,13 +85,14 @@ def mean_eigenvalue(diagonal: jax.Array, rank: jax.Array | int) -> jax.Array:
 
 
 def inverses(systems: Sequence[System], spread_over: NamedSharding | None = None) -> list[Inverse]:
-    """Inverts systems by Cholesky factorisation. Matrices of the same shape form one batch.
+    """Inverts systems. Matrices of about the same shape form one batch.
 
     An inverse fails where it is not finite, or where its matrix M = A + λI is singular to working
     precision: where ε Σ M_ii (M⁻¹)_ii exceeds `SINGULAR`. Of equal rows, this is so where λ is less
     than 8 ε times the trace of A. Such a matrix is inverted again, with λ raised by
     `REPAIR_DAMPING` times the mean eigenvalue of A. This second attempt costs nothing unless it is
-    needed. (Under `jax.vmap` it always runs, since a condition becomes a selection.)
+    needed; then all systems take part in it. (Under `jax.vmap` it always runs, since a condition
+    becomes a selection.)
 
     Args:
       systems: the systems.
@@ -97,17 +102,65 @@ def inverses(systems: Sequence[System], spread_over: NamedSharding | None = None
     Returns:
       The inverses of each system.
     """
-    function = _inverse
+    function = _inverses
     if spread_over is not None:
-        function = functools.partial(_inverse_shared_out, spread_over)
-    arguments = list(map(_with_own_numbers, systems))
-    return [Inverse(*parts) for parts in batched_by_shape(function, arguments)]
+        function = functools.partial(_inverses_shared_out, spread_over)
+    arguments = list(map(_full, systems))
+    together: dict[object, list[int]] = {}
+    for i, (matrix, *_) in enumerate(arguments):
+        together.setdefault((matrix.dtype, devices.varying(matrix)), []).append(i)
+    results: dict[int, Inverse] = {}
+    for members in together.values():
+        sizes = _common_sizes({arguments[i][0].shape[-1] for i in members})
+        batches: dict[int, list[int]] = {}
+        for i in members:
+            batches.setdefault(sizes[arguments[i][0].shape[-1]], []).append(i)
+        stacks = [
+            tuple(
+                map(
+                    jnp.concatenate, zip(*(_padded(arguments[i], size) for i in batch), strict=True)
+                )
+            )
+            for size, batch in batches.items()
+        ]
+        for batch, found in zip(batches.values(), function(stacks), strict=True):
+            ends = np.cumsum([len(arguments[i][0]) for i in batch])[:-1]
+            each = zip(*(jnp.split(part, ends) for part in found), strict=True)
+            for i, (value, *rest) in zip(batch, each, strict=True):
+                size = arguments[i][0].shape[-1]
+                results[i] = Inverse(value[:, :size, :size], *rest)
+    return [results[i] for i in range(len(systems))]
 
 
-def all_finite(rows: Sequence[jax.Array]) -> list[jax.Array]:
-    """For each of these arrays, (B, o), whether each of its rows is finite: (B,) bool."""
-    found = batched_by_shape(lambda x: (jnp.isfinite(x).all(-1),), [(row,) for row in rows])
-    return [finite for (finite,) in found]
+def _common_sizes(sizes: set[int]) -> dict[int, int]:
+    """For each size the one that it is padded to: the largest within 5 % of it.
+
+    Each size is compiled anew. The biases of some layers make one out of two.
+    """
+    common: dict[int, int] = {}
+    largest = 0
+    for size in sorted(sizes, reverse=True):
+        if largest > 1.05 * size or not largest:
+            largest = size
+        common[size] = largest
+    return common
+
+
+def batched(function: Callable[..., jax.Array], *arguments: Sequence[jax.Array]) -> list[jax.Array]:
+    """A function of small arrays, (B, ...), computed on those of one shape in one array.
+
+    Small operations take as long to compile as large ones. Products, sums and joins take less.
+    """
+    groups: dict[object, list[int]] = {}
+    for i, each in enumerate(zip(*arguments, strict=True)):
+        kinds = tuple((a.shape[1:], a.dtype, devices.varying(a)) for a in each)
+        groups.setdefault(kinds, []).append(i)
+    results: dict[int, jax.Array] = {}
+    for members in groups.values():
+        joined = (jnp.concatenate([each[i] for i in members]) for each in arguments)
+        ends = np.cumsum([len(arguments[0][i]) for i in members])[:-1]
+        results |= zip(members, jnp.split(function(*joined), ends), strict=True)
+    return [results[i] for i in range(len(results))]
 
 
 def batched_by_shape(
@@ -133,88 +186,150 @@ def batched_by_shape(
     return [results[i] for i in range(len(arguments))]
 
 
-def _with_own_numbers(system: System) -> tuple[jax.Array, ...]:
-    """The fields of the system, all of them with a number for each of its matrices, (B,)."""
+_Full = tuple[jax.Array, ...]
+"""The fields of a `System`: numbers are (B,), one for each of B matrices, and there is a column."""
+
+
+def _full(system: System) -> _Full:
     matrix = system.matrix
 
     def repeated(value: jax.Array | float, dtype: jnp.dtype) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(value).astype(dtype), matrix.shape[:1])
 
-    numbers = (repeated(value, matrix.dtype) for value in system[1:-1])
-    parts = matrix, *numbers, repeated(system.solvable, jnp.dtype(bool))
+    numbers = (repeated(value, matrix.dtype) for value in system[1:-2])
+    column = jnp.zeros(()) if system.column is None else system.column
+    column = jnp.broadcast_to(column.astype(matrix.dtype), matrix.shape[:2])
+    parts = matrix, *numbers, column, repeated(system.solvable, jnp.dtype(bool))
     return devices.vary(parts, devices.varying(parts))
 
 
-def _inverse_shared_out(sharding: NamedSharding, *stack: jax.Array) -> Inverse:
-    """`_inverse`, with the matrices divided among the sharding's devices."""
+def _padded(full: _Full, size: int) -> _Full:
+    """The same with matrices in the corners of identities of so many rows."""
+    matrix, *numbers, column, solvable = full
+    column = jnp.pad(column, ((0, 0), (0, size - column.shape[1])))
+    return definite.padded(matrix, size), *numbers, column, solvable
+
+
+def _inverses_shared_out(sharding: NamedSharding, stacks: Sequence[_Full]) -> list[Inverse]:
+    """`_inverses`, with the matrices divided among the sharding's devices."""
     axes = devices.axes_of(sharding)
     # Where the devices have different matrices already, each must invert its own.
-    if len(stack[0]) == 1 or devices.varying(stack) & set(axes):
-        return _inverse(*stack)
+    if all(len(stack[0]) == 1 for stack in stacks) or devices.varying(stacks) & set(axes):
+        return _inverses(stacks)
 
-    def share(*stack: jax.Array) -> Inverse:
+    def mine(stack: _Full) -> _Full:
         number = len(stack[0])
         each = -(-number // devices.number(axes))
         # If they do not come out even, the last devices begin again with the first matrices.
-        mine = (lax.axis_index(axes) * each + jnp.arange(each)) % number
-        found = _inverse(*(part[mine] for part in stack))
-        return jax.tree.map(lambda a: a[:number], devices.gathered(found, axes, 0))
+        some = (lax.axis_index(axes) * each + jnp.arange(each)) % number
+        return tuple(part[some] for part in stack)
+
+    def share(stacks: Sequence[_Full]) -> list[Inverse]:
+        found = devices.gathered(_inverses(list(map(mine, stacks))), axes, 0)
+        numbers = [len(stack[0]) for stack in stacks]
+        return [
+            Inverse(*(part[:number] for part in inverse))
+            for number, inverse in zip(numbers, found, strict=True)
+        ]
 
     around = jax.sharding.get_abstract_mesh()
     if set(axes) <= set(around.manual_axes):
-        return share(*stack)
+        return share(stacks)
     every = PartitionSpec()
     mesh = None if set(axes) <= set(around.axis_names) else sharding.mesh
-    return jax.shard_map(share, mesh=mesh, in_specs=every, out_specs=every)(*stack)
+    return jax.shard_map(share, mesh=mesh, in_specs=every, out_specs=every)(stacks)
 
 
-@functools.partial(jax.jit, inline=True)
-def _inverse(
-    matrix: jax.Array, damping: jax.Array, rank: jax.Array, gain: jax.Array, solvable: jax.Array
-) -> Inverse:
-    """The inverses of a system whose numbers are all (B,)."""
-    diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
-    increase = REPAIR_DAMPING * mean_eigenvalue(diagonal, rank)
+@jax.jit(inline=True)
+def _inverses(stacks: Sequence[_Full]) -> list[Inverse]:
+    """The inverses of systems."""
+    matrices = [matrix + h[:, :, None] * h[:, None] for matrix, *_, h, _ in stacks]
+    ends = np.cumsum([len(matrix) for matrix in matrices])[:-1]
+    # The numbers of all systems are one array: an operation on each would have to be compiled.
+    damping, rank, relative, gain, solvable = map(
+        jnp.concatenate, zip(*((*numbers, ok) for _, *numbers, _, ok in stacks), strict=True)
+    )
+    dtype = matrices[0].dtype
+    diagonals = list(map(diagonal, matrices))
+    each = zip(diagonals, jnp.split(rank, ends), strict=True)
+    mean = jnp.concatenate([mean_eigenvalue(*pair) for pair in each])
+    damping, increase = damping + relative * mean, REPAIR_DAMPING * mean
     # Under `jax.vmap` the branch below becomes a selection. What it reads then varies over the axes
     # of `jax.shard_map` over which the condition does, so we say at once that it does.
-    axes = devices.varying(matrix)
-    one = devices.vary(jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None], axes)
+    axes = devices.varying(matrices)
     # What takes the place of an inverse if both attempts fail. The identity gives the plain
     # gradient. But where A overflows, the inverse tends to zero, and the plain gradient is huge.
     # And where it is NaN, that gradient is of inputs that nobody can use.
-    substitute = jnp.where(jnp.isfinite(diagonal).all(-1), one[0, 0, 0], 0)
+    known = jnp.isfinite(jnp.concatenate([each.sum(-1) for each in diagonals]))
+    substitute = jnp.where(known, devices.vary(jnp.ones((), dtype), axes), 0)
 
-    def attempt(previous: Inverse, number: jax.Array) -> Inverse:
+    def attempt(previous: _Attempt, number: jax.Array) -> _Attempt:
         raised = damping + jnp.where(number > 0, increase, 0)
-        value = triangular.inverse(matrix + _per_matrix(raised) * one)
-        # M_ii (M⁻¹)_ii is M_ii divided by what remains of it once the other rows and columns are
-        # eliminated: in statistics, the variance inflation factor. It does not depend on the scales
-        # of features. Their sum is the trace of M⁻¹ if M has ones on its diagonal, and so at least
-        # one over the smallest eigenvalue, which rounding changes by about ε. The largest factor
-        # alone does not do: of m equal rows, each is but an m-th of the sum. It takes O(m).
-        inflation = (diagonal + raised[:, None]) * jnp.diagonal(value, axis1=1, axis2=2)
-        value = _per_matrix(gain) * value
-        good = inflation.sum(-1) * jnp.finfo(matrix.dtype).eps <= SINGULAR
-        good &= jnp.isfinite(value).all((1, 2)) & (solvable | (number > 0))
-        value = jnp.where(_per_matrix(good), value, _per_matrix(substitute) * one)
-        repaired = jnp.broadcast_to(number > 0, good.shape)
-        return Inverse(
-            jnp.where(_per_matrix(previous.failed), value, previous.value),
+        found, inflations, lengths = [], [], []
+        for matrix, before, added, factor in zip(
+            matrices, diagonals, jnp.split(raised, ends), jnp.split(gain, ends), strict=True
+        ):
+            one = jnp.eye(matrix.shape[-1], dtype=dtype)[None]
+            value = definite.inverse(matrix + _per_matrix(added) * one)
+            own = diagonal(value)
+            # M_ii (M⁻¹)_ii is M_ii divided by what remains of it once the other rows and columns
+            # are eliminated: in statistics, the variance inflation factor. It does not depend on
+            # the scales of features. Their sum is the trace of M⁻¹ if M has ones on its diagonal,
+            # and so at least one over the smallest eigenvalue, which rounding changes by about ε.
+            # The largest factor alone does not do: of m equal rows, each is but an m-th of the sum.
+            # It takes O(m).
+            inflations.append(((before + added[:, None]) * own).sum(-1))
+            # No entry of a positive definite matrix is larger than the largest on its diagonal.
+            lengths.append((factor[:, None] * own).sum(-1))
+            found.append(_per_matrix(factor) * value)
+        inflation, length = jnp.concatenate(inflations), jnp.concatenate(lengths)
+        good = (inflation * jnp.finfo(dtype).eps <= SINGULAR) & jnp.isfinite(length)
+        good &= solvable | (number > 0)
+        values = [
+            jnp.where(
+                _per_matrix(failed),
+                jnp.where(
+                    _per_matrix(well),
+                    new,
+                    _per_matrix(plain) * jnp.eye(new.shape[-1], dtype=dtype)[None],
+                ),
+                old,
+            ).astype(dtype)
+            for old, new, failed, well, plain in zip(
+                previous.values,
+                found,
+                *(jnp.split(each, ends) for each in (previous.failed, good, substitute)),
+                strict=True,
+            )
+        ]
+        return _Attempt(
+            values,
             jnp.where(previous.failed, raised, previous.damping),
-            jnp.where(previous.failed, repaired, previous.repaired),
+            jnp.where(previous.failed, number > 0, previous.repaired),
             previous.failed & ~good,
         )
 
-    def attempt_if_needed(previous: Inverse, number: jax.Array) -> tuple[Inverse, None]:
+    def attempt_if_needed(previous: _Attempt, number: jax.Array) -> tuple[_Attempt, None]:
         needed = previous.failed.any()
         return lax.cond(needed, attempt, lambda previous, _: previous, previous, number), None
 
-    never, always = jnp.zeros(len(matrix), bool), jnp.ones(len(matrix), bool)
-    none_yet = Inverse(jnp.zeros_like(matrix), damping, never, always)
+    never, always = jnp.zeros(damping.shape, bool), jnp.ones(damping.shape, bool)
+    none_yet = _Attempt(list(map(jnp.zeros_like, matrices)), damping, never, always)
     none_yet = devices.vary(none_yet, axes)
     # A scan of two trips compiles `attempt` once. A branch for repairs would be a second copy of
-    # the inversion, which is over half of the compile time that the optimizer adds to an MLP's.
-    return lax.scan(attempt_if_needed, none_yet, devices.vary(jnp.arange(2), axes))[0]
+    # the inversion, which is most of what the optimizer adds to the compile time of an MLP.
+    last = lax.scan(attempt_if_needed, none_yet, devices.vary(jnp.arange(2), axes))[0]
+    numbers = zip(*(jnp.split(each, ends) for each in last[1:]), strict=True)
+    return [Inverse(value, *rest) for value, rest in zip(last.values, numbers, strict=True)]
+
+
+class _Attempt(NamedTuple):
+    """What `Inverse` has, of all systems: the values of each stack, and numbers of all."""
+
+    values: list[jax.Array]
+    damping: jax.Array
+    repaired: jax.Array
+    failed: jax.Array
 
 
 def _per_matrix(numbers: jax.Array) -> jax.Array:

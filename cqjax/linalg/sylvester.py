@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
-from cqjax.linalg import lapack, ridge, triangular
+from cqjax.linalg import definite, lapack, ridge
 
 FEW = 8
 """The most columns of U for which one inverse for each takes the place of A's eigenvectors. An
@@ -133,7 +133,7 @@ def solve_with_windows(
     left, right, h = (_where(known, part) for part in (left, right, h))
     mean = damping + jnp.trace(right, axis1=1, axis2=2) / right.shape[-1]
     mean = jnp.where(mean > 0, mean, 1)[:, None, None]
-    inverse = triangular.inverse(left + mean * jnp.eye(left.shape[-1], dtype=left.dtype))
+    inverse = definite.inverse(left + mean * jnp.eye(left.shape[-1], dtype=left.dtype))
 
     def operator(u: jax.Array) -> jax.Array:
         across = turned(_product(right, back(u)))

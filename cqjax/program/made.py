@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import primitives
 
-from cqjax.program import forms, jaxprs, views
+from cqjax.program import jaxprs, views
 from cqjax.program.forms import Convolution, Product
+from cqjax.program.matrix_form import matrix_form
 from cqjax.program.sites import Site
 from cqjax.program.steps import Kind, Number, Program, Step, differentiable, differentiated
 from cqjax.program.twins import numbering
@@ -114,7 +115,7 @@ class Made:
         if len(made) != 1:
             return None
         (operand,) = made
-        form = forms.matrix_form(step.equation, operand)
+        form = matrix_form(step.equation, operand)
         number = self._origin(step.reads[operand])
         sources = self._sources(number)
         if not isinstance(form, Product | Convolution) or not sources:

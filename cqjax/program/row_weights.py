@@ -80,11 +80,11 @@ def column(form: Form, h: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def sampled(form: Form, h: jax.Array, number: int) -> jax.Array:
-    """A feature of the rows that `form.times` looks at, so many of them: (), or (B or 1, m, 1)."""
+    """A feature of the rows that `form.times` looks at, so many of them: (), or (B or 1, m)."""
     if not h.ndim:
         return h
     if isinstance(form, Convolution):
         positions = math.prod(form.output.sizes[i] for i in form.output.groups[1][1:])
         every = -(-len(h) // (number // positions))
-        return jnp.repeat(h[::every], positions)[None, :, None]
-    return h[:, :: -(-h.shape[1] // number), None]
+        return jnp.repeat(h[::every], positions)[None]
+    return h[:, :: -(-h.shape[1] // number)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from cqjax.linalg import gram
 from cqjax.program import views
-from cqjax.program.forms import Form
+from cqjax.program.forms import Convolution, Form, Product
 from cqjax.program.jaxprs import Shaped
 from cqjax.program.known import Constant
 from cqjax.program.layout import Layout
@@ -41,6 +42,7 @@ class Site:
       form: the equation's matrix form, of one trip of the loops around it.
       loops: lengths of the scans around the equation, outermost first.
       operand: which of the equation's operands is the activation.
+      source: the number of the activation among the program's variables.
       x: the type of the activation.
       z: the type of the result.
       sizes: the type of the operand with the sizes of a ragged product's groups.
@@ -63,6 +65,7 @@ class Site:
     form: Form
     loops: tuple[int, ...]
     operand: int
+    source: int
     x: Shaped
     z: Shaped
     sizes: Shaped | None = None
@@ -107,6 +110,13 @@ class Site:
     def batch(self) -> int:
         """B, with the trips of loops that scan over the weight."""
         return math.prod(length for _, length in self.view.loops) * self.form.weight.shape[0]
+
+    @property
+    def rows_of(self) -> Hashable:
+        """What X is made of, and how: sites of which it is equal have the same [X, h]."""
+        assert isinstance(self.form, Product | Convolution)
+        how = self.form.reading, self.factor, self.dtype, self.bias is not None
+        return self.source, how, self.loops, self.view.loops, self.shared, self.automatic
 
     @property
     def dtype(self) -> Any:

@@ -15,11 +15,12 @@ import numpy as np
 from jax.extend.core import primitives
 
 from cqjax.linalg import devices
-from cqjax.program import forms, jaxprs, lookups, masks, opaque, operators, views
+from cqjax.program import jaxprs, lookups, masks, opaque, operators, views
 from cqjax.program.forms import Form, Lookup
 from cqjax.program.jaxprs import Equation, Shaped
 from cqjax.program.known import Known
 from cqjax.program.made import Made
+from cqjax.program.matrix_form import matrix_form
 from cqjax.program.operators import Operators
 from cqjax.program.ragged import Ragged
 from cqjax.program.sites import Bias, Site
@@ -212,9 +213,7 @@ class _Walk:
         reason = opaque.reason(equation) or "is combined with another parameter"
         if len(entering) == 1:
             ((weight, tag),) = entering
-            form = forms.matrix_form(
-                equation, weight, tag.sizes if isinstance(tag, Spread) else None
-            )
+            form = matrix_form(equation, weight, tag.sizes if isinstance(tag, Spread) else None)
             if not isinstance(form, str):
                 return [self._site(step, tag, weight, form)]
             reason = form
@@ -279,6 +278,7 @@ class _Walk:
             form=form,
             loops=step.loops,
             operand=operand,
+            source=step.reads[operand],
             x=jaxprs.shaped(x),
             z=jaxprs.shaped(z),
             sizes=_sizes(equation, form),

@@ -1,7 +1,8 @@
 """The update of all layers at once: each by its own kind of solve, and inverses in common."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def preconditioned(
         results: dict[str, Matrices] = {}
         waiting: dict[str, solve.Solve | solve.SolveOfMade] = {}
         made: dict[str, jax.Array] = {}
-        rows: dict[str, jax.Array] = {}
+        sums: dict[str, jax.Array] = {}
         failures: dict[str, jax.Array] = {}
         both = {label: layer for label, layer in layers.items() if layer.other is not None}
         of_both = both_sides.solved(both, damping)
@@ -48,7 +49,7 @@ def preconditioned(
             if label in both:
                 continue
             if label in inverses:
-                results[label], rows[label] = solve.preconditioned(layer, damping, inverses[label])
+                results[label], sums[label] = solve.preconditioned(layer, damping, inverses[label])
             elif by_rows(layer):
                 exact = layer.block.exact and not changed
                 dual = solve.dual if exact else solve.dual_of_changed
@@ -65,21 +66,28 @@ def preconditioned(
         # pass, so no layer waits for the others. With one stacked solve after it, XLA on a CPU
         # wrote all updates first and read them back from outside the cache: a step of 8 x 1600 took
         # 1.33 of SGD's, and takes 1.03 now.
-        found = ridge.inverses([each.system for each in waiting.values()], spread_over)
+        # Layers that read the same inputs, as queries, keys and values do, have one inverse.
+        keys = {label: label if changed else _inputs(layers[label], moments) for label in waiting}
+        systems: dict[Hashable, ridge.System] = {}
+        for label, each in waiting.items():
+            systems.setdefault(keys[label], each.system)
+        found = dict(zip(systems, ridge.inverses(list(systems.values()), spread_over), strict=True))
         repaired: dict[str, jax.Array] = {}
-        for (label, each), inverse in zip(waiting.items(), found, strict=True):
-            result, rows[label] = each.update(inverse)
+        for label, each in waiting.items():
+            inverse = found[keys[label]]
+            result, sums[label] = each.update(inverse)
             if isinstance(result, Matrices):
                 results[label] = result
             else:
                 made |= result
             repaired[label] = inverse.repaired
-        for label, good in zip(rows, ridge.all_finite(list(rows.values())), strict=True):
-            events = [failed[label] for failed in (*before, repaired) if label in failed]
-            lost = ~good
-            if label in results:
-                lost |= layers[label].overflows(results[label])
-            failures[label] = functools.reduce(jnp.logical_or, events, lost)
+        never = (jnp.zeros(total.shape, bool) for total in sums.values())
+        again = [repaired.get(label, none) for label, none in zip(sums, never, strict=True)]
+        events = ridge.batched(_lost_or_repaired, list(sums.values()), again)
+        for label, event in zip(sums, events, strict=True):
+            more = [failed[label] for failed in before if label in failed]
+            overflows = layers[label].overflows(results[label]) if label in results else False
+            failures[label] = functools.reduce(operator.or_, more, event | overflows)
         new = layers.replaced(results, of_both.others | made)
         return new, layers.counts(failures) + layers.lost()
 
@@ -90,3 +98,19 @@ def preconditioned(
         return solved(False)
     changed = devices.anywhere(jnp.stack([layer.differs() for layer in exact]).any())
     return lax.cond(changed, lambda: solved(True), lambda: solved(False))
+
+
+def _inputs(layer: Layer, moments: Mapping[str, Moment]) -> Hashable:
+    """What the matrix that is inverted for a layer is made of: a label, if of nothing shared."""
+    block = layer.block
+    averaged, made = layer.label in moments, block.grouped or layer.made
+    if averaged or made or layer.capture.number is not None:
+        return layer.label
+    every = tuple(site.rows_of for site in block.sites)
+    how = block.solver, block.statistic, block.parts, block.precision
+    return every, how, block.shared, layer.joint_bias
+
+
+def _lost_or_repaired(total: jax.Array, repaired: jax.Array) -> jax.Array:
+    """Whether a solution's sum is not finite, or its inverse took a second attempt."""
+    return ~jnp.isfinite(total) | repaired

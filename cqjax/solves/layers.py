@@ -13,7 +13,7 @@ import optax
 
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
-from cqjax.linalg import devices
+from cqjax.linalg import devices, ridge
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
 from cqjax.solves import nearest
@@ -172,7 +172,9 @@ class Layers(Mapping[str, Layer]):
         nearest to the result, to first order; or those of `others`, without a result.
         """
         others = self.in_their_dtypes({**self.others, **(others or {})})
-        leaves = self._leaves | {p: jnp.where(_has_square(a), a, 0) for p, a in others.items()}
+        leaves = self._leaves | {
+            p: jnp.where(jnp.isfinite(_square(a)), a, 0) for p, a in others.items()
+        }
         for label, (weight, bias) in results.items():
             layer = self[label]
             if layer.made:
@@ -203,21 +205,20 @@ class Layers(Mapping[str, Layer]):
         return self._counted([*of_layers, *(others or {}).items()])
 
     def lost(self) -> jax.Array:
-        """1 for each parameter without a layer whose update has no finite square: (P,) int32."""
-        return self._counted([(p, ~_has_square(a).all()) for p, a in self.others.items()])
+        """1 for each parameter without a layer whose update has no finite length: (P,) int32."""
+        sums = [_square(a).sum().reshape(1) for a in self.others.values()]
+        bad = ridge.batched(lambda total: ~jnp.isfinite(total), sums)
+        return self._counted(list(zip(self.others, bad, strict=True)))
 
     def _counted(self, events: Sequence[tuple[str, jax.Array]]) -> jax.Array:
-        total = jnp.zeros(len(self.paths), jnp.int32)
         if not events:
-            return total
+            return jnp.zeros(len(self.paths), jnp.int32)
         paths, each = zip(*events, strict=True)
-        each = [
-            devices.total(jnp.ravel(event).astype(jnp.int32), devices.varying(event))
-            for event in each
-        ]
+        each = ridge.batched(_number, list(map(jnp.ravel, each)))
         places = {path: i for i, path in enumerate(self.paths)}
         at = np.repeat([places[path] for path in paths], [len(e) for e in each])
-        return total.at[at].add(jnp.concatenate(each))
+        own = jnp.arange(len(self.paths))[:, None] == at[None]
+        return jnp.where(own, jnp.concatenate(each)[None], 0).sum(1, dtype=jnp.int32)
 
     def check_counts(self, counts: jax.Array) -> None:
         """Refuses counts of a state that was made for other parameters.
@@ -233,9 +234,14 @@ class Layers(Mapping[str, Layer]):
             )
 
 
-def _has_square(array: jax.Array) -> jax.Array:
-    """Where an array's squares are finite, in at least float32."""
-    return jnp.isfinite(jnp.square(jnp.abs(array).astype(accumulator(array.dtype))))
+def _square(array: jax.Array) -> jax.Array:
+    """An array's squares, in at least float32."""
+    return jnp.square(jnp.abs(array).astype(accumulator(array.dtype)))
+
+
+def _number(found: jax.Array) -> jax.Array:
+    """1 where it is true, on each of the devices over which it varies."""
+    return devices.total(found.astype(jnp.int32), devices.varying(found))
 
 
 def for_each_layer(

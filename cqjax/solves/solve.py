@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cqjax.linalg import gram, ridge
+from cqjax.linalg.products import diagonal as diagonal_of
 from cqjax.linalg.products import einsum
 from cqjax.solves import nearest
 from cqjax.solves.layer import Layer
@@ -34,10 +35,7 @@ class Damping(NamedTuple):
 
     def of(self, matrix: jax.Array, rank: jax.Array | int) -> Any:
         """λ for a matrix, (B, m, m), of which `rank` eigenvalues may differ from zero."""
-        if isinstance(self.relative, int | float) and self.relative == 0:
-            return self.absolute
-        diagonal = jnp.diagonal(matrix, axis1=1, axis2=2)
-        return self.absolute + self.relative * ridge.mean_eigenvalue(diagonal, rank)
+        return self.absolute + self.relative * ridge.mean_eigenvalue(diagonal_of(matrix), rank)
 
 
 class Solve(NamedTuple):
@@ -45,8 +43,8 @@ class Solve(NamedTuple):
 
     Attributes:
       system: the matrix and its damping.
-      update: makes the update from the inverse, and a row of the solution, (B, o). A column of the
-        solution is finite in all rows or in none: one row shows it.
+      update: makes the update from the inverse, and the sum of all entries of the solution, (B,).
+        It is not finite where an entry is not.
     """
 
     system: ridge.System
@@ -58,7 +56,7 @@ class SolveOfMade(NamedTuple):
 
     Attributes:
       system: the matrix and its damping.
-      update: makes the parameters' updates from the inverse, and a row of the weight's, (B, o),
+      update: makes the parameters' updates from the inverse, and the sum of the weight's, (B,),
         which is not finite where they are not solved for.
     """
 
@@ -90,7 +88,8 @@ def nearest_of_made(layer: Layer, damping: Damping, xx: jax.Array, averaged: boo
             path: jnp.where(failed, plain * handed[path], layer.terms * change)
             for path, change in found.change.items()
         }
-        return u, jnp.where(found.residual <= nearest.UNSOLVED, image(u).joined[:, 0], jnp.nan)
+        total = image(u).joined.sum((1, 2))
+        return u, jnp.where(found.residual <= nearest.UNSOLVED, total, jnp.nan)
 
     return SolveOfMade(system, update)
 
@@ -98,28 +97,28 @@ def nearest_of_made(layer: Layer, damping: Damping, xx: jax.Array, averaged: boo
 def primal_system(layer: Layer, damping: Damping, xx: jax.Array, averaged: bool) -> ridge.System:
     """N (XᵀX + λI)⁻¹, for a second moment of the layer."""
     xx, rank = layer.cropped(xx), layer.rank(averaged)
-    added = damping.of(xx, rank)
+    absolute, relative = damping
     if layer.block.grouped:  # a group without rows has no gradient: with any λ, nothing to solve
         empty = jnp.trace(xx, axis1=1, axis2=2) == 0
-        added = jnp.where(empty & (added == 0), 1, added)
-    return ridge.System(xx, added, rank, layer.terms)
+        absolute = jnp.where(empty & (jnp.asarray(absolute) == 0), 1, absolute)
+    return ridge.System(xx, absolute, rank, relative, layer.terms)
 
 
 def preconditioned(
     layer: Layer, damping: Damping, inverse: jax.Array
 ) -> tuple[Matrices, jax.Array]:
-    """The inverse's product with the updates, and a row of it."""
+    """The inverse's product with the updates, and the sum of its entries, (B,)."""
     weight, bias = layer.update
     if bias is not None and layer.joint_bias:
         u = ridge.solve(inverse, layer.update.joined)
-        return Matrices.parted(u, True), u[:, 0]
+        return Matrices.parted(u, True), u.sum((1, 2))
     u = ridge.solve(inverse, weight)
     if bias is not None:  # alone: its X is a column of ones
         ones = layer.block.rows_with_bias * (1 + damping.relative)
         if layer.capture.number is not None:  # of these, the part that are examples
             ones *= layer.capture.number / layer.block.rows
         bias *= layer.terms / (ones + damping.absolute)
-    return Matrices(u, bias), u[:, 0]
+    return Matrices(u, bias), u.sum((1, 2))
 
 
 def dual(layer: Layer, damping: Damping) -> Solve:
@@ -129,7 +128,7 @@ def dual(layer: Layer, damping: Damping) -> Solve:
 
     def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
         s = ridge.solve(inverse.value, dz)
-        return product(rows.x, s, rows.h, precision), s[:, 0]
+        return product(rows.x, s, rows.h, precision), s.sum((1, 2))
 
     return Solve(_dual_system(layer, damping, precision), update)
 
@@ -151,7 +150,8 @@ def dual_of_changed(layer: Layer, damping: Damping) -> Solve:
 
     def update(inverse: ridge.Inverse) -> tuple[Matrices, jax.Array]:
         solution = ridge.solve(inverse.value, jnp.concatenate([dz, outputs], -1))
-        failed = inverse.failed | ~jnp.isfinite(solution[:, 0]).all(-1)
+        sums = solution.sum((1, 2))
+        failed = inverse.failed | ~jnp.isfinite(sums)
         limit = jnp.where(inverse.failed, inverse.value[:, 0, 0], 1)
         of_gradient, of_rest = jnp.split(solution, 2, -1)
         scaled = product(x, along(scale, of_gradient) * of_gradient, h)
@@ -162,11 +162,12 @@ def dual_of_changed(layer: Layer, damping: Damping) -> Solve:
             u = u + jnp.where(along(present, r), outside, 0)
             return jnp.where(along(failed, u), along(limit, plain) * plain, u)
 
-        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), solution[:, 0]
+        return jax.tree.map(total, scaled, rest, spanned, finite(handed)), sums
 
     system = _dual_system(layer, damping, gram.HIGHEST)
     # Without damping, the rest has no solution outside the span of the rows.
-    solvable = (jnp.asarray(system.damping) > 0) | ~present
+    damped = (jnp.asarray(damping.absolute) > 0) | (jnp.asarray(damping.relative) > 0)
+    solvable = damped | ~present
     return Solve(system._replace(solvable=solvable), update)
 
 
@@ -188,13 +189,11 @@ def diagonal(layer: Layer, damping: Damping, counts: jax.Array) -> tuple[Matrice
 def _dual_system(layer: Layer, damping: Damping, precision: lax.PrecisionLike) -> ridge.System:
     """N (XXᵀ + λI)⁻¹."""
     rows, rank = layer.rows(), layer.rank()
+    if layer.capture.number is None:
+        xx = gram.outer(rows.x, None, precision)
+        return ridge.System(xx, damping.absolute, rank, damping.relative, layer.terms, rows.h)
     xx = gram.outer(rows.x, rows.h, precision)
-    added = damping.of(xx, rank)
-    if (
-        layer.capture.number is not None
-    ):  # rows of zeros have no part in U, but must not be singular
-        xx += (
-            jnp.eye(xx.shape[-1], dtype=xx.dtype)
-            * (jnp.diagonal(xx, axis1=1, axis2=2) == 0)[:, None]
-        )
-    return ridge.System(xx, added, rank, layer.terms)
+    # Rows of zeros, which are no examples, have no part in U, but must not be singular.
+    zero = (diagonal_of(xx) == 0)[:, None]
+    filled = xx + jnp.eye(xx.shape[-1], dtype=xx.dtype) * zero
+    return ridge.System(filled, damping.of(xx, rank), rank, gain=layer.terms)

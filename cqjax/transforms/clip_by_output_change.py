@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -11,8 +13,11 @@ import optax
 
 from cqjax.capture.captures import Captures
 from cqjax.capture.checks import check_number
-from cqjax.linalg.gram import accumulator
+from cqjax.linalg import ridge
+from cqjax.linalg.gram import HIGHEST, accumulator
+from cqjax.linalg.products import diagonal, einsum
 from cqjax.solves.automatic import with_automatic_axes
+from cqjax.solves.kept import transposed
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers, is_masked
 from cqjax.solves.matrices import Matrices, along
@@ -130,83 +135,195 @@ def clip_by_output_change(
             )
         layers, weights = (Layers(tree, captures, _NAME) for tree in (updates, params))
         layers.check_counts(state.clipped)
-        key = jax.random.fold_in(jax.random.key(0), state.count)
-        widest = max((max(x.block.outputs, x.block.features) for x in layers.values()), default=0)
-        signs = jax.random.rademacher(key, (widest, PROBES), jnp.int8)
+        widest = max((layer.block.outputs for layer in layers.values()), default=0)
+        signs = _signs(state.count, widest)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        results, events, others, shortened = {}, {}, layers.others, {}
+        sides: dict[str, tuple[Layer, Matrices]] = {}
         for label, layer in layers.items():
-            factor = _factor(layer, weights[label].value, max_change, rate, signs)
-            other, own = layer.other, weights[label].other
-            if other is not None and own is not None:  # the shorter of what the two sides allow
-                of_other = _factor(other, own.value, max_change, rate, signs)
-                factor = jnp.minimum(factor, of_other)
+            own = weights[label]
+            sides[label] = layer, own.value
+            if layer.other is not None and own.other is not None:
+                sides[transposed(label)] = layer.other, own.other.value
+        lengths = _lengths(sides, signs)
+        others = layers.others
+        sizes = {path: _sizes(step, weights.others[path]) for path, step in others.items()}
+
+        shorten = functools.partial(_shortening, max_change, rate)
+        factors = _of_all(lambda each: shorten(_squared(each)), lengths)
+        shortened = _of_all(shorten, sizes)
+        results, events = {}, {}
+        for label, layer in layers.items():
+            factor = factors[label]
+            other = layer.other
+            if other is not None:  # the shorter of what the two sides allow
+                factor = jnp.minimum(factor, factors[transposed(label)])
                 if (bias := other.change.bias) is not None:
                     others |= other.block.scatter_bias(_times(factor, bias))
-            events[label] = ~(factor == 1)
+            events[label] = factor
             if layer.made:  # of several weights side by side, the one that is shortened most
                 others |= {path: factor.min() * step for path, step in layer.handed.items()}
             else:
                 results[label] = Matrices(*(_times(factor, part) for part in layer.change))
         for path, step in layers.others.items():
-            factor = _factor_of_other(step, weights.others[path], max_change, rate)
-            others[path] = (factor * step).astype(step.dtype)
-            shortened[path] = ~(factor == 1)
+            others[path] = (shortened[path].reshape(()) * step).astype(step.dtype)
         count = jnp.asarray(optax.safe_increment(state.count))
         return layers.replaced(results, others), ClipByOutputChangeState(
-            count, state.clipped + layers.counts(events, shortened)
+            count, state.clipped + layers.counts(_less(events), _less(shortened))
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _factor(
-    layer: Layer, weights: Matrices, max_change: Any, rate: Any, signs: jax.Array
-) -> jax.Array:
-    """What a layer's update is multiplied by: (B,), or (B / parts,)."""
-    block, (step, bias) = layer.block, layer.change
-    combine = _combinations(signs, block.outputs, step.dtype)
-    # A table starts with 1 / √(its row's length): of d entries, a one-hot row reads but one.
-    size = block.outputs if block.statistic.diagonal else block.features * (block.parts or 1)
-    start = signs[: block.features].astype(step.dtype) / size**0.5
-    start = jnp.broadcast_to(start, (len(step), *start.shape))
-    columns = jnp.concatenate([step @ combine, weights.weight @ combine, start], -1)
-    constant = None
-    if bias is not None and weights.bias is not None and layer.joint_bias:
-        constant = jnp.concatenate(
-            [bias @ combine, weights.bias @ combine, jnp.zeros_like(start[:, 0])], -1
+class _Change(NamedTuple):
+    """Sums over the rows of 8 combinations of outputs.
+
+    Attributes:
+      yy: of the products Y with the weight's change, or with the weight: YᵀY, (B, 8, 8).
+      yh: Yᵀh, (B, 8).
+      bias: the bias's combinations, (B, 8).
+      hh: hᵀh, (B,).
+    """
+
+    yy: jax.Array
+    yh: jax.Array
+    bias: jax.Array
+    hh: jax.Array
+
+    def squared(self) -> jax.Array:
+        """The squared length of Y + hb, (B,)."""
+        across = (self.yh * self.bias).sum(-1)
+        own = self.hh * jnp.square(self.bias).sum(-1)
+        # Rounding makes the difference of equal lengths negative as often as not.
+        return jnp.maximum(diagonal(self.yy).sum(-1) + 2 * across + own, 0)
+
+
+class _Lengths(NamedTuple):
+    """Squared lengths of what an update does and of what there is.
+
+    Attributes:
+      moved: ‖X ΔW‖², at a rate of one: (B,), or what it is made of.
+      now: ‖XW‖², likewise.
+      start: ‖XW₀‖², (B,).
+    """
+
+    moved: Any
+    now: Any
+    start: jax.Array
+
+
+def _lengths(sides: Mapping[str, tuple[Layer, Matrices]], signs: jax.Array) -> dict[str, _Lengths]:
+    """What the lengths of layers with these weights are made of."""
+    pairs = {label: (layer.change, weights) for label, (layer, weights) in sides.items()}
+    biases = {
+        (label, i): matrices.bias
+        for label, pair in pairs.items()
+        for i, matrices in enumerate(pair)
+        if sides[label][0].joint_bias and matrices.bias is not None
+    }
+
+    def combine(array: jax.Array, subscripts: str) -> jax.Array:
+        columns = _combinations(signs, array.shape[-1], array.dtype)
+        return einsum(subscripts, array, columns, precision=HIGHEST)
+
+    # Those of one length together: a product of matrices takes less time to compile than those of
+    # vectors.
+    found = ridge.batched(lambda joined: combine(joined, "bo,ok->bk"), list(biases.values()))
+    combined = dict(zip(biases, found, strict=True))
+
+    def sums(layer: Layer, matrices: Matrices, bias: jax.Array | None) -> _Change:
+        moments = layer.capture.output_moments(combine(matrices.weight, "bdo,ok->bdk"))
+        yy, yh, hh = moments
+        if bias is None or yh is None or hh is None:
+            nothing = jnp.zeros_like(yy[:, 0])
+            return _Change(yy, nothing, nothing, nothing[:, 0])
+        return _Change(yy, yh, bias, hh)
+
+    lengths = {}
+    for label, (layer, _) in sides.items():
+        moved, now = (
+            sums(layer, matrices, combined.get((label, i)))
+            for i, matrices in enumerate(pairs[label])
         )
-    squares = layer.capture.squared_outputs(columns, constant)
-    moved, now, start = jnp.split(squares, (combine.shape[1], 2 * combine.shape[1]), -1)
-    own = jnp.maximum(now.sum(-1), block.outputs * start.mean(-1))
-    moved = jnp.square(jnp.asarray(rate, moved.dtype)) * moved.sum(-1)
-    if block.parts is not None:
-        own, moved = (a.reshape(-1, block.parts).sum(-1) for a in (own, moved))
-    return _shortening(moved, own, max_change)
+        # Weights of ±1/√d give, in the mean of the signs, each row's length times √o. A table
+        # starts with 1 / √(its row's length): of d entries, a one-hot row reads but one.
+        block = layer.block
+        size = block.outputs if block.statistic.diagonal else block.features * (block.parts or 1)
+        each = _Lengths(moved, now, layer.capture.input_squares() * (block.outputs / size))
+        lengths[label] = each if block.parts is None else _summed(each, block.parts)
+    return lengths
 
 
-def _factor_of_other(step: jax.Array, own: jax.Array, max_change: Any, rate: Any) -> jax.Array:
-    """What an update is multiplied by of a parameter that no layer covers: ()."""
+def _summed(lengths: _Lengths, parts: int) -> _Lengths:
+    """Those of weights in so many parts, which B counts: their squares are added up."""
+    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).sum(1), lengths)
+
+
+def _sizes(step: jax.Array, own: jax.Array) -> _Lengths:
+    """Mean squares, (1,), of a parameter that no layer covers, and which starts from ones."""
 
     def mean_square(array: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.square(jnp.abs(array).astype(accumulator(array.dtype))))
+        squares = jnp.square(jnp.abs(array).astype(accumulator(array.dtype)))
+        return jnp.mean(squares).reshape(1)
 
-    moved = mean_square(jnp.asarray(rate, accumulator(step.dtype)) * step)
-    return _shortening(moved, jnp.maximum(mean_square(own), 1), max_change)
+    moved = mean_square(step)
+    return _Lengths(moved, mean_square(own).astype(moved.dtype), jnp.ones_like(moved))
 
 
-def _shortening(moved: jax.Array, own: jax.Array, max_change: Any) -> jax.Array:
-    """The factor that makes √moved at most `max_change` times √own."""
-    allowed = jnp.square(jnp.asarray(max_change, own.dtype)) * own
+def _of_all(
+    function: Callable[[_Lengths], jax.Array], each: Mapping[str, _Lengths]
+) -> dict[str, jax.Array]:
+    """A function of lengths, by label, computed for all in one array."""
+    if not each:
+        return {}
+    tree = jax.tree.structure(next(iter(each.values())))
+    parts = zip(*map(jax.tree.leaves, each.values()), strict=True)
+    found = ridge.batched(lambda *joined: function(jax.tree.unflatten(tree, joined)), *parts)
+    return dict(zip(each, found, strict=True))
+
+
+def _squared(lengths: _Lengths) -> _Lengths:
+    return _Lengths(lengths.moved.squared(), lengths.now.squared(), lengths.start)
+
+
+def _shortening(max_change: Any, rate: Any, lengths: _Lengths) -> jax.Array:
+    """The factor that makes √moved, at this rate, at most `max_change` times the other lengths."""
+    moved, now, start = lengths
+    moved *= jnp.square(jnp.asarray(rate, moved.dtype))
+    allowed = jnp.square(jnp.asarray(max_change, now.dtype)) * jnp.maximum(now, start)
     # Not so where the length is NaN or infinite: then the factor makes the update zero.
     within = (moved <= allowed) & jnp.isfinite(moved)
     return jnp.sqrt(jnp.where(within, 1, allowed) / jnp.where(within, 1, moved))
 
 
+def _less(factors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Which factors are not one."""
+    if not factors:
+        return {}
+    found = ridge.batched(lambda factor: ~(factor == 1), list(factors.values()))
+    return dict(zip(factors, found, strict=True))
+
+
+def _signs(count: jax.Array, number: int) -> jax.Array:
+    """±1 for so many outputs and each probe, (number, PROBES), that look random in each update.
+
+    They are bits of hashed numbers. JAX's own generators would take as long to compile as dozens of
+    layers.
+    """
+    # The finalizer of MurmurHash3 (Appleby, 2011), whose bits depend on all bits of a number.
+    x = jnp.arange(number * PROBES, dtype=jnp.uint32).reshape(number, PROBES)
+    x += count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return 1 - 2 * (x >> jnp.uint32(31)).astype(jnp.int8)
+
+
 def _combinations(signs: jax.Array, outputs: int, dtype: Any) -> jax.Array:
-    """Columns whose products with the outputs have the outputs' length, in the mean: (o, k)."""
+    """Columns whose products with the outputs have the outputs' length, in the mean: (o, PROBES).
+
+    For few outputs, they are the outputs themselves, and zeros.
+    """
     if outputs <= PROBES:
-        return jnp.eye(outputs, dtype=dtype)
+        return jnp.eye(outputs, PROBES, dtype=dtype)
     return signs[:outputs].astype(dtype) / PROBES**0.5
 
 
@@ -214,4 +331,5 @@ def _times(factors: jax.Array, array: jax.Array | None) -> Any:
     """The product; each factor is for as many of the array's matrices as there are to each."""
     if array is None:
         return None
-    return along(jnp.repeat(factors, len(array) // len(factors)), array) * array
+    times = len(array) // len(factors)
+    return along(factors if times == 1 else jnp.repeat(factors, times), array) * array

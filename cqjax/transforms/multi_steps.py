@@ -15,8 +15,9 @@ from jax import lax
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_positive
+from cqjax.capture.output_moments import OutputMoments, input_squares, output_moments
 from cqjax.capture.plan import Plan, check_plan
-from cqjax.capture.statistics import Rows, quadratic_form
+from cqjax.capture.statistics import Rows
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
 from cqjax.solves import foreign, kept
@@ -205,8 +206,11 @@ class _Sum(Capture):
     def second_moment(self) -> jax.Array:
         return self.moment
 
-    def squared_outputs(self, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        return quadratic_form(self.moment, weight, bias)
+    def output_moments(self, columns: jax.Array) -> OutputMoments:
+        return output_moments(self.moment, columns)
+
+    def input_squares(self) -> jax.Array:
+        return input_squares(self.moment, self.block.features)
 
 
 def _sums(

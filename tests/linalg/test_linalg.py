@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cqjax.linalg import gram, ridge, triangular
+from cqjax.linalg import definite, gram, ridge
 from cqjax.linalg.products import einsum
 
 inverses = jax.jit(ridge.inverses)
-inverted = jax.jit(triangular.inverse)
-inverse_factor = jax.jit(triangular.inverse_factor)
-inverse_lower = jax.jit(triangular.inverse_lower)
+inverted = jax.jit(definite.inverse)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -64,12 +62,14 @@ def test_systems_of_all_shapes_are_inverted_in_place():
         assert not inverse.repaired.any() and not inverse.failed.any()
 
 
-def test_equal_shapes_are_factorised_together():
+def test_about_equal_shapes_are_factorised_together():
     """Once each, the second attempt included: it is what takes long to compile."""
-    systems = [system(i, 4) for i in range(5)] + [system(9, 3)]
+    systems = [system(i, 40) for i in range(3)] + [system(i, 39) for i in range(2)] + [system(9, 3)]
     jaxpr = jax.make_jaxpr(lambda s: [i.value for i in ridge.inverses(s)])(systems)
     factorised = [shape for name, shape in primitives(jaxpr) if name == "cholesky"]
-    assert sorted(factorised) == [(1, 3, 3), (5, 4, 4)]
+    assert sorted(factorised) == [(1, 3, 3), (5, 40, 40)]
+    for s, inverse in zip(systems, inverses(systems), strict=True):
+        assert_close(inverse.value, exact(s, s.damping))
 
 
 def test_what_fails_is_repaired_alone():
@@ -142,38 +142,58 @@ def test_a_right_hand_side_that_is_not_finite_is_noticed(bad):
     (inverse,) = inverses([system(0, 3, batch=2)])
     right = jnp.ones((2, 3, 2)).at[1, 2, 0].set(bad)
     solution = ridge.solve(inverse.value, right)
-    found = ridge.all_finite([solution[:, 0], jnp.zeros((1, 5)), solution[1:, 2]])
-    assert [list(good) for good in found] == [[True, False], [True], [False]]
+    np.testing.assert_array_equal(jnp.isfinite(solution.sum((1, 2))), [True, False])
     want = np.asarray(inverse.value) @ np.ones((2, 3, 2))
     assert_close(solution[0], want[0])
     assert_close(solution[1, :, 1], want[1, :, 1])
     assert not np.isfinite(solution[1, :, 0]).any()
 
 
-@pytest.mark.parametrize("size", [1, 3, 128, 129, 300])
+@pytest.mark.parametrize("size", [1, 3, 24, 25, 129, 500])
 def test_inverse(size):
+    """By pivots, by blocks, and in halves; on other devices than CPUs, by Cholesky."""
     x = np.random.default_rng(size).normal(size=(2, size, 2 * size))
     matrix = x @ x.transpose(0, 2, 1)
-    got = inverted(jnp.asarray(np.tril(matrix), jnp.float32))
-    assert_close(got, np.linalg.inv(matrix))
+    for function in (inverted, definite._by_cholesky):
+        assert_close(function(jnp.asarray(matrix, jnp.float32)), np.linalg.inv(matrix))
 
 
-@pytest.mark.parametrize("size", [1, 3, 128, 129, 300])
-def test_inverse_factor(size):
-    """Blocks of 128, 256 and 512 rows, full and not."""
-    x = np.random.default_rng(size).normal(size=(2, size, 2 * size))
-    matrix = x @ x.transpose(0, 2, 1)
-    upper = np.triu(np.full((size, size), np.nan), 1)
-    inverse = inverse_factor(jnp.asarray(np.where(np.isnan(upper), upper, matrix)))
-    want = np.linalg.inv(np.linalg.cholesky(matrix))
-    np.testing.assert_allclose(inverse, want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
-    assert not np.triu(inverse, 1).any()
+@pytest.mark.parametrize("size", [3, 60, 500])
+@pytest.mark.parametrize("pivot", [0.0, -1.0, np.nan])
+def test_what_is_not_positive_definite_has_no_inverse(size, pivot):
+    """Wherever the pivot is, and though no other row depends on it."""
+    for at in (0, size // 2, size - 1):
+        matrix = np.eye(size)
+        matrix[at, at] = pivot
+        for function in (inverted, definite._by_cholesky):
+            got = function(jnp.asarray(matrix[None], jnp.float32))
+            assert np.isnan(np.diagonal(got, axis1=1, axis2=2)).any()
 
 
-def test_inverse_factor_of_no_positive_matrix():
-    matrix = np.eye(300)
-    matrix[200, 200] = -1
-    assert not np.isfinite(inverse_factor(jnp.asarray(matrix[None]))).all()
+def test_a_column_is_added():
+    """[X, h][X, h]ᵀ of XXᵀ and h, beside a system of the same size that has none."""
+    s, h = system(0, 4), np.arange(4.0)[None]
+    with_column, without = inverses([s._replace(column=jnp.asarray(h, jnp.float32)), s])
+    whole = s._replace(matrix=s.matrix + h[:, :, None] * h[:, None])
+    assert_close(with_column.value, exact(whole, s.damping))
+    assert_close(without.value, exact(s, s.damping))
+
+
+def test_relative_damping():
+    s = system(0, 4, damping=0.1)._replace(relative=0.5, rank=3)
+    (inverse,) = inverses([s])
+    mean = np.trace(np.asarray(s.matrix), axis1=1, axis2=2) / 3
+    np.testing.assert_allclose(inverse.damping, 0.1 + 0.5 * mean, rtol=1e-6)
+    assert_close(inverse.value, exact(s, inverse.damping))
+
+
+def test_functions_of_many_arrays():
+    """Each has its own result, whatever its shape is."""
+    arrays = [jnp.arange(2.0), jnp.ones((3, 2)), jnp.arange(3.0)]
+    found = ridge.batched(lambda a, b: 2 * a + b, arrays, arrays)
+    for array, three in zip(arrays, found, strict=True):
+        np.testing.assert_array_equal(three, 3 * array)
+    assert ridge.batched(jnp.sin, []) == []
 
 
 def test_gain():
@@ -182,22 +202,14 @@ def test_gain():
     assert_close(inverse.value, 3 * exact(s, s.damping))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 13, 32, 50, 128])
-def test_triangular_inverse(size):
-    rng = np.random.default_rng(size)
-    factor = np.tril(rng.normal(size=(3, size, size))) + 3 * np.eye(size)
-    inverse = inverse_lower(jnp.asarray(factor, jnp.float32))
-    np.testing.assert_allclose(inverse, np.linalg.inv(factor), rtol=1e-4, atol=1e-4)
-    assert not np.triu(inverse, 1).any()
-
-
-@pytest.mark.parametrize("size", [32, 300])
-def test_solves_use_no_lapack_threads(size):
-    """Larger calls of LAPACK would run in threads of its own, which fight XLA's for the cores."""
-    jaxpr = jax.make_jaxpr(lambda s: ridge.inverses([s])[0].value)(system(0, size))
-    factorised = [shape for name, shape in primitives(jaxpr) if name == "cholesky"]
-    assert factorised and max(shape[-1] for shape in factorised) <= triangular.BLOCK
-    assert "triangular_solve" not in dict(primitives(jaxpr))
+@pytest.mark.parametrize("size", [32, 500])
+def test_what_is_called_on_which_platform(size):
+    """A CPU calls no LAPACK, whose threads fight XLA's; a GPU has one factorisation, no loops."""
+    function = jax.jit(lambda systems: ridge.inverses(systems)[0].value)
+    traced = function.trace([system(0, size)])
+    cpu, gpu = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda"))
+    assert "custom_call" not in cpu
+    assert gpu.count("potrf") == 1 and gpu.count("stablehlo.while") == 1  # that of the repairs
 
 
 def primitives(jaxpr):
