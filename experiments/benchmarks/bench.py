@@ -11,17 +11,28 @@ import jax
 from rich.console import Console
 
 from experiments import options, report
-from experiments.benchmarks import choice, kfac, patch_gram, steps
+from experiments.benchmarks import against_adam, choice, kfac, patch_gram, steps
 from experiments.benchmarks.bars import Result, Table
 from experiments.benchmarks.timing import PERIOD, Effort
 from experiments.benchmarks.workloads import WORKLOADS
 
 Part = Literal[
-    "mlp-32", "mlp-128", "mlp-512", "mlp-1600", "resnet20", "transformer", "patch-gram", "choice"
+    "mlp-32",
+    "mlp-128",
+    "mlp-512",
+    "mlp-1600",
+    "resnet20",
+    "transformer",
+    "against-adam",
+    "scale",
+    "patch-gram",
+    "choice",
 ]
 
 PARTS: dict[str, Callable[[Effort], Result]] = {
     **{name: partial(steps.measure, name, workload) for name, workload in WORKLOADS.items()},
+    "against-adam": partial(against_adam.measure, "against-adam"),
+    "scale": partial(against_adam.scale, "scale"),
     "patch-gram": partial(patch_gram.measure, "patch-gram"),
     "choice": partial(choice.measure, "choice"),
 }
@@ -39,7 +50,8 @@ small that the batch is never fitted."""
 class Bench:
     """Time cqjax beside other optimizers and other routes to the same, and judge it by its bars.
 
-    The parts are training steps of several networks, the Gram matrix of a convolution's patches,
+    The parts are training steps of several networks, C-Adam's step and compilation beside Adam's,
+    the latter also for transformers of several depths, the Gram matrix of a convolution's patches,
     and the automatic choice between the primal and the dual. The results are tables, also in
     bench.md, and every number in bench.json. Both files are written again after each part.
     K-FAC-JAX is timed too where it is installed (pip install 'cqjax[bench]') and works.

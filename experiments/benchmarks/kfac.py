@@ -54,7 +54,7 @@ class Training:
         self.state: Any = params, self._optimizer.init(params, self._key, self._batch)
         self.loss: Any = None
         first = seconds_of(self)
-        self.program = Program(self, max(0.0, first - seconds_of(self)), None, None)
+        self.program = Program(self, max(0.0, first - seconds_of(self)), {}, None, None)
 
     def __call__(self) -> Any:
         """Take a step."""

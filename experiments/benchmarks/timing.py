@@ -14,6 +14,7 @@ from rich.progress import track
 from experiments.training import State, Step
 
 PERIOD = 10  # steps of a sample: the period of update_every=10
+PHASES = ("trace", "lower", "compile")
 FEWEST = 3  # samples, however long they take
 RATE = 1e-6  # so small that the batch is never fitted, since denormal numbers are slow on CPUs
 
@@ -37,6 +38,8 @@ class Program(NamedTuple):
     call: Callable[..., Any]
     compile_seconds: float
     """The median time of tracing, lowering and compiling."""
+    processor_seconds: Mapping[str, float]
+    """The medians of what the processor spent on each of the three, on all cores."""
     temporary_bytes: int | None
     """Memory beside arguments and results; None where it is not known."""
     entry_instructions: int | None
@@ -48,18 +51,25 @@ def compiled(
 ) -> Program:
     """Trace and compile a function for some arguments, with all of JAX's caches empty."""
 
-    def compile_() -> tuple[jax.stages.Compiled, float]:
+    def compile_() -> tuple[jax.stages.Compiled, float, list[float]]:
         jax.clear_caches()
-        started = time.perf_counter()
-        program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
-        return program, time.perf_counter() - started
+        started, clock = time.perf_counter(), [time.process_time()]
+        traced = jax.jit(function, donate_argnums=donate).trace(*args)
+        clock.append(time.process_time())
+        lowered = traced.lower()
+        clock.append(time.process_time())
+        program = lowered.compile()
+        clock.append(time.process_time())
+        return program, time.perf_counter() - started, list(np.diff(clock))
 
-    programs, seconds = zip(*(compile_() for _ in range(compiles)), strict=True)
+    programs, seconds, spent = zip(*(compile_() for _ in range(compiles)), strict=True)
     program = programs[-1]
+    medians = map(float, np.median(spent, axis=0))
     memory = program.memory_analysis()
     return Program(
         program,
         float(np.median(seconds)),
+        dict(zip(PHASES, medians, strict=True)),
         memory and memory.temp_size_in_bytes,
         entry_instructions(program.as_text() or ""),
     )

@@ -30,10 +30,14 @@ class Language(nn.Module):
         )
         embed = nn.Embed(self.symbols, self.width)
         x = embed(symbols) + positions
+        x = nn.LayerNorm()(self.repeated(x))
+        return embed.attend(x) if self.tied else nn.Dense(self.symbols, name=HEAD)(x)
+
+    def repeated(self, x: jax.Array) -> jax.Array:
+        """Apply the blocks."""
         for _ in range(self.blocks):
             x = TransformerBlock(self.heads, causal=True)(x)
-        x = nn.LayerNorm()(x)
-        return embed.attend(x) if self.tied else nn.Dense(self.symbols, name=HEAD)(x)
+        return x
 
 
 class Autoencoder(nn.Module):

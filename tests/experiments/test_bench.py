@@ -16,8 +16,20 @@ from judged_experiment import refused
 
 import cqjax
 from experiments.__main__ import main
-from experiments.benchmarks import bench, choice, kfac, patch_gram, peers, steps, timing, workloads
+from experiments.benchmarks import (
+    against_adam,
+    bench,
+    choice,
+    kfac,
+    patch_gram,
+    peers,
+    steps,
+    timing,
+    workloads,
+)
 from experiments.benchmarks.bars import Bar
+from experiments.benchmarks.networks import ActorCritic, ScannedLanguage
+from experiments.everyday.networks import Language
 from experiments.models import MLP, ResNet, TransformerBlock
 from experiments.training import capturing_step
 
@@ -31,6 +43,21 @@ REGRESSION = TINY["mlp-32"]._replace(model=MLP(8, 1, 12), regression=True)
 TRANSFORMER = workloads.WORKLOADS["transformer"]._replace(
     model=TransformerBlock(2), inputs=(2, 4, 8)
 )
+
+
+AGAINST_ADAM = {
+    "dense": against_adam.Row(
+        lambda: against_adam.images(MLP(8, 1, 10), 4, 12), compiling=2, step=1.5
+    ),
+    "screens": against_adam.Row(
+        lambda: against_adam.screens(ActorCritic(hidden=4), 1, 84, 84, 1), compiling=4
+    ),
+}
+
+
+def small_language(blocks, scanned=False):
+    kind = ScannedLanguage if scanned else Language
+    return kind(against_adam.SYMBOLS, 8, blocks, heads=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,11 +83,14 @@ def run(tmp_path_factory):
             patch.setitem(bench.PARTS, name, partial(steps.measure, name, workload))
         patch.setattr(kfac, "installed", lambda: False)
         patch.setitem(peers.PEERS, workloads.ADAM, broken)
+        patch.setattr(against_adam, "ROWS", AGAINST_ADAM)
+        patch.setattr(against_adam, "DEPTHS", (1,))
+        patch.setattr(against_adam, "_language", small_language)
         patch.setattr(choice, "ROWS", (8,))
         patch.setattr(choice, "FEATURES", (6,))
         patch.setattr(patch_gram, "BATCH", 2)
         patch.setattr(patch_gram, "SHAPES", {(6, 6, 2): 1e9})
-        names = [*TINY, "patch-gram", "choice"]
+        names = [*TINY, "against-adam", "scale", "patch-gram", "choice"]
         sizes = ["--repeats=3", "--compiles=1", "--budget=0.01"]
         main(["bench", "--parts", *names, *sizes, f"--output={output}"])
     return json.loads((output / "bench.json").read_text()), (output / "bench.md").read_text()
@@ -117,6 +147,31 @@ def test_gram_and_choice_have_their_numbers(run):
     assert row(text, "8")[1] == f"{numbers['choice']} +{numbers['loss'] - 1:.0%}"
 
 
+def test_c_adam_is_compared_with_adam(run):
+    results, text = run
+    found = results["parts"]["against-adam"]
+    assert set(found) == set(AGAINST_ADAM)
+    for title, numbers in {**found, **results["parts"]["scale"]}.items():
+        spent = numbers["processor_seconds"]
+        totals = [sum(spent[name].values()) for name in ("C-Adam", "Adam")]
+        assert set(spent["Adam"]) == set(timing.PHASES)
+        assert numbers["compiling"] == pytest.approx(totals[0] / totals[1])
+        assert row(text, title)[2] == f"{numbers['compiling']:.2f}"
+    assert found["dense"]["step"]["samples"] == 3 and "step" not in found["screens"]
+    assert set(results["parts"]["scale"]) == {"1 layers", "1 layers by nn.scan"}
+
+
+@pytest.mark.parametrize("title", against_adam.ROWS)
+def test_every_row_can_be_traced(title):
+    """At its own size; only shapes are computed."""
+
+    def loss():
+        work = against_adam.ROWS[title].make()
+        return work.loss_fn(*work.start, *work.batch)[0]
+
+    assert jax.eval_shape(loss) == jax.ShapeDtypeStruct((), jnp.float32)
+
+
 def test_every_bar_is_judged(run):
     results, text = run
     bars = {bar["work"]: bar for bar in results["bars"]}
@@ -132,6 +187,9 @@ def test_every_bar_is_judged(run):
         f"{resnet}: {csgd}{memory}": 1.25,
         f"{resnet}: {csgd}{compiling}": 2,
         f"{resnet}: {every_10}{compiling}": 2,
+        "dense: C-Adam to Adam, a step": 1.5,
+        "dense: C-Adam to Adam, trace, lower and compile": 2,
+        "screens: C-Adam to Adam, trace, lower and compile": 4,
         **{f"{gram}{how}": 1e9 for how in ("alone", "interleaved")},
     }
     assert expected.items() <= {work: bar["limit"] for work, bar in bars.items()}.items()
