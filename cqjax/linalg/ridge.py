@@ -1,7 +1,7 @@
 """Damped inverses: all are inverted together, and those that fail are repaired."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -144,46 +144,6 @@ def _common_sizes(sizes: set[int]) -> dict[int, int]:
             largest = size
         common[size] = largest
     return common
-
-
-def batched(function: Callable[..., jax.Array], *arguments: Sequence[jax.Array]) -> list[jax.Array]:
-    """A function of small arrays, (B, ...), computed on those of one shape in one array.
-
-    Small operations take as long to compile as large ones. Products, sums and joins take less.
-    """
-    groups: dict[object, list[int]] = {}
-    for i, each in enumerate(zip(*arguments, strict=True)):
-        kinds = tuple((a.shape[1:], a.dtype, devices.varying(a)) for a in each)
-        groups.setdefault(kinds, []).append(i)
-    results: dict[int, jax.Array] = {}
-    for members in groups.values():
-        joined = (jnp.concatenate([each[i] for i in members]) for each in arguments)
-        ends = np.cumsum([len(arguments[0][i]) for i in members])[:-1]
-        results |= zip(members, jnp.split(function(*joined), ends), strict=True)
-    return [results[i] for i in range(len(results))]
-
-
-def batched_by_shape(
-    function: Callable[..., Sequence[jax.Array]], arguments: Sequence[Sequence[jax.Array]]
-) -> list[list[jax.Array]]:
-    """Calls a function of arrays (B, ...) once for all argument lists of the same shapes.
-
-    Each call is compiled anew, so fewer calls compile faster.
-
-    Returns:
-      For each list of arguments its own results.
-    """
-    groups: dict[object, list[int]] = {}
-    for i, (first, *_) in enumerate(arguments):
-        key = first.shape[1:], first.dtype, devices.varying(first)
-        groups.setdefault(key, []).append(i)
-    results: dict[int, list[jax.Array]] = {}
-    for members in groups.values():
-        stacks = map(jnp.concatenate, zip(*(arguments[i] for i in members), strict=True))
-        ends = np.cumsum([len(arguments[i][0]) for i in members])[:-1]
-        parts = zip(*(jnp.split(result, ends) for result in function(*stacks)), strict=True)
-        results |= dict(zip(members, map(list, parts), strict=True))
-    return [results[i] for i in range(len(arguments))]
 
 
 _Full = tuple[jax.Array, ...]

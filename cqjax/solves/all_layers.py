@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding
 
-from cqjax.linalg import devices, ridge
+from cqjax.linalg import devices, joined, ridge
 from cqjax.solves import both_sides, kept, solve
 from cqjax.solves.kept import Moment
 from cqjax.solves.layer import Layer
@@ -83,7 +83,7 @@ def preconditioned(
             repaired[label] = inverse.repaired
         never = (jnp.zeros(total.shape, bool) for total in sums.values())
         again = [repaired.get(label, none) for label, none in zip(sums, never, strict=True)]
-        events = ridge.batched(_lost_or_repaired, list(sums.values()), again)
+        events = joined.batched(_lost_or_repaired, list(sums.values()), again)
         for label, event in zip(sums, events, strict=True):
             more = [failed[label] for failed in before if label in failed]
             overflows = layers[label].overflows(results[label]) if label in results else False

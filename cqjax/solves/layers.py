@@ -13,7 +13,7 @@ import optax
 
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
-from cqjax.linalg import devices, ridge
+from cqjax.linalg import devices, joined
 from cqjax.linalg.gram import accumulator
 from cqjax.program.paths import by_path
 from cqjax.solves import nearest
@@ -206,15 +206,18 @@ class Layers(Mapping[str, Layer]):
 
     def lost(self) -> jax.Array:
         """1 for each parameter without a layer whose update has no finite length: (P,) int32."""
-        sums = [_square(a).sum().reshape(1) for a in self.others.values()]
-        bad = ridge.batched(lambda total: ~jnp.isfinite(total), sums)
+
+        def no_length(stack: jax.Array) -> jax.Array:
+            return ~jnp.isfinite(_square(stack).sum(tuple(range(1, stack.ndim))))
+
+        bad = joined.each(no_length, list(self.others.values()))
         return self._counted(list(zip(self.others, bad, strict=True)))
 
     def _counted(self, events: Sequence[tuple[str, jax.Array]]) -> jax.Array:
         if not events:
             return jnp.zeros(len(self.paths), jnp.int32)
         paths, each = zip(*events, strict=True)
-        each = ridge.batched(_number, list(map(jnp.ravel, each)))
+        each = joined.batched(_number, list(map(jnp.ravel, each)))
         places = {path: i for i, path in enumerate(self.paths)}
         at = np.repeat([places[path] for path in paths], [len(e) for e in each])
         own = jnp.arange(len(self.paths))[:, None] == at[None]

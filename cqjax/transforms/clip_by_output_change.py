@@ -13,7 +13,7 @@ import optax
 
 from cqjax.capture.captures import Captures
 from cqjax.capture.checks import check_number
-from cqjax.linalg import ridge
+from cqjax.linalg import joined
 from cqjax.linalg.gram import HIGHEST, accumulator
 from cqjax.linalg.products import diagonal, einsum
 from cqjax.solves.automatic import with_automatic_axes
@@ -146,11 +146,10 @@ def clip_by_output_change(
                 sides[transposed(label)] = layer.other, own.other.value
         lengths = _lengths(sides, signs)
         others = layers.others
-        sizes = {path: _sizes(step, weights.others[path]) for path, step in others.items()}
 
         shorten = functools.partial(_shortening, max_change, rate)
         factors = _of_all(lambda each: shorten(_squared(each)), lengths)
-        shortened = _of_all(shorten, sizes)
+        shortened = _of_others(shorten, others, weights.others)
         results, events = {}, {}
         for label, layer in layers.items():
             factor = factors[label]
@@ -227,7 +226,7 @@ def _lengths(sides: Mapping[str, tuple[Layer, Matrices]], signs: jax.Array) -> d
 
     # Those of one length together: a product of matrices takes less time to compile than those of
     # vectors.
-    found = ridge.batched(lambda joined: combine(joined, "bo,ok->bk"), list(biases.values()))
+    found = joined.batched(lambda stack: combine(stack, "bo,ok->bk"), list(biases.values()))
     combined = dict(zip(biases, found, strict=True))
 
     def sums(layer: Layer, matrices: Matrices, bias: jax.Array | None) -> _Change:
@@ -258,15 +257,27 @@ def _summed(lengths: _Lengths, parts: int) -> _Lengths:
     return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).sum(1), lengths)
 
 
-def _sizes(step: jax.Array, own: jax.Array) -> _Lengths:
-    """Mean squares, (1,), of a parameter that no layer covers, and which starts from ones."""
+def _of_others(
+    shorten: Callable[[_Lengths], jax.Array],
+    steps: Mapping[str, jax.Array],
+    weights: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """What shortens the updates of parameters that no layer covers, (1,), by path.
 
-    def mean_square(array: jax.Array) -> jax.Array:
-        squares = jnp.square(jnp.abs(array).astype(accumulator(array.dtype)))
-        return jnp.mean(squares).reshape(1)
+    Their lengths are root mean squares. They start from ones.
+    """
 
-    moved = mean_square(step)
-    return _Lengths(moved, mean_square(own).astype(moved.dtype), jnp.ones_like(moved))
+    def shortening(steps: jax.Array, weights: jax.Array) -> jax.Array:
+        moved, now = _mean_squares(steps), _mean_squares(weights)
+        return shorten(_Lengths(moved, now.astype(moved.dtype), jnp.ones_like(moved)))
+
+    own = [weights[path] for path in steps]
+    return dict(zip(steps, joined.each(shortening, list(steps.values()), own), strict=True))
+
+
+def _mean_squares(arrays: jax.Array) -> jax.Array:
+    squares = jnp.square(jnp.abs(arrays).astype(accumulator(arrays.dtype)))
+    return jnp.mean(squares, tuple(range(1, arrays.ndim)))
 
 
 def _of_all(
@@ -277,7 +288,7 @@ def _of_all(
         return {}
     tree = jax.tree.structure(next(iter(each.values())))
     parts = zip(*map(jax.tree.leaves, each.values()), strict=True)
-    found = ridge.batched(lambda *joined: function(jax.tree.unflatten(tree, joined)), *parts)
+    found = joined.batched(lambda *stacks: function(jax.tree.unflatten(tree, stacks)), *parts)
     return dict(zip(each, found, strict=True))
 
 
@@ -299,7 +310,7 @@ def _less(factors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Which factors are not one."""
     if not factors:
         return {}
-    found = ridge.batched(lambda factor: ~(factor == 1), list(factors.values()))
+    found = joined.batched(lambda factor: ~(factor == 1), list(factors.values()))
     return dict(zip(factors, found, strict=True))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cqjax.linalg import definite, gram, ridge
+from cqjax.linalg import definite, gram, joined, ridge
 from cqjax.linalg.products import einsum
 
 inverses = jax.jit(ridge.inverses)
@@ -87,8 +87,8 @@ def test_what_fails_is_repaired_alone():
     np.testing.assert_allclose(second.damping, raised, rtol=1e-6)
     assert_close(second.value, exact(singular, raised), 1e-3)
     assert not first.repaired and second.repaired and not second.failed
-    for joined, *alone in zip(third, first, second, strict=True):
-        np.testing.assert_array_equal(joined, np.concatenate(alone))
+    for together, *alone in zip(third, first, second, strict=True):
+        np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
 def test_what_is_of_no_use_is_repaired():
@@ -190,10 +190,10 @@ def test_relative_damping():
 def test_functions_of_many_arrays():
     """Each has its own result, whatever its shape is."""
     arrays = [jnp.arange(2.0), jnp.ones((3, 2)), jnp.arange(3.0)]
-    found = ridge.batched(lambda a, b: 2 * a + b, arrays, arrays)
+    found = joined.batched(lambda a, b: 2 * a + b, arrays, arrays)
     for array, three in zip(arrays, found, strict=True):
         np.testing.assert_array_equal(three, 3 * array)
-    assert ridge.batched(jnp.sin, []) == []
+    assert joined.batched(jnp.sin, []) == []
 
 
 def test_gain():
