@@ -40,29 +40,38 @@ def _by_cholesky(matrix: jax.Array) -> jax.Array:
 
 
 def _by_products(matrix: jax.Array) -> jax.Array:
-    """The inverse of [[A, Bᵀ], [B, C]] by those of A and of S = C - B A⁻¹ Bᵀ, if it is large.
+    """L⁻ᵀL⁻¹, with the inverse of Cholesky's factor L.
 
-    With P = B A⁻¹ and Q = S⁻¹ P it is [[A⁻¹ + PᵀQ, -Qᵀ], [-Q, S⁻¹]].
+    The residual of a product with it is as small as that of two triangular solves. The inverse by
+    full Gauss-Jordan elimination compiles as fast and runs faster, but of rows with a common mean
+    (condition 4e4) the solution had an error of 40 %, and this one has 1e-4.
+    """
+    factor = _inverse_factor(matrix)
+    return _product(factor.mT, factor)
+
+
+def _inverse_factor(matrix: jax.Array) -> jax.Array:
+    """L⁻¹ of LLᵀ.
+
+    Large matrices are split into four blocks. With A = L₁L₁ᵀ, K = C L₁⁻ᵀ and D - KKᵀ = L₂L₂ᵀ, the
+    matrix [[A, Cᵀ], [C, D]] has L⁻¹ = [[L₁⁻¹, 0], [-L₂⁻¹ K L₁⁻¹, L₂⁻¹]].
     """
     size = matrix.shape[-1]
     if size <= _WHOLE:
         return _eliminated(matrix)
     half = -(-size // 2)
-    b = matrix[:, half:, :half]
-    first = _by_products(matrix[:, :half, :half])
-    p = _product(b, first)
-    second = _by_products(matrix[:, half:, half:] - _product(p, b.mT))
-    q = _product(second, p)
-    return jnp.block([[first + _product(p.mT, q), -q.mT], [-q, second]])
+    first = _inverse_factor(matrix[:, :half, :half])
+    k = _product(matrix[:, half:, :half], first.mT)
+    second = _inverse_factor(matrix[:, half:, half:] - _product(k, k.mT))
+    below = -_product(_product(second, k), first)
+    return jnp.block([[first, jnp.zeros_like(below.mT)], [below, second]])
 
 
 def _eliminated(matrix: jax.Array) -> jax.Array:
-    """The inverse by Gauss-Jordan elimination of one block of rows and columns after the other.
+    """L⁻¹ by elimination of one block of columns after the other, in place.
 
-    Let D be the inverse of the block's own rows and columns, and P its columns in the other rows.
-    A trip takes the other rows and columns R to R - P D Pᵀ, the block's to P D, and D⁻¹ to -D.
-    After all trips, the matrix is minus its inverse. The pivots are those of Cholesky's
-    factorisation, which are positive. That is why no rows need to be exchanged.
+    What row operations make of A, is Lᵀ; what they make of the identity is L⁻¹, whose columns take
+    the place of those that are eliminated.
     """
     batch, size, _ = matrix.shape
     trips = -(-size // _BLOCK)
@@ -71,23 +80,26 @@ def _eliminated(matrix: jax.Array) -> jax.Array:
         return _by_pivots(matrix)
     matrix = padded(matrix, trips * block)
     rows = matrix.shape[-1]
+    index = jnp.arange(rows)
 
     def eliminate(trip: jax.Array, matrix: jax.Array) -> jax.Array:
         at = trip * block
-        p = lax.dynamic_slice(matrix, (0, 0, at), (batch, rows, block))
-        d = _by_pivots(lax.dynamic_slice(p, (0, at, 0), (batch, block, block)))
-        pd = _product(p, d)
-        # All of the matrix is reduced. What this makes of the block's own is written over.
-        matrix -= _product(pd, p.mT)
-        pd = lax.dynamic_update_slice(pd, -d, (0, at, 0))
-        matrix = lax.dynamic_update_slice(matrix, pd.mT, (0, at, 0))
-        return lax.dynamic_update_slice(matrix, pd, (0, 0, at))
+        columns = lax.dynamic_slice(matrix, (0, 0, at), (batch, rows, block))
+        own = lax.dynamic_slice(matrix, (0, at, 0), (batch, block, rows))
+        inverse = _by_pivots(lax.dynamic_slice(columns, (0, at, 0), (batch, block, block)))
+        below = (index >= at + block)[None, :, None]
+        lower = _product(jnp.where(below, columns, 0), inverse.mT)
+        own = lax.dynamic_update_slice(_product(inverse, own), inverse, (0, 0, at))
+        matrix = lax.dynamic_update_slice(
+            matrix, jnp.where(below, 0, columns), (0, 0, at)
+        ) - _product(lower, own)
+        return lax.dynamic_update_slice(matrix, own, (0, at, 0))
 
-    return -lax.fori_loop(0, trips, eliminate, matrix)[:, :size, :size]
+    return jnp.tril(lax.fori_loop(0, trips, eliminate, matrix)[:, :size, :size])
 
 
 def _by_pivots(matrix: jax.Array) -> jax.Array:
-    """The inverse of small matrices by Gauss-Jordan elimination of one row after the other."""
+    """L⁻¹ of small matrices by elimination of one column after the other, in place."""
     batch, size, _ = matrix.shape
     index = jnp.arange(size)
 
@@ -95,12 +107,14 @@ def _by_pivots(matrix: jax.Array) -> jax.Array:
         row = lax.dynamic_slice(matrix, (0, i, 0), (batch, 1, size))
         column = lax.dynamic_slice(matrix, (0, 0, i), (batch, size, 1))
         pivot = lax.dynamic_slice(row, (0, 0, i), (batch, 1, 1))
-        own = (index == i)[None, None]
-        row = jnp.where(own, 1, row) / jnp.where(pivot > 0, pivot, jnp.nan)
-        others = jnp.where(own, 0, matrix) - column * row
+        scale = 1 / jnp.sqrt(jnp.where(pivot > 0, pivot, jnp.nan))
+        own, below = (index == i)[None, None], (index > i)[None, :, None]
+        row = jnp.where(own, 1, row) * scale
+        lower = jnp.where(below, column * scale, 0)
+        others = jnp.where(own & below, 0, matrix) - lower * row
         return jnp.where(own.mT, row, others)
 
-    return lax.fori_loop(0, size, eliminate, matrix)
+    return jnp.tril(lax.fori_loop(0, size, eliminate, matrix))
 
 
 def padded(matrix: jax.Array, size: int) -> jax.Array:
