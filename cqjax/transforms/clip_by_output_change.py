@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -135,7 +136,8 @@ def clip_by_output_change(
             )
         layers, weights = (Layers(tree, captures, _NAME) for tree in (updates, params))
         layers.check_counts(state.clipped)
-        widest = max((layer.block.outputs for layer in layers.values()), default=0)
+        sizes = [(layer.block.outputs, layer.block.features) for layer in layers.values()]
+        widest = max(itertools.chain(*sizes), default=0)  # a transpose's outputs are features
         signs = _signs(state.count, widest)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         sides: dict[str, tuple[Layer, Matrices]] = {}
