@@ -190,10 +190,14 @@ def _unit_gram(
         strips = [_strip(x, axis, way, depth) for way in ways]
         if len(others) > 1:
             parts = [_unit_gram(strip, others, around, precision) for strip in strips]
-        else:  # the two ends of an axis side by side, which compiles once
-            seen = jnp.concatenate(strips, -1)
-            patches = windows.patches(seen, _unit_window(others, around), len(strips))
-            parts = list(gram.inner(patches, None, precision))
+        else:
+            # The two ends of an axis side by side compile once, if patches of both are no larger
+            # than the input.
+            together = len(ways) * depth * math.prod(others) <= x.shape[axis + 1]
+            over = _unit_window(others, around)
+            seen = [jnp.concatenate(strips, -1)] if together else strips
+            patches = [windows.patches(each, over, len(strips) // len(seen)) for each in seen]
+            parts = [part for each in patches for part in gram.inner(each, None, precision)]
         for way, outside in zip(ways, parts, strict=True):
             outside = outside.reshape(2 * (*others, depth, channels))
             outside = jnp.moveaxis(outside, (ndim - 1, 2 * ndim), both)

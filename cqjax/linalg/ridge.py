@@ -220,8 +220,7 @@ def _inverses(stacks: Sequence[_Full]) -> list[Inverse]:
     # What takes the place of an inverse if both attempts fail. The identity gives the plain
     # gradient. But where A overflows, the inverse tends to zero, and the plain gradient is huge.
     # And where it is NaN, that gradient is of inputs that nobody can use.
-    known = jnp.isfinite(jnp.concatenate([each.sum(-1) for each in diagonals]))
-    substitute = jnp.where(known, devices.vary(jnp.ones((), dtype), axes), 0)
+    substitute = jnp.where(jnp.isfinite(mean), devices.vary(jnp.ones((), dtype), axes), 0)
 
     def attempt(previous: _Attempt, number: jax.Array) -> _Attempt:
         raised = damping + jnp.where(number > 0, increase, 0)

@@ -116,7 +116,8 @@ class Site:
         """What X is made of, and how: sites of which it is equal have the same [X, h]."""
         assert isinstance(self.form, Product | Convolution)
         how = self.form.reading, self.factor, self.dtype, self.bias is not None
-        return self.source, how, self.loops, self.view.loops, self.shared, self.automatic
+        where = self.loops, self.view.loops, self.spread, self.automatic
+        return self.source, how, where, self.shared
 
     @property
     def dtype(self) -> Any:

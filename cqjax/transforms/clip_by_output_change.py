@@ -55,8 +55,9 @@ def clip_by_output_change(
     ΔW is multiplied by what makes the two sides equal. Here c is `max_change`, and μ the rate at
     which the update is taken: 1 where the transformation is the last in a chain. :math:`W_0` stands
     for a layer at its start: its entries are ±1/√d for d features, as large as LeCun's
-    initialisation has them, or ±1/√o for a table whose rows have o entries. So a layer may start
-    from zero. The inputs X are those of the loss's
+    initialisation has them, or ±1/√o for a table whose rows have o entries; its length is the mean
+    over the signs, and in a convolution as if each entry of the input were seen equally often. So a
+    layer may start from zero. The inputs X are those of the loss's
     last evaluation: that the layers below change too is left out.
 
     There are two places for it. Last in a chain, it bounds the step that is taken, whatever made
@@ -72,7 +73,7 @@ def clip_by_output_change(
     The lengths are estimated by 8 random combinations of the outputs, with factors of ±1. Their
     mean square is right, and its relative standard error is at most one half. For layers with up to
     8 outputs there is no such error. Of many rows some are looked at, evenly spaced: about 512, or
-    in a convolution those of 16 examples. So the cost is a product of few rows with 24 columns.
+    in a convolution those of 16 examples. So the cost is a product of few rows with 16 columns.
     Where only XᵀX was captured, it serves instead. For a weight whose XᵀX is in diagonal blocks,
     the blocks' squares are added up. Where the loss makes W of parameters V
     (`reparametrized="nearest"`), ΔW is what the update of V does to first order, and that update is

@@ -230,7 +230,7 @@ def largest(function, shape):
 def test_needs_no_memory_for_patches(over):
     shape = (16, 24, 24, 4)
     size = math.prod(shape)
-    assert largest(lambda x: conv_gram.inner(x, over, 1, 1.0), shape) < 2 * size
+    assert largest(lambda x: conv_gram.inner(x, over, 1, 1.0), shape) < 1.4 * size
     assert largest(lambda x: windows.patches(x, over), shape) > 8 * size
 
 
