@@ -3,7 +3,6 @@ tests."""
 
 import json
 import sys
-import time
 from functools import partial
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from experiments.benchmarks import (
     timing,
     workloads,
 )
-from experiments.benchmarks.bars import Bar
 from experiments.benchmarks.networks import ActorCritic, ScannedLanguage
 from experiments.everyday.networks import Language
 from experiments.models import MLP, ResNet, TransformerBlock
@@ -210,21 +208,6 @@ def test_the_environment_is_told(run):
     assert results["settings"]["repeats"] == 3
 
 
-def test_what_is_slow_gets_fewer_samples_of_fewer_calls():
-    def call():
-        time.sleep(0.002)
-
-    effort = timing.Effort(repeats=50, budget=0.02, compiles=1)
-    slow, whole = timing.planned(call, effort), timing.planned(call, effort, whole=True)
-    assert slow.times == 1 and timing.FEWEST <= slow.number <= 10
-    assert whole.times == timing.PERIOD and whole.number == timing.FEWEST
-    quick = timing.planned(call, effort._replace(budget=60.0, repeats=2))
-    assert (quick.times, quick.number) == (timing.PERIOD, 2)
-    seconds = timing.interleaved({"quick": quick, "slow": slow._replace(number=3)})
-    assert [len(values) for values in seconds.values()] == [2, 3]
-    assert min(map(min, seconds.values())) >= 0.002
-
-
 def test_a_combination_that_takes_too_long_is_left_out(monkeypatch):
     monkeypatch.setattr(choice, "ROWS", (4,))
     monkeypatch.setattr(choice, "FEATURES", (3,))
@@ -234,19 +217,6 @@ def test_a_combination_that_takes_too_long_is_left_out(monkeypatch):
     assert "not timed: dual takes" in result.tables[0].rows[0]["d = 3"]
     (bar,) = result.bars
     assert not bar.held and bar.work.endswith("nothing was measured")
-
-
-def test_bars():
-    assert Bar("x", 1.15, 1.15).held and Bar("x", 1.15, 1.15).verdict() == "yes"
-    assert Bar("x", 6.0, 6.0, at_least=True).held
-    assert Bar("x", 1.38, 1.15).verdict() == "no: 20.0% more"
-    assert Bar("x", 4.5, 6.0, at_least=True).verdict() == "no: 25.0% less"
-    assert not Bar("x", float("nan"), 6.0).held
-    assert not Bar("x", float("nan"), 6.0, at_least=True).held
-    missing = Bar("x", None, 1.2, reason="KeyError: 'y'")
-    assert not missing.held
-    assert list(missing.row().values()) == ["x", "–", "≤ 1.2", "no: KeyError: 'y'"]
-    assert list(Bar("x", 7.0, 6.0, at_least=True).row().values()) == ["x", "7.00", "≥ 6", "yes"]
 
 
 def test_the_workloads_are_the_issues():
@@ -342,30 +312,6 @@ def test_the_transformers_step_can_be_traced(label, monkeypatch):
     training = peers.PEERS[label](workloads.task(TRANSFORMER), 1)
     params = jax.tree.map(jnp.shape, training.state.params)
     assert jax.tree.map(jnp.shape, training.program[0].params) == params
-
-
-HLO = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->(f32[8]{0})}
-
-%command_buffer.1 (p: f32[8]) -> (f32[8], f32[8]) {
-  %p = f32[8]{0} parameter(0)
-  %fusion.2 = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused
-  %gemm = (f32[8]{0}, s8[4]{0}) custom-call(%p, %p), custom_call_target="__cublas$gemm"
-  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%fusion.2, %p)
-}
-
-ENTRY %main.3 (x: f32[8]) -> f32[8] {
-  %x = f32[8]{0} parameter(0)
-  %call = (f32[8]{0}, /*index=1*/f32[8]{0}) call(%x), to_apply=%command_buffer.1
-  %part = f32[8]{0} get-tuple-element(%call), index=0
-  %start = ((f32[8]{0}), f32[8]{0}) copy-start(%part)
-  %done = f32[8]{0} copy-done(%start)
-  ROOT %last = f32[8]{0} fusion(%done), kind=kLoop, calls=%fused.1, metadata={op_name="{x} = f()"}
-}
-"""
-
-
-def test_entry_instructions():
-    assert timing.entry_instructions(HLO) == 4  # two in the command buffer, a copy, a fusion
 
 
 BAD_OPTIONS = {
