@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cqjax.capture.block import Block
-from cqjax.capture.output_moments import OutputMoments
+from cqjax.capture.outputs import Moment, Outputs
 from cqjax.capture.own_statistics import Groups
 from cqjax.capture.parameters import Parameter
 from cqjax.capture.statistics import Rows, Statistic
@@ -102,42 +102,17 @@ class Capture:
 
         return devices.automatic(total, self.sites)
 
-    def output_moments(self, columns: jax.Array) -> OutputMoments:
-        """Sums over all rows of the outputs of other weights with these inputs.
-
-        Where activations were captured as they are (`Inputs`), some of many rows stand for all.
-
-        Args:
-          columns: k columns V of weights, (B, d, k).
-
-        Returns:
-          YᵀY, Yᵀh and hᵀh, of Y = XV.
+    def outputs(self, weight: jax.Array) -> tuple[Outputs | Moment, ...]:
+        """What other weights V, (B, d, k), make of each site's inputs, or the inputs' XᵀX.
 
         Raises:
           ValueError: neither rows nor their second moment were captured.
         """
-
-        def total(statistics: Sequence[Statistic], columns: jax.Array) -> OutputMoments:
-            pairs = zip(self.block.sites, statistics, strict=True)
-            precision = self.block.precision
-            parts = (each.output_moments(site, columns, precision) for site, each in pairs)
-            return jax.tree.map(lambda *each: functools.reduce(jnp.add, each), *parts)
-
-        return devices.automatic(total, self.sites, columns)
-
-    def input_squares(self) -> jax.Array:
-        """‖X‖², the sum of the squares of all inputs, (B,), by the same rows as `output_moments`.
-
-        Raises:
-          ValueError: neither rows nor their second moment were captured.
-        """
-
-        def total(statistics: Sequence[Statistic]) -> jax.Array:
-            pairs = zip(self.block.sites, statistics, strict=True)
-            parts = (each.input_squares(site, self.block.precision) for site, each in pairs)
-            return functools.reduce(jnp.add, parts)
-
-        return devices.automatic(total, self.sites)
+        precision = self.block.precision
+        return tuple(
+            each.outputs(site, weight, precision) or Moment(each.second_moment(site, precision))
+            for site, each in zip(self.block.sites, self.sites, strict=True)
+        )
 
 
 @functools.partial(

@@ -6,14 +6,13 @@ A new statistic is one class: derive it from `Statistic`, and pass it as `captur
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cqjax.capture.output_moments import OutputMoments, input_squares, of_outputs, output_moments
+from cqjax.capture.outputs import Outputs
 from cqjax.linalg import devices, gram
 from cqjax.linalg.products import einsum
 from cqjax.program import row_weights
@@ -126,23 +125,12 @@ class Statistic:
             f"{type(self).__name__} define second_moment"
         )
 
-    def output_moments(
-        self, site: Site, columns: jax.Array, precision: lax.PrecisionLike
-    ) -> OutputMoments:
-        """Sums over the rows of the outputs XV of other weights V: (B, d, k).
-
-        Raises:
-          ValueError: neither the rows nor their second moment are known.
-        """
-        return output_moments(self.second_moment(site, precision), columns)
-
-    def input_squares(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
-        """‖X‖², the sum of the squares of all entries: (B,).
-
-        Raises:
-          ValueError: neither the rows nor their second moment are known.
-        """
-        return input_squares(self.second_moment(site, precision), site.form.weight.shape[1])
+    def outputs(
+        self, site: Site, weight: jax.Array, precision: lax.PrecisionLike
+    ) -> Outputs | None:
+        """The outputs XV of other weights V, (B, d, k), in some of the rows, if those were kept."""
+        del site, weight, precision
+        return None
 
 
 @_pytree
@@ -193,18 +181,12 @@ class Rows(Statistic):
         del site
         return gram.inner(self.x, self.h, precision)
 
-    def output_moments(
-        self, site: Site, columns: jax.Array, precision: lax.PrecisionLike
-    ) -> OutputMoments:
-        """Those of these rows: a product with k columns costs less than XᵀX."""
+    def outputs(self, site: Site, weight: jax.Array, precision: lax.PrecisionLike) -> Outputs:
+        """Those of these rows."""
         del site
-        y = einsum("bnd,bdk->bnk", self.x.astype(columns.dtype), columns, precision=precision)
-        return of_outputs(y, self.h)
-
-    def input_squares(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
-        """That of these rows."""
-        del site, precision
-        return jnp.square(self.x.astype(gram.accumulator(self.x.dtype))).sum((1, 2))
+        y = einsum("bnd,bdk->bnk", self.x.astype(weight.dtype), weight, precision=precision)
+        inputs = jnp.square(self.x.astype(gram.accumulator(self.x.dtype))).sum((1, 2))
+        return Outputs(y, self.h, 1, inputs, 1, ())
 
 
 @_pytree
@@ -235,27 +217,19 @@ class Inputs(Statistic):
         assert not isinstance(site.form, Lookup | Ragged)
         return devices.total(site.form.second_moment(self.x, self.h, precision), site.reduced)
 
-    def output_moments(
-        self, site: Site, columns: jax.Array, precision: lax.PrecisionLike
-    ) -> OutputMoments:
-        """Estimates by some of the rows, of all devices."""
-        assert not isinstance(site.form, Lookup | Ragged)
-        y = site.form.times(self.x, columns, precision)
-        h = None if self.h is None else row_weights.sampled(site.form, self.h, y.shape[1])
-        times = site.form.output.shape[1] / y.shape[1]
-        sums = jax.tree.map(lambda each: times * each, of_outputs(y, h))
-        return devices.total(sums, site.reduced)
+    def outputs(self, site: Site, weight: jax.Array, precision: lax.PrecisionLike) -> Outputs:
+        """Those of some of many rows.
 
-    def input_squares(self, site: Site, precision: lax.PrecisionLike) -> jax.Array:
-        """An estimate by some of the rows, of all devices.
-
-        A convolution's is as if its window saw each entry of the input equally often.
+        A convolution's inputs count as if its window saw each of their entries equally often.
         """
-        del precision
-        assert not isinstance(site.form, Lookup | Ragged)
-        x = site.form.sampled(self.x)
-        mean = jnp.square(x.astype(gram.accumulator(x.dtype))).mean((1, 2))
-        return devices.total(mean * math.prod(site.form.rows_shape), site.reduced)
+        form = site.form
+        assert not isinstance(form, Lookup | Ragged)
+        y, x = form.times(self.x, weight, precision), form.sampled(self.x)
+        h = None if self.h is None else row_weights.sampled(form, self.h, y.shape[1])
+        inputs = jnp.square(x.astype(gram.accumulator(x.dtype))).sum((1, 2))
+        rows, features = form.output.shape[1], form.weight.shape[1]
+        entries = x.shape[1] * x.shape[2]
+        return Outputs(y, h, rows / y.shape[1], inputs, rows * features / entries, site.reduced)
 
 
 @_pytree

@@ -109,7 +109,7 @@ def solve(equations: Sequence[Equation]) -> list[Solution]:
 
 def decompositions(matrices: Sequence[jax.Array]) -> list[Spectral]:
     """The eigendecompositions of matrices (B, m, m), and of diagonals (B, m), all finite."""
-    found = iter(joined.batched_by_shape(_decomposed, [(m,) for m in matrices if m.ndim == 3]))
+    found = iter(joined.batched(_decomposed, [m for m in matrices if m.ndim == 3]))
     return [Spectral(*next(found)) if m.ndim == 3 else Spectral(m, None) for m in matrices]
 
 

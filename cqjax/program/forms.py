@@ -103,11 +103,6 @@ class Product:
         column = None if h is None else jnp.broadcast_to(h, rows.shape[:2]).astype(rows.dtype)
         return gram.inner(rows, column, precision)
 
-    @property
-    def rows_shape(self) -> Shape:
-        """The numbers n and d."""
-        return self.inputs.shape[1:]
-
     def sampled(self, x: jax.Array) -> jax.Array:
         """Some of the rows, (B, m, d): about `SAMPLED_ROWS`."""
         return self.rows(x)[:, :: _stride(self.inputs.shape[1], SAMPLED_ROWS)]
@@ -185,11 +180,6 @@ class Convolution:
         examples = self._channels_last(x)
         xx = conv_gram.inner(examples, self.window, self.weight.shape[0], h, precision)
         return _live(self, _live(self, xx, 1), 2)
-
-    @property
-    def rows_shape(self) -> Shape:
-        """The numbers n and d."""
-        return self.output.shape[1], self.weight.shape[1]
 
     def sampled(self, x: jax.Array) -> jax.Array:
         """The entries that the window sees in about `SAMPLED_EXAMPLES` examples: (B, m, c)."""

@@ -42,7 +42,8 @@ class Site:
       form: the equation's matrix form, of one trip of the loops around it.
       loops: lengths of the scans around the equation, outermost first.
       operand: which of the equation's operands is the activation.
-      source: the number of the activation among the program's variables.
+      source: the number of the activation among the program's variables: another one in each branch
+        and loop.
       x: the type of the activation.
       z: the type of the result.
       sizes: the type of the operand with the sizes of a ragged product's groups.

@@ -224,9 +224,9 @@ class _Flattening:
         if eqn.primitive is primitives.cond_p:
             index, *operands = reads
             kind = Kind.CLOSE if params.get("branches_platforms") else Kind.ENTER
-            inputs = step(kind, operands, len(operands))
+            # Each branch has variables of its own: of the one not taken, what is captured is zero.
             branches = [
-                self._body(branch, inputs, place.at(i))
+                self._body(branch, step(kind, operands, len(operands)), place.at(i))
                 for i, branch in enumerate(params["branches"])
             ]
             results = zip(*branches, strict=True)

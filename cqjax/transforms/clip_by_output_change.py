@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -16,12 +16,13 @@ from cqjax.capture.captures import Captures
 from cqjax.capture.checks import check_number
 from cqjax.linalg import joined
 from cqjax.linalg.gram import HIGHEST, accumulator
-from cqjax.linalg.products import diagonal, einsum
+from cqjax.linalg.products import einsum
 from cqjax.solves.automatic import with_automatic_axes
 from cqjax.solves.kept import transposed
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers, is_masked
 from cqjax.solves.matrices import Matrices, along
+from cqjax.solves.output_squares import Weights, squares
 
 _NAME = "clip_by_output_change"
 PROBES = 8
@@ -151,7 +152,10 @@ def clip_by_output_change(
         others = layers.others
 
         shorten = functools.partial(_shortening, max_change, rate)
-        factors = _of_all(lambda each: shorten(_squared(each)), lengths)
+        found = joined.batched(
+            lambda *each: shorten(_Lengths(*each)), *zip(*lengths.values(), strict=True)
+        )
+        factors = dict(zip(lengths, found, strict=True))
         shortened = _of_others(shorten, others, weights.others)
         results, events = {}, {}
         for label, layer in layers.items():
@@ -176,88 +180,50 @@ def clip_by_output_change(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Change(NamedTuple):
-    """Sums over the rows of 8 combinations of outputs.
-
-    Attributes:
-      yy: of the products Y with the weight's change, or with the weight: YᵀY, (B, 8, 8).
-      yh: Yᵀh, (B, 8).
-      bias: the bias's combinations, (B, 8).
-      hh: hᵀh, (B,).
-    """
-
-    yy: jax.Array
-    yh: jax.Array
-    bias: jax.Array
-    hh: jax.Array
-
-    def squared(self) -> jax.Array:
-        """The squared length of Y + hb, (B,)."""
-        across = (self.yh * self.bias).sum(-1)
-        own = self.hh * jnp.square(self.bias).sum(-1)
-        # Rounding makes the difference of equal lengths negative as often as not.
-        return jnp.maximum(diagonal(self.yy).sum(-1) + 2 * across + own, 0)
-
-
 class _Lengths(NamedTuple):
-    """Squared lengths of what an update does and of what there is.
+    """Squared lengths of what an update does and of what there is, (B,) each.
 
     Attributes:
-      moved: ‖X ΔW‖², at a rate of one: (B,), or what it is made of.
-      now: ‖XW‖², likewise.
-      start: ‖XW₀‖², (B,).
+      moved: ‖X ΔW‖², at a rate of one.
+      now: ‖XW‖².
+      inputs: ‖X‖².
+      start: ‖XW₀‖² / ‖X‖².
     """
 
-    moved: Any
-    now: Any
+    moved: jax.Array
+    now: jax.Array
+    inputs: jax.Array
     start: jax.Array
 
 
 def _lengths(sides: Mapping[str, tuple[Layer, Matrices]], signs: jax.Array) -> dict[str, _Lengths]:
-    """What the lengths of layers with these weights are made of."""
-    pairs = {label: (layer.change, weights) for label, (layer, weights) in sides.items()}
-    biases = {
-        (label, i): matrices.bias
-        for label, pair in pairs.items()
-        for i, matrices in enumerate(pair)
-        if sides[label][0].joint_bias and matrices.bias is not None
-    }
+    """Those of layers with these weights, by label."""
 
-    def combine(array: jax.Array, subscripts: str) -> jax.Array:
+    def combine(array: jax.Array) -> jax.Array:
         columns = _combinations(signs, array.shape[-1], array.dtype)
-        return einsum(subscripts, array, columns, precision=HIGHEST)
+        subscripts = "bo,ok->bk" if array.ndim == 2 else "bdo,ok->bdk"
+        return einsum(subscripts, array, columns, HIGHEST, accumulator(array.dtype))
 
-    # Those of one length together: a product of matrices takes less time to compile than those of
-    # vectors.
-    found = joined.batched(lambda stack: combine(stack, "bo,ok->bk"), list(biases.values()))
-    combined = dict(zip(biases, found, strict=True))
-
-    def sums(layer: Layer, matrices: Matrices, bias: jax.Array | None) -> _Change:
-        moments = layer.capture.output_moments(combine(matrices.weight, "bdo,ok->bdk"))
-        yy, yh, hh = moments
-        if bias is None or yh is None or hh is None:
-            nothing = jnp.zeros_like(yy[:, 0])
-            return _Change(yy, nothing, nothing, nothing[:, 0])
-        return _Change(yy, yh, bias, hh)
-
+    weights: dict[Hashable, Weights] = {}
+    for label, (layer, own) in sides.items():
+        for i, (weight, bias) in enumerate((layer.change, own)):
+            bias = bias if layer.joint_bias else None
+            weights[label, i] = Weights(layer.capture, weight, bias)
+    found = squares(weights, combine)
     lengths = {}
     for label, (layer, _) in sides.items():
-        moved, now = (
-            sums(layer, matrices, combined.get((label, i)))
-            for i, matrices in enumerate(pairs[label])
-        )
         # Weights of ±1/√d give, in the mean of the signs, each row's length times √o. A table
         # starts with 1 / √(its row's length): of d entries, a one-hot row reads but one.
-        block = layer.block
+        block, (moved, _), (now, inputs) = layer.block, found[label, 0], found[label, 1]
         size = block.outputs if block.statistic.diagonal else block.features * (block.parts or 1)
-        each = _Lengths(moved, now, layer.capture.input_squares() * (block.outputs / size))
-        lengths[label] = each if block.parts is None else _summed(each, block.parts)
+        start = jnp.full_like(inputs, block.outputs / size)
+        if block.parts is not None:  # of one weight, whose parts B counts
+            moved, now, inputs = (
+                each.reshape(-1, block.parts).sum(1) for each in (moved, now, inputs)
+            )
+            start = start[: len(now)]
+        lengths[label] = _Lengths(moved, now.astype(moved.dtype), inputs, start)
     return lengths
-
-
-def _summed(lengths: _Lengths, parts: int) -> _Lengths:
-    """Those of weights in so many parts, which B counts: their squares are added up."""
-    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).sum(1), lengths)
 
 
 def _of_others(
@@ -272,7 +238,8 @@ def _of_others(
 
     def shortening(steps: jax.Array, weights: jax.Array) -> jax.Array:
         moved, now = _mean_squares(steps), _mean_squares(weights)
-        return shorten(_Lengths(moved, now.astype(moved.dtype), jnp.ones_like(moved)))
+        one = jnp.ones_like(moved)
+        return shorten(_Lengths(moved, now.astype(moved.dtype), one, one))
 
     own = [weights[path] for path in steps]
     return dict(zip(steps, joined.each(shortening, list(steps.values()), own), strict=True))
@@ -283,27 +250,11 @@ def _mean_squares(arrays: jax.Array) -> jax.Array:
     return jnp.mean(squares, tuple(range(1, arrays.ndim)))
 
 
-def _of_all(
-    function: Callable[[_Lengths], jax.Array], each: Mapping[str, _Lengths]
-) -> dict[str, jax.Array]:
-    """A function of lengths, by label, computed for all in one array."""
-    if not each:
-        return {}
-    tree = jax.tree.structure(next(iter(each.values())))
-    parts = zip(*map(jax.tree.leaves, each.values()), strict=True)
-    found = joined.batched(lambda *stacks: function(jax.tree.unflatten(tree, stacks)), *parts)
-    return dict(zip(each, found, strict=True))
-
-
-def _squared(lengths: _Lengths) -> _Lengths:
-    return _Lengths(lengths.moved.squared(), lengths.now.squared(), lengths.start)
-
-
 def _shortening(max_change: Any, rate: Any, lengths: _Lengths) -> jax.Array:
     """The factor that makes √moved, at this rate, at most `max_change` times the other lengths."""
-    moved, now, start = lengths
+    moved, now, inputs, start = lengths
     moved *= jnp.square(jnp.asarray(rate, moved.dtype))
-    allowed = jnp.square(jnp.asarray(max_change, now.dtype)) * jnp.maximum(now, start)
+    allowed = jnp.square(jnp.asarray(max_change, now.dtype)) * jnp.maximum(now, inputs * start)
     # Not so where the length is NaN or infinite: then the factor makes the update zero.
     within = (moved <= allowed) & jnp.isfinite(moved)
     return jnp.sqrt(jnp.where(within, 1, allowed) / jnp.where(within, 1, moved))

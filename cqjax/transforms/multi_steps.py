@@ -15,7 +15,7 @@ from jax import lax
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
 from cqjax.capture.checks import check_positive
-from cqjax.capture.output_moments import OutputMoments, input_squares, output_moments
+from cqjax.capture.outputs import Moment
 from cqjax.capture.plan import Plan, check_plan
 from cqjax.capture.statistics import Rows
 from cqjax.linalg.gram import accumulator
@@ -206,11 +206,9 @@ class _Sum(Capture):
     def second_moment(self) -> jax.Array:
         return self.moment
 
-    def output_moments(self, columns: jax.Array) -> OutputMoments:
-        return output_moments(self.moment, columns)
-
-    def input_squares(self) -> jax.Array:
-        return input_squares(self.moment, self.block.features)
+    def outputs(self, weight: jax.Array) -> tuple[Moment]:
+        del weight
+        return (Moment(self.moment),)
 
 
 def _sums(

@@ -84,3 +84,24 @@ def test_of_weights_that_are_split_otherwise_each_has_its_own():
     own = np.split(np.asarray(grads["own"], np.float64), 2)
     want = np.concatenate([solved(*each) for each in zip(parts, own, strict=True)])
     np.testing.assert_allclose(got["own"], want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_branches_have_their_own(taken):
+    """What is captured in a branch that was not taken is zero."""
+
+    def loss_fn(params, x, i):
+        def branch(name):
+            return lambda x: jnp.mean(jnp.sum(jnp.tanh(x @ params[name]), -1))
+
+        return jax.lax.switch(i, [branch("q"), branch("k")], x)
+
+    x, params = normal(N, D), {name: PARAMS[name] for name in ("q", "k")}
+    fn = jax.jit(cqjax.value_and_grad(loss_fn, solver="primal"))
+    _, grads, captures = fn(params, x, taken)
+    got, _ = TX.update(grads, TX.init(params), captures=captures)
+    name, other = ("k", "q") if taken else ("q", "k")
+    rows = np.asarray(x, np.float64)
+    want = N * np.linalg.solve(rows.T @ rows + DAMPING * np.eye(D), np.asarray(grads[name]))
+    np.testing.assert_allclose(got[name], want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(got[other], 0)
