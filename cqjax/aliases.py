@@ -17,7 +17,6 @@ Optimizer = optax.GradientTransformationExtraArgs
 Mask = optax.Params | Callable[[optax.Params], Any] | None
 _Rule = optax.GradientTransformation
 _Rate = optax.ScalarOrSchedule
-_Limits = tuple[list[_Rule], list[_Rule]]
 
 
 def cadam(
@@ -91,8 +90,9 @@ def cadam(
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     # Consequentialism comes first, since it is cheapest for the gradient itself.
-    rates, rule = _rates(learning_rate, uncovered_learning_rate), optax.scale_by_adam(b1, b2, eps)
-    return _chain(solve, rule, _decay(weight_decay, mask), rates, _limits(max_change, 20, 1))
+    before, rule = _limit(_times(max_change, 20)), optax.scale_by_adam(b1, b2, eps)
+    step = _step(learning_rate, max_change, uncovered_learning_rate)
+    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
 
 def csgd(
@@ -191,10 +191,10 @@ def cmomentum(
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates, rule = _rates(learning_rate), optax.trace(momentum)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    limits = _limits(max_change, 1, 1.5, acting)
-    return _chain(solve, rule, _decay(weight_decay, mask), rates, limits)
+    before, rule = _limit(max_change, acting), optax.trace(momentum)
+    step = _step(learning_rate, _times(max_change, 1.5))
+    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
 
 def cnesterov(
@@ -235,10 +235,10 @@ def cnesterov(
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates, rule = _rates(learning_rate), optax.trace(momentum, nesterov=True)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    limits = _limits(max_change, 1, 1.5, acting)
-    return _chain(solve, rule, _decay(weight_decay, mask), rates, limits)
+    before, rule = _limit(max_change, acting), optax.trace(momentum, nesterov=True)
+    step = _step(learning_rate, _times(max_change, 1.5))
+    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
 
 def crmsprop(
@@ -277,8 +277,9 @@ def crmsprop(
       Paeedeh and Ghiasi-Shirazi (2020), abstract and section 5.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates, rule = _rates(learning_rate), optax.scale_by_rms(decay, eps)
-    return _chain(solve, rule, _decay(weight_decay, mask), rates, _limits(max_change, 20, 1))
+    before, rule = _limit(_times(max_change, 20)), optax.scale_by_rms(decay, eps)
+    step = _step(learning_rate, max_change)
+    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
 
 def _solve(
@@ -297,13 +298,10 @@ def _solve(
     )
 
 
-def _rates(learning_rate: _Rate, uncovered: _Rate | None = None) -> _Rule:
-    """Minus the rate of covered parameters, and that of the others, if it is another."""
+def _rates(learning_rate: _Rate) -> _Rule:
+    """Minus the rate."""
     check_rate(learning_rate, "learning_rate")
-    if uncovered is None:
-        return optax.scale_by_learning_rate(learning_rate)
-    check_rate(uncovered, "uncovered_learning_rate")
-    return scale_by_learning_rates(learning_rate, uncovered)
+    return optax.scale_by_learning_rate(learning_rate)
 
 
 def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
@@ -314,25 +312,32 @@ def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
 
 
 def _limit(max_change: float | None, rate: _Rate = 1.0) -> list[_Rule]:
-    """The trust region, if there is one, for updates that are taken at this rate."""
+    """The trust region, if there is one, for updates that are taken at this rate.
+
+    There is one before a rule with a memory, too, since what it takes in stays: Adam takes 80,000
+    steps to forget one update of 1e18. And a rate that is too high multiplies what momentum has
+    taken in.
+    """
     return [] if max_change is None else [clip_by_output_change(max_change, learning_rate=rate)]
 
 
-def _limits(max_change: float | None, before: float, after: float, rate: _Rate = 1.0) -> _Limits:
-    """Limits before and after a rule with a memory, in multiples of `max_change`.
+def _times(max_change: float | None, factor: float) -> float | None:
+    return None if max_change is None else factor * max_change
 
-    What a rule takes in stays: Adam takes 80,000 steps to forget one update of 1e18. And a rate
-    that is too high multiplies what momentum has taken in.
+
+def _step(
+    learning_rate: _Rate, max_change: float | None, uncovered: _Rate | None = None
+) -> list[_Rule]:
+    """What ends a chain: minus the rate, that of uncovered parameters if it is another, a limit.
+
+    The limit comes first where it can: after the rate, XLA would compute a scaled copy of each
+    update for it.
     """
-    if max_change is None:
-        return [], []
-    return _limit(before * max_change, rate), _limit(after * max_change)
-
-
-def _chain(
-    solve: Optimizer, rule: _Rule, decay: list[_Rule], rates: _Rule, limits: _Limits
-) -> Optimizer:
-    return optax.chain(solve, *limits[0], rule, *decay, rates, *limits[1])
+    rates = _rates(learning_rate)
+    if uncovered is None:
+        return [*_limit(max_change, learning_rate), rates]
+    check_rate(uncovered, "uncovered_learning_rate")
+    return [scale_by_learning_rates(learning_rate, uncovered), *_limit(max_change)]
 
 
 def _accumulated(rate: _Rate, momentum: Any) -> _Rate:

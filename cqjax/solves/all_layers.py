@@ -81,15 +81,20 @@ def preconditioned(
             else:
                 made |= result
             repaired[label] = inverse.repaired
-        never = (jnp.zeros(total.shape, bool) for total in sums.values())
-        again = [repaired.get(label, none) for label, none in zip(sums, never, strict=True)]
-        events = joined.batched(_lost_or_repaired, list(sums.values()), again)
-        for label, event in zip(sums, events, strict=True):
+        never = jnp.zeros((), bool)
+        attempts = {
+            label: (total, repaired.get(label, jnp.broadcast_to(never, total.shape)))
+            for label, total in sums.items()
+        }
+        events = joined.calls(_lost_or_repaired, attempts)
+        for label, event in joined.split(events).items():
             more = [failed[label] for failed in before if label in failed]
             overflows = layers[label].overflows(results[label]) if label in results else False
-            failures[label] = functools.reduce(operator.or_, more, event | overflows)
+            if more or overflows is not False:  # counted once, with the other reasons
+                failures[label] = functools.reduce(operator.or_, more, event | overflows)
         new = layers.replaced(results, of_both.others | made)
-        return new, layers.counts(failures) + layers.lost()
+        counts = layers.counted(events, without=failures) + layers.counts(failures)
+        return new, counts + layers.lost()
 
     # The dual starts from the rows, and so from the gradient. Within one trace it is known without
     # computing anything that the updates still are the gradient. Across a `jit` they are compared.
@@ -111,6 +116,7 @@ def _inputs(layer: Layer, moments: Mapping[str, Moment]) -> Hashable:
     return every, how, block.shared, layer.joint_bias
 
 
-def _lost_or_repaired(total: jax.Array, repaired: jax.Array) -> jax.Array:
+def _lost_or_repaired(attempt: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Whether a solution's sum is not finite, or its inverse took a second attempt."""
+    total, repaired = attempt
     return ~jnp.isfinite(total) | repaired

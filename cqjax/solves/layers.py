@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -194,15 +194,34 @@ class Layers(Mapping[str, Layer]):
         """Arrays of parameters, by path, in the dtypes of their updates."""
         return {path: array.astype(self._leaves[path].dtype) for path, array in arrays.items()}
 
-    def counts(
-        self, events: Mapping[str, jax.Array], others: Mapping[str, jax.Array] | None = None
-    ) -> jax.Array:
-        """How many events, () or (B,) bool, the layers had, and `others` by path: (P,) int32.
+    def counts(self, events: Mapping[str, jax.Array]) -> jax.Array:
+        """How many events, () or (B,) bool, the layers had, by label: (P,) int32.
 
         P is the number of leaves of the updates' tree; a layer's are counted at its first path.
         """
-        of_layers = [(self[label].block.view.paths[0], event) for label, event in events.items()]
-        return self._counted([*of_layers, *(others or {}).items()])
+        found = {label: event.ravel() for label, event in events.items()}
+        return self.counted(
+            [joined.Results((label,), (event.size,), event) for label, event in found.items()]
+        )
+
+    def counted(self, events: Sequence[joined.Results], without: Collection[str] = ()) -> jax.Array:
+        """The same, of (B,) bool that were found together, by layers' labels or other paths.
+
+        Names of something else are left out, and so are some layers.
+        """
+        if not events:
+            return jnp.zeros(len(self.paths), jnp.int32)
+        places = {path: i for i, path in enumerate(self.paths)}
+        places |= {label: places[layer.block.view.paths[0]] for label, layer in self.items()}
+        places |= dict.fromkeys(without, -1)
+        at = [
+            place
+            for labels, sizes, _ in events
+            for place in np.repeat([places.get(str(label), -1) for label in labels], sizes)
+        ]
+        numbers = [_number(event) for _, _, event in events]
+        own = jnp.arange(len(self.paths))[:, None] == np.asarray(at)[None]
+        return jnp.where(own, jnp.concatenate(numbers)[None], 0).sum(1, dtype=jnp.int32)
 
     def lost(self) -> jax.Array:
         """1 for each parameter without a layer whose update has no finite length: (P,) int32."""
@@ -210,18 +229,7 @@ class Layers(Mapping[str, Layer]):
         def no_length(stack: jax.Array) -> jax.Array:
             return ~jnp.isfinite(_square(stack).sum(tuple(range(1, stack.ndim))))
 
-        bad = joined.each(no_length, list(self.others.values()))
-        return self._counted(list(zip(self.others, bad, strict=True)))
-
-    def _counted(self, events: Sequence[tuple[str, jax.Array]]) -> jax.Array:
-        if not events:
-            return jnp.zeros(len(self.paths), jnp.int32)
-        paths, each = zip(*events, strict=True)
-        each = joined.batched(_number, list(map(jnp.ravel, each)))
-        places = {path: i for i, path in enumerate(self.paths)}
-        at = np.repeat([places[path] for path in paths], [len(e) for e in each])
-        own = jnp.arange(len(self.paths))[:, None] == at[None]
-        return jnp.where(own, jnp.concatenate(each)[None], 0).sum(1, dtype=jnp.int32)
+        return self.counted(joined.each(no_length, self.others))
 
     def check_counts(self, counts: jax.Array) -> None:
         """Refuses counts of a state that was made for other parameters.

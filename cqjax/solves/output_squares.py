@@ -1,115 +1,131 @@
-"""Squared lengths of what other weights would make of layers' inputs, for all layers together."""
+"""Squared lengths of what other weights would make of layers' inputs.
 
+`request` makes arrays of one layer, which are small, and `squares` works on those of many layers
+that are joined along their first axis: a step for each layer would have to be compiled.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cqjax.capture import outputs
 from cqjax.capture.captures import Capture
-from cqjax.capture.outputs import Moment, Outputs
-from cqjax.linalg import devices, joined
-
-
-class Weights(NamedTuple):
-    """Weights, and a bias, for the inputs of one layer.
-
-    Attributes:
-      capture: what was captured of the layer.
-      weight: V, (B, d, o).
-      bias: (B, o); None for none.
-    """
-
-    capture: Capture
-    weight: jax.Array
-    bias: jax.Array | None
-
+from cqjax.capture.outputs import Outputs
+from cqjax.linalg import devices, gram
+from cqjax.linalg.products import diagonal, einsum
+from cqjax.solves.matrices import Matrices
 
 Combine = Callable[[jax.Array], jax.Array]
 """k linear combinations of outputs: of an array (B, ..., o) it makes (B, ..., k)."""
 
 
 class Squares(NamedTuple):
-    """Sums over a layer's rows, estimated by some of them where there are many.
+    """Sums over a layer's rows, estimated by some of them where there are many, (B,) each.
 
     Attributes:
-      outputs: those of the squares of all combinations of XV + hb, (B,).
-      inputs: those of the squares of all entries of X, (B,).
+      outputs: those of the squares of all combinations of XV + hb.
+      inputs: those of the squares of all entries of X.
     """
 
     outputs: jax.Array
     inputs: jax.Array
 
 
-def squares(layers: Mapping[Hashable, Weights], combine: Combine) -> dict[Hashable, Squares]:
-    """The squared lengths of combinations of the outputs, by label.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["y", "h", "bias", "times", "inputs", "entries"],
+    meta_fields=["axes"],
+)
+@dataclasses.dataclass(frozen=True)
+class _OfRows:
+    """What is summed up of `Outputs`, with the bias as it is, (B, o)."""
 
-    A step for each layer takes as long to compile as one for all. So outputs of one shape are
-    joined first: there are few of them.
-    """
-    of_rows: list[tuple[Weights, Outputs]] = []
-    of_moments: list[tuple[Weights, Moment]] = []
-    labels: tuple[list[Hashable], list[Hashable]] = [], []
-    for label, own in layers.items():
-        own = own._replace(weight=combine(own.weight))
-        for found in own.capture.outputs(own.weight):
-            if isinstance(found, Outputs):
-                of_rows.append((own, found))
-                labels[0].append(label)
-            else:
-                of_moments.append((own, found))
-                labels[1].append(label)
-    parts: dict[Hashable, list[Squares]] = {label: [] for label in layers}
-    results = _of_rows(of_rows, combine), _of_moments(of_moments, combine)
-    for label, part in zip(sum(labels, []), sum(results, []), strict=True):
-        parts[label].append(part)
-    return {label: jax.tree.map(_sum, *found) for label, found in parts.items()}
+    y: jax.Array
+    h: jax.Array | None
+    bias: jax.Array | None
+    times: jax.Array
+    inputs: jax.Array
+    entries: jax.Array
+    axes: tuple[str, ...]
 
-
-def _of_rows(each: Sequence[tuple[Weights, Outputs]], combine: Combine) -> list[Squares]:
-    # The bias is added before anything is squared: it may undo a mean a thousand times as large as
-    # what is left.
-    def with_bias(y: Any, times: Any, inputs: Any, entries: Any, h: Any, bias: Any) -> Squares:
-        return without(y + h[..., None] * combine(bias)[:, None], times, inputs, entries)
-
-    def without(y: Any, times: Any, inputs: Any, entries: Any) -> Squares:
-        return Squares(jnp.square(y).sum((1, 2)) * times, inputs * entries)
-
-    arguments: dict[Any, dict[int, tuple[jax.Array, ...]]] = {with_bias: {}, without: {}}
-    for i, (own, (y, h, times, inputs, entries, _)) in enumerate(each):
-        scales = [jnp.full(len(y), scale, y.dtype) for scale in (times, entries)]
-        some = y, scales[0], inputs.astype(y.dtype), scales[1]
-        if h is None or own.bias is None:
-            arguments[without][i] = some
-        else:
-            h = h.reshape(1, 1) if not h.ndim else h
-            h = jnp.broadcast_to(h.astype(y.dtype), (len(y), h.shape[1]))
-            arguments[with_bias][i] = *some, h, own.bias.astype(y.dtype)
-    results: dict[int, Squares] = {}
-    for function, some in arguments.items():
-        found = joined.batched(function, *zip(*some.values(), strict=True))
-        results |= zip(some, found, strict=True)
-    return [devices.total(results[i], own.axes) for i, (_, own) in enumerate(each)]
+    def squares(self, combine: Combine) -> Squares:
+        y = self.y
+        if self.h is not None and self.bias is not None:
+            # Added before anything is squared: it may undo a mean that is a thousand times as large
+            # as what is left.
+            y += self.h[..., None] * combine(self.bias)[:, None]
+        found = Squares(jnp.square(y).sum((1, 2)) * self.times, self.inputs * self.entries)
+        return devices.total(found, self.axes)
 
 
-def _of_moments(each: Sequence[tuple[Weights, Moment]], combine: Combine) -> list[Squares]:
-    def lengths(columns: jax.Array, times: jax.Array) -> jax.Array:
+class _OfMoment(NamedTuple):
+    """Columns V, and a second moment times them: (B, d, k), or with a bias (B, d+1, k); ‖X‖²."""
+
+    columns: jax.Array
+    product: jax.Array
+    inputs: jax.Array
+
+    def squares(self, combine: Combine) -> Squares:
+        del combine
+        found = (self.columns * self.product).sum((1, 2))
         # Rounding makes the difference of equal lengths negative as often as not.
-        return jnp.maximum((columns * times).sum(1), 0).sum(1)
-
-    columns = []
-    for own, (moment,) in each:
-        bias = None if own.bias is None else combine(own.bias)
-        columns.append(outputs.with_bias(own.weight, bias, moment))
-    times = [outputs.times(m.matrix, c) for (_, m), c in zip(each, columns, strict=True)]
-    found = joined.batched(lengths, columns, times)
-    return [
-        Squares(each_found, outputs.input_squares(moment.matrix, own.weight.shape[1]))
-        for each_found, (own, moment) in zip(found, each, strict=True)
-    ]
+        return Squares(jnp.maximum(found, 0), self.inputs)
 
 
-def _sum(*parts: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.add, parts)
+Request = tuple[_OfRows | _OfMoment, ...]
+"""Of each of a layer's sites, arrays with the axis B in front."""
+
+
+def request(capture: Capture, weights: Matrices, combine: Combine) -> Request:
+    """What `squares` needs for other weights V, (B, d, o), and a bias b, (B, o), of one layer."""
+    weight, bias = combine(weights.weight), weights.bias
+    return tuple(
+        _of_rows(found, bias, capture.block.parts or 1)
+        if isinstance(found, Outputs)
+        else _of_moment(found.matrix, weight, bias, combine, capture.block.parts or 1)
+        for found in capture.outputs(weight)
+    )
+
+
+def squares(request: Request, combine: Combine) -> Squares:
+    """The squared lengths, summed over the sites."""
+    parts = [part.squares(combine) for part in request]
+    return jax.tree.map(lambda *each: functools.reduce(jnp.add, each), *parts)
+
+
+def _of_rows(found: Outputs, bias: jax.Array | None, parts: int) -> _OfRows:
+    y, h, times, inputs, entries, axes = found
+    y, inputs = _merged(y, parts), _summed(inputs.astype(y.dtype), parts)
+    scales = (jnp.full(len(y), scale, y.dtype) for scale in (times, entries))
+    if h is None or bias is None:
+        return _OfRows(y, None, None, next(scales), inputs, next(scales), axes)
+    h = h.reshape(1, 1) if not h.ndim else h
+    h = jnp.broadcast_to(h.astype(y.dtype), (len(y), h.shape[1]))
+    return _OfRows(y, h, bias.astype(y.dtype), next(scales), inputs, next(scales), axes)
+
+
+def _of_moment(
+    moment: jax.Array, weight: jax.Array, bias: jax.Array | None, combine: Combine, parts: int
+) -> _OfMoment:
+    features = weight.shape[1]
+    if moment.ndim == 2:
+        inputs, product = moment.sum(-1), moment[..., None] * weight
+        return _OfMoment(_merged(weight, parts), _merged(product, parts), _summed(inputs, parts))
+    inputs = diagonal(moment)[:, :features].sum(-1)
+    if moment.shape[1] > features:
+        last = jnp.zeros_like(weight[:, 0]) if bias is None else combine(bias)
+        weight = jnp.concatenate([weight, last[:, None]], 1)
+    product = einsum("bde,bek->bdk", moment, weight, precision=gram.HIGHEST)
+    return _OfMoment(_merged(weight, parts), _merged(product, parts), _summed(inputs, parts))
+
+
+def _merged(array: jax.Array, parts: int) -> jax.Array:
+    """Of weights in parts, which B counts, those of one weight one after the other."""
+    return array.reshape(-1, parts * array.shape[1], array.shape[2])
+
+
+def _summed(array: jax.Array, parts: int) -> jax.Array:
+    return array.reshape(-1, parts).sum(1) if parts > 1 else array

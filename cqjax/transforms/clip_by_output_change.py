@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -22,7 +22,7 @@ from cqjax.solves.kept import transposed
 from cqjax.solves.layer import Layer
 from cqjax.solves.layers import Layers, is_masked
 from cqjax.solves.matrices import Matrices, along
-from cqjax.solves.output_squares import Weights, squares
+from cqjax.solves.output_squares import Request, request, squares
 
 _NAME = "clip_by_output_change"
 PROBES = 8
@@ -148,24 +148,21 @@ def clip_by_output_change(
             sides[label] = layer, own.value
             if layer.other is not None and own.other is not None:
                 sides[transposed(label)] = layer.other, own.other.value
-        lengths = _lengths(sides, signs)
         others = layers.others
-
         shorten = functools.partial(_shortening, max_change, rate)
-        found = joined.batched(
-            lambda *each: shorten(_Lengths(*each)), *zip(*lengths.values(), strict=True)
-        )
-        factors = dict(zip(lengths, found, strict=True))
-        shortened = _of_others(shorten, others, weights.others)
-        results, events = {}, {}
+        of_layers = _of_layers(shorten, sides, signs)
+        of_others = _of_others(shorten, others, weights.others)
+        factors = {label: each.factor for label, each in joined.split(of_layers).items()}
+        shortened = {path: each.factor for path, each in joined.split(of_others).items()}
+        results, both = {}, {}
         for label, layer in layers.items():
             factor = factors[label]
             other = layer.other
             if other is not None:  # the shorter of what the two sides allow
                 factor = jnp.minimum(factor, factors[transposed(label)])
+                both[label] = ~(factor == 1)
                 if (bias := other.change.bias) is not None:
                     others |= other.block.scatter_bias(_times(factor, bias))
-            events[label] = factor
             if layer.made:  # of several weights side by side, the one that is shortened most
                 others |= {path: factor.min() * step for path, step in layer.handed.items()}
             else:
@@ -173,8 +170,10 @@ def clip_by_output_change(
         for path, step in layers.others.items():
             others[path] = (shortened[path].reshape(()) * step).astype(step.dtype)
         count = jnp.asarray(optax.safe_increment(state.count))
+        events = [each._replace(result=each.result.shortened) for each in of_layers + of_others]
+        clipped = layers.counted(events, without=both) + layers.counts(both)
         return layers.replaced(results, others), ClipByOutputChangeState(
-            count, state.clipped + layers.counts(_less(events), _less(shortened))
+            count, state.clipped + clipped
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -186,63 +185,68 @@ class _Lengths(NamedTuple):
     Attributes:
       moved: ‖X ΔW‖², at a rate of one.
       now: ‖XW‖².
-      inputs: ‖X‖².
-      start: ‖XW₀‖² / ‖X‖².
+      start: ‖XW₀‖².
     """
 
     moved: jax.Array
     now: jax.Array
-    inputs: jax.Array
     start: jax.Array
 
 
-def _lengths(sides: Mapping[str, tuple[Layer, Matrices]], signs: jax.Array) -> dict[str, _Lengths]:
-    """Those of layers with these weights, by label."""
+class _Shortening(NamedTuple):
+    """By what updates are multiplied, and whether that is not one: (B,) each."""
+
+    factor: jax.Array
+    shortened: jax.Array
+
+
+_Shorten = Callable[[_Lengths], _Shortening]
+
+
+def _of_layers(
+    shorten: _Shorten, sides: Mapping[str, tuple[Layer, Matrices]], signs: jax.Array
+) -> list[joined.Results]:
+    """What shortens the updates of layers with these weights, by label."""
 
     def combine(array: jax.Array) -> jax.Array:
         columns = _combinations(signs, array.shape[-1], array.dtype)
         subscripts = "bo,ok->bk" if array.ndim == 2 else "bdo,ok->bdk"
         return einsum(subscripts, array, columns, HIGHEST, accumulator(array.dtype))
 
-    weights: dict[Hashable, Weights] = {}
-    for label, (layer, own) in sides.items():
-        for i, (weight, bias) in enumerate((layer.change, own)):
-            bias = bias if layer.joint_bias else None
-            weights[label, i] = Weights(layer.capture, weight, bias)
-    found = squares(weights, combine)
-    lengths = {}
-    for label, (layer, _) in sides.items():
+    def shortening(each: tuple[Request, Request, jax.Array]) -> _Shortening:
+        *requests, start = each
+        moved, now = (squares(some, combine) for some in requests)
+        lengths = moved.outputs, now.outputs.astype(moved.outputs.dtype), now.inputs * start
+        return shorten(_Lengths(*lengths))
+
+    requests = {}
+    for label, (layer, weights) in sides.items():
         # Weights of ±1/√d give, in the mean of the signs, each row's length times √o. A table
         # starts with 1 / √(its row's length): of d entries, a one-hot row reads but one.
-        block, (moved, _), (now, inputs) = layer.block, found[label, 0], found[label, 1]
+        block = layer.block
         size = block.outputs if block.statistic.diagonal else block.features * (block.parts or 1)
-        start = jnp.full_like(inputs, block.outputs / size)
-        if block.parts is not None:  # of one weight, whose parts B counts
-            moved, now, inputs = (
-                each.reshape(-1, block.parts).sum(1) for each in (moved, now, inputs)
-            )
-            start = start[: len(now)]
-        lengths[label] = _Lengths(moved, now.astype(moved.dtype), inputs, start)
-    return lengths
+        moved, now = (
+            request(layer.capture, each if layer.joint_bias else each._replace(bias=None), combine)
+            for each in (layer.change, weights)
+        )
+        start = jnp.full_like(now[0].inputs, block.outputs / size)
+        requests[label] = moved, now, start
+    return joined.calls(shortening, requests)
 
 
 def _of_others(
-    shorten: Callable[[_Lengths], jax.Array],
-    steps: Mapping[str, jax.Array],
-    weights: Mapping[str, jax.Array],
-) -> dict[str, jax.Array]:
-    """What shortens the updates of parameters that no layer covers, (1,), by path.
+    shorten: _Shorten, steps: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]
+) -> list[joined.Results]:
+    """What shortens the updates of parameters that no layer covers, by path.
 
     Their lengths are root mean squares. They start from ones.
     """
 
-    def shortening(steps: jax.Array, weights: jax.Array) -> jax.Array:
-        moved, now = _mean_squares(steps), _mean_squares(weights)
-        one = jnp.ones_like(moved)
-        return shorten(_Lengths(moved, now.astype(moved.dtype), one, one))
+    def shortening(each: tuple[jax.Array, jax.Array]) -> _Shortening:
+        moved, now = map(_mean_squares, each)
+        return shorten(_Lengths(moved, now.astype(moved.dtype), jnp.ones_like(moved)))
 
-    own = [weights[path] for path in steps]
-    return dict(zip(steps, joined.each(shortening, list(steps.values()), own), strict=True))
+    return joined.each(shortening, {path: (step, weights[path]) for path, step in steps.items()})
 
 
 def _mean_squares(arrays: jax.Array) -> jax.Array:
@@ -250,22 +254,15 @@ def _mean_squares(arrays: jax.Array) -> jax.Array:
     return jnp.mean(squares, tuple(range(1, arrays.ndim)))
 
 
-def _shortening(max_change: Any, rate: Any, lengths: _Lengths) -> jax.Array:
+def _shortening(max_change: Any, rate: Any, lengths: _Lengths) -> _Shortening:
     """The factor that makes √moved, at this rate, at most `max_change` times the other lengths."""
-    moved, now, inputs, start = lengths
+    moved, now, start = lengths
     moved *= jnp.square(jnp.asarray(rate, moved.dtype))
-    allowed = jnp.square(jnp.asarray(max_change, now.dtype)) * jnp.maximum(now, inputs * start)
+    allowed = jnp.square(jnp.asarray(max_change, now.dtype)) * jnp.maximum(now, start)
     # Not so where the length is NaN or infinite: then the factor makes the update zero.
     within = (moved <= allowed) & jnp.isfinite(moved)
-    return jnp.sqrt(jnp.where(within, 1, allowed) / jnp.where(within, 1, moved))
-
-
-def _less(factors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Which factors are not one."""
-    if not factors:
-        return {}
-    found = joined.batched(lambda factor: ~(factor == 1), list(factors.values()))
-    return dict(zip(factors, found, strict=True))
+    factor = jnp.sqrt(jnp.where(within, 1, allowed) / jnp.where(within, 1, moved))
+    return _Shortening(factor, ~(factor == 1))
 
 
 def _signs(count: jax.Array, number: int) -> jax.Array:
