@@ -20,6 +20,11 @@ FOLDER = "checkpoints"
 SETTINGS = "settings.json"
 _AFRESH = "Leave out --resume to start afresh, or name another --output"
 
+WAIT = 1.0  # seconds, from one look at another session's run to the next
+
+Share = tuple[int, int]
+"""The number of one of several sessions, and how many they are."""
+
 Write = Callable[[str, Evaluation], None]
 """Takes a training run's label and an evaluation of it."""
 
@@ -45,6 +50,7 @@ class Session(ExitStack):
         resume: bool,
         seconds: float,
         tensorboard: bool,
+        share: Share = (0, 1),
     ):
         """Open the folder. Without `resume`, remove what an earlier session kept in it.
 
@@ -54,21 +60,35 @@ class Session(ExitStack):
           resume: Go on where the last session stopped, if there was one.
           seconds: The least time between two checkpoints of a run.
           tensorboard: Write the metrics for TensorBoard, too.
+          share: If it is one of several sessions in the folder at once, its number and how many
+            they are. Each makes its share of the training runs, and waits for the others'. They
+            write no metrics: the session that comes after them does.
 
         Raises:
           ResumeError: If the last session had other settings.
         """
         super().__init__()
-        self._folder, self._seconds = output / FOLDER, seconds
+        self._folder, self._seconds, self._share = output / FOLDER, seconds, share
         if not resume or not _found(self._folder, settings):
             _empty(self._folder, settings)
-        self._write = [self.enter_context(_json_lines(output / "metrics.jsonl"))]
+        self._write: list[Write] = []
+        if share[1] > 1:
+            return
+        self._write.append(self.enter_context(_json_lines(output / "metrics.jsonl")))
         if tensorboard:
             self._write.append(self.enter_context(_tensorboard(output / "tensorboard")))
 
-    def run(self, number: int, label: str) -> "Run":
-        """What is kept of the training run with this number and this label."""
+    def run(self, number: int, label: str, steps: int) -> "Run":
+        """What is kept of the training run with this number, this label and so many steps.
+
+        If the run belongs to another of the sessions at once, this waits until it is finished.
+        """
         name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{number}-{label}")
+        mine, sessions = self._share
+        if number % sessions != mine:
+            # A checkpoint gets its name once it is whole.
+            while not (self._folder / name / str(steps)).exists():
+                time.sleep(WAIT)
         run = Run(self._folder / name, self._seconds, label, self._write)
         self.callback(run.close)
         return run

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Self
 
 from rich.console import Console
 
-from experiments import contest, data, options, pipeline, report
-from experiments.checkpoints import Session, check_tensorboard
+from experiments import contest, data, options, parallel, pipeline, report
+from experiments.checkpoints import Session, Share, check_tensorboard
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.page import publish
@@ -48,8 +48,12 @@ class Experiment:
         if self.tensorboard:
             check_tensorboard()
 
-    def session(self, dataset: Dataset) -> Session:
+    def session(self, dataset: Dataset, share: Share = (0, 1)) -> Session:
         """Begin a session, or go on with an earlier one.
+
+        Args:
+          dataset: What is learnt from.
+          share: As in `Session`.
 
         Raises:
           ResumeError: If the earlier session had other settings, other data or another environment.
@@ -64,6 +68,7 @@ class Experiment:
             resume=self.resume,
             seconds=self.checkpoint_seconds,
             tensorboard=self.tensorboard,
+            share=share,
         )
 
 
@@ -86,6 +91,9 @@ class Contests(Experiment):
     seeds: int | None = None
     """Number of runs of each optimizer at its best rate. Tuning runs have the seed --seed, these
     runs the seeds after it."""
+    processes: int = 1
+    """Share the training runs out to so many processes, each with its part of the cores. A small
+    network's step is no faster on two cores than on one. Seconds are then those of a part."""
 
     def __post_init__(self):
         """Refuse values that cannot be meant.
@@ -94,7 +102,7 @@ class Contests(Experiment):
           ValueError: If there is one; the message names the option.
         """
         super().__post_init__()
-        options.require(self, options.AT_LEAST_ONE, "tries", "seeds")
+        options.require(self, options.AT_LEAST_ONE, "tries", "seeds", "processes")
 
     def require_rates(self, *optimizers: str) -> None:
         """Refuse learning rates of these optimizers that are bad, or fewer than the tuning runs.
@@ -158,15 +166,22 @@ class Contests(Experiment):
           ResumeError: If an earlier session cannot be resumed.
         """
         console, settings = Console(), self.filled()
-        results = settings.hold(console, settings.load(console))
+        dataset = settings.load(console)
+        if self.processes > 1:
+            with settings.session(dataset):  # says whether there is one to resume, or begins it
+                pass
+            settings = replace(settings, resume=True)
+            parallel.run(_hold_share, settings, settings.processes)
+        results = settings.hold(console, dataset)
         publish(self.name, self, settings, results, console)
 
-    def hold(self, console: Console, dataset: Dataset) -> dict[str, Any]:
+    def hold(self, console: Console, dataset: Dataset, share: Share = (0, 1)) -> dict[str, Any]:
         """Time a step of each entrant, and hold all contests.
 
         Args:
           console: Where to draw the progress.
           dataset: What `load` returned.
+          share: As in `Session`.
 
         Returns:
           The summary of the data set. For each contest, what `pipeline.measure` and
@@ -193,11 +208,17 @@ class Contests(Experiment):
             racing = [entrant for entrant in entrants if entrant.role != "timed"]
             timings[title], held[title] = measured, (prefix, task, racing, effort)
             costs += effort.costs(racing, measured["seconds_per_step"])
-        with Runs(console, self.session(dataset), costs) as runs:
+        with Runs(console, self.session(dataset, share), costs) as runs:
             results = {
                 title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
         return {"dataset": dataset.summary(), "contests": results}
+
+
+def _hold_share(settings: Contests, share: Share) -> None:
+    """Make one of several processes' share of the runs. The first draws the progress."""
+    console = Console(quiet=share[0] > 0)
+    settings.hold(console, settings.load(console), share)
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ class LeNet(Contest):
     presets = options.presets(
         dataset=("digits", "cifar10", "cifar10"),
         measured=(500, 5000, 45_000),
-        epochs=(2.0, 6.0, 200.0),
-        tuning_epochs=(0.5, 1.0, 10.0),
-        tries=(2, 5, 5),
-        seeds=(1, 3, 3),
+        epochs=(2.0, 6.0, 200.0, 150.0),
+        tuning_epochs=(0.5, 1.0, 10.0, 0.1),
+        tries=(2, 5, 5, 1),
+        seeds=(1, 3, 3, 1),
     )
     batch_size: int = 128
     """Images of a batch."""

@@ -6,17 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-Preset = Literal["smoke", "cpu", "paper"]
-"""smoke is for tests, cpu for two CPU cores, and paper has the settings of the source."""
+Preset = Literal["smoke", "cpu", "paper", "long"]
+"""smoke is for tests, cpu for minutes of two CPU cores, paper has the settings of the source, and
+long is as near to them as two CPU cores come in hours."""
 
 Settings = TypeVar("Settings")
 Presets = Mapping[Preset, Mapping[str, Any]]
 
 
-def presets(**values: tuple[Any, Any, Any]) -> Presets:
-    """The presets, from the three values of each option: for smoke, for cpu and for paper."""
+def presets(**values: tuple[Any, ...]) -> Presets:
+    """The presets, from the values of each option: for smoke, cpu and paper, and perhaps for long.
+
+    Without a value of its own, long has that of cpu.
+    """
+    every = {option: (*several, several[1])[:4] for option, several in values.items()}
     return {
-        preset: {option: three[number] for option, three in values.items()}
+        preset: {option: several[number] for option, several in every.items()}
         for number, preset in enumerate(get_args(Preset))
     }
 

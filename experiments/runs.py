@@ -99,7 +99,8 @@ class Runs(ExitStack):
         """
         steps, number = len(batches), self._finished
         done, cost = sum(self._costs[:number]), self._costs[number]
-        run, show = self._session.run(number, label), bar(self._progress, label, steps)
+        show = bar(self._progress, label, steps)
+        run = self._session.run(number, label, steps)
         its_bar = self._progress.task_ids[-1]
         history, state = run.history(), State(*start, optimizer.init(start[0]))
         if 0 < history.steps < steps:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
@@ -150,16 +150,16 @@ def gradient_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> S
 def capturing_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformationExtraArgs,
-    solver: Literal["auto", "primal", "dual"] = "auto",
     terms: int | None = None,
+    **capture: Any,
 ) -> Step:
     """A step that also hands the optimizer what cqjax captures.
 
     Args:
       loss_fn: The loss.
       optimizer: The optimizer.
-      solver: Which solutions the plan may take.
       terms: How many terms the loss averages over. By default it is the number of labels.
+      **capture: What `cqjax.value_and_grad` takes besides: `solver`, `block_size`, ...
 
     Returns:
       The step.
@@ -167,7 +167,7 @@ def capturing_step(
 
     def differentiate(*args: Any) -> Any:
         size = len(args[-1]) if terms is None else terms
-        its = cqjax.value_and_grad(loss_fn, has_aux=True, solver=solver, batch_size=size)
+        its = cqjax.value_and_grad(loss_fn, has_aux=True, batch_size=size, **capture)
         value, grads, captures = its(*args)
         return value, grads, {"captures": captures}
 

@@ -154,8 +154,8 @@ def scale(name: str, effort: timing.Effort) -> Result:
     return Result(numbers, [Table("C-Adam to Adam, by depth", rows)], [])
 
 
-def _steppers(work: Work, effort: timing.Effort) -> Sequence[timing.Training]:
-    """Adam and C-Adam."""
+def steppers(work: Work, effort: timing.Effort) -> Sequence[timing.Training]:
+    """Training by Adam, and by C-Adam."""
     adam, ours = optax.adam(timing.RATE), cqjax.cadam(timing.RATE)
     steps = gradient_step(work.loss_fn, adam), capturing_step(work.loss_fn, ours)
     return [
@@ -165,7 +165,7 @@ def _steppers(work: Work, effort: timing.Effort) -> Sequence[timing.Training]:
 
 
 def _spent(work: Work, effort: timing.Effort) -> dict[str, Any]:
-    return _compiling(_steppers(work, effort))
+    return _compiling(steppers(work, effort))
 
 
 def _compiling(steppers: Sequence[timing.Training]) -> dict[str, Any]:
@@ -175,19 +175,21 @@ def _compiling(steppers: Sequence[timing.Training]) -> dict[str, Any]:
 
 
 def _measured(row: Row, effort: timing.Effort) -> dict[str, Any]:
-    steppers = _steppers(row.make(), effort)
-    found = _compiling(steppers)
-    if row.step is None:
-        return found
+    both = steppers(row.make(), effort)
+    return _compiling(both) | (timed(both, effort) if row.step is not None else {})
+
+
+def timed(both: Sequence[timing.Training], effort: timing.Effort) -> dict[str, Any]:
+    """The times of Adam's and C-Adam's steps, and their ratio."""
     samples = {
         name: timing.planned(stepper, effort)
-        for name, stepper in zip(("Adam", "C-Adam"), steppers, strict=True)
+        for name, stepper in zip(("Adam", "C-Adam"), both, strict=True)
     }
     fewest = min(sample.number for sample in samples.values())
     samples = {name: sample._replace(number=fewest) for name, sample in samples.items()}
     seconds = timing.interleaved(samples)
     step = timing.summary(seconds["C-Adam"] / seconds["Adam"])
-    return found | {
+    return {
         "step": step,
         "seconds": {name: timing.summary(values) for name, values in seconds.items()},
     }

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 
 from experiments import options, report
-from experiments.benchmarks import against_adam, choice, kfac, patch_gram, steps
+from experiments.benchmarks import accelerator, against_adam, choice, kfac, patch_gram, steps
 from experiments.benchmarks.bars import Result, Table
 from experiments.benchmarks.timing import PERIOD, Effort
 from experiments.benchmarks.workloads import WORKLOADS
@@ -27,7 +27,11 @@ Part = Literal[
     "scale",
     "patch-gram",
     "choice",
+    "accelerator",
 ]
+
+USUAL = tuple(part for part in get_args(Part) if part != "accelerator")
+"""What is measured if nothing else is asked for: on a CPU the sizes of an accelerator take long."""
 
 PARTS: dict[str, Callable[[Effort], Result]] = {
     **{name: partial(steps.measure, name, workload) for name, workload in WORKLOADS.items()},
@@ -35,6 +39,7 @@ PARTS: dict[str, Callable[[Effort], Result]] = {
     "scale": partial(against_adam.scale, "scale"),
     "patch-gram": partial(patch_gram.measure, "patch-gram"),
     "choice": partial(choice.measure, "choice"),
+    "accelerator": partial(accelerator.measure, "accelerator"),
 }
 
 METHOD = f"""\
@@ -52,12 +57,13 @@ class Bench:
 
     The parts are training steps of several networks, C-Adam's step and compilation beside Adam's,
     the latter also for transformers of several depths, the Gram matrix of a convolution's patches,
-    and the automatic choice between the primal and the dual. The results are tables, also in
+    and the automatic choice between the primal and the dual. "accelerator" is for GPUs and TPUs:
+    C-Adam beside Adam at three sizes, with launches and profiles. The results are tables, also in
     bench.md, and every number in bench.json. Both files are written again after each part.
     K-FAC-JAX is timed too where it is installed (pip install 'cqjax[bench]') and works.
     """
 
-    parts: tuple[Part, ...] = get_args(Part)
+    parts: tuple[Part, ...] = USUAL
     """What to measure."""
     repeats: int = 30
     """The greatest number of samples of each thing."""

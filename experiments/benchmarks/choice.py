@@ -51,7 +51,7 @@ def _compare(n: int, d: int, effort: timing.Effort) -> dict[str, Any]:
     (block,) = cqjax.plan(_loss, batch_size=n)(params, None, x, y).blocks
     tx, samples = cqjax.csgd(timing.RATE, max_change=None), {}
     for solver in SOLVERS:
-        step = capturing_step(_loss, tx, solver)
+        step = capturing_step(_loss, tx, solver=solver)
         training = timing.Training(step, tx.init, (params, None), (x, y))
         seconds = timing.seconds_of(training)
         if seconds > SLOW:

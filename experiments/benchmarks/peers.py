@@ -56,7 +56,7 @@ def _matrices(params: Any) -> Any:
 
 def _capturing(task: Task, tx: Any, compiles: int, solver: Any = "auto") -> Stepper:
     """An optimizer that uses what cqjax captures."""
-    step = capturing_step(task.loss_fn, tx, solver)
+    step = capturing_step(task.loss_fn, tx, solver=solver)
     return Training(step, tx.init, task.start, task.batch, compiles)
 
 

@@ -28,7 +28,10 @@ Make = Callable[[Rate, Rate], Any]
 
 
 def everyone(
-    work: Work, grids: Mapping[str, Sequence[float]], dampings: Sequence[float] = ()
+    work: Work,
+    grids: Mapping[str, Sequence[float]],
+    dampings: Sequence[float] = (),
+    blocks: Sequence[int] = (),
 ) -> list[Entrant]:
     """All entrants, Adam first: the others are told its best rate.
 
@@ -36,6 +39,7 @@ def everyone(
       work: What they learn.
       grids: The rates that are tried at first for each that takes part, by its option's name.
       dampings: Relative dampings with which C-Adam takes part once more.
+      blocks: Sizes of diagonal blocks with which it does.
 
     Returns:
       The entrants. Those with the optimizer's rate in its state share one program for all rates.
@@ -55,12 +59,14 @@ def everyone(
 
         return at
 
-    def entrant(name: str, option: str, role: Any, make: Make, *given: str) -> list[Entrant]:
+    def entrant(
+        name: str, option: str, role: Any, make: Make, *given: str, **capture: Any
+    ) -> list[Entrant]:
         if option not in grids:
             return []
         at = scheduled(make)
         if role == "ours":
-            step = capturing_step(work.loss_fn, at(1.0), terms=work.terms)
+            step = capturing_step(work.loss_fn, at(1.0), terms=work.terms, **capture)
         else:
             step = gradient_step(work.loss_fn, at(1.0))
         return [Entrant(name, lambda *rates: (at(*rates), step), grids[option], role, given=given)]
@@ -76,6 +82,18 @@ def everyone(
         entrant(f"{OURS}, {damping:g}", "cadam", "ours", cadam(relative_damping=damping), ADAM)
         for damping in dampings
     )
+    in_blocks = (
+        entrant(
+            f"{OURS}, blocks of {size}",
+            "cadam",
+            "ours",
+            cadam(),
+            ADAM,
+            max_dim=size + 1,  # a bias is no reason for a block more
+            block_size=size,
+        )
+        for size in blocks
+    )
     return [
         *entrant(ADAM, "adam", "baseline", lambda rate, _: optax.adam(rate, **work.rule)),
         *entrant("Nesterov", "nesterov", "other", lambda rate, _: optax.sgd(rate, 0.9, True)),
@@ -84,7 +102,7 @@ def everyone(
         *entrant("C-Nesterov", "cnesterov", "ours", lambda rate, _: cqjax.cnesterov(rate)),
         *entrant("C-Muon", "cmuon", "ours", cmuon, ADAM),
         tuned,
-        *itertools.chain(*damped),
+        *itertools.chain(*damped, *in_blocks),
         Entrant(AT_DEFAULT_RATE, lambda rate: tuned.at(rate, rate), [RATE], "untuned"),
         Entrant(DEFAULTS, lambda rate: (untuned, its_step), [RATE], "untuned"),
     ]

@@ -55,6 +55,8 @@ class Everyday(OnImages):
     """Who takes part: Adam, C-Adam and others."""
     dampings: tuple[float, ...] = ()
     """Let C-Adam take part once more with each of these relative dampings."""
+    blocks: tuple[int, ...] = ()
+    """Let C-Adam take part once more with features in blocks of at most each of these sizes."""
     extensions: int | None = None
     """While the best rate is at the edge of those tried, try one more beyond it, up to so many."""
     length: float | None = None
@@ -96,7 +98,7 @@ class Everyday(OnImages):
         options.require(self, options.AT_LEAST_ONE, "evaluated", "characters", "side", "rows")
         options.require(self, options.LENGTH, "length")
         options.require(self, options.COUNT, "extensions")
-        options.require(self, options.POSITIVE, "dampings")
+        options.require(self, options.POSITIVE, "dampings", "blocks")
         options.require_distinct(self, "kinds")
         options.require_distinct(self, "optimizers", "adam", "cadam")
         self.require_rates(*self.optimizers)
@@ -113,7 +115,7 @@ class Everyday(OnImages):
         grids = {name: self.rates(name) for name in self.optimizers}
         works = {kind: ALL[kind](self._size(), dataset) for kind in self.kinds}
         return {
-            kind: (work.task, entrants.everyone(work, grids, self.dampings))
+            kind: (work.task, entrants.everyone(work, grids, self.dampings, self.blocks))
             for kind, work in works.items()
         }
 

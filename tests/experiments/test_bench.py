@@ -16,6 +16,7 @@ from judged_experiment import refused
 import cqjax
 from experiments.__main__ import main
 from experiments.benchmarks import (
+    accelerator,
     against_adam,
     bench,
     choice,
@@ -84,11 +85,13 @@ def run(tmp_path_factory):
         patch.setattr(against_adam, "ROWS", AGAINST_ADAM)
         patch.setattr(against_adam, "DEPTHS", (1,))
         patch.setattr(against_adam, "_language", small_language)
+        patch.setattr(accelerator, "ROWS", {"first": AGAINST_ADAM["dense"], "later": None})
+        patch.setattr(accelerator, "LONGEST", 0.0)
         patch.setattr(choice, "ROWS", (8,))
         patch.setattr(choice, "FEATURES", (6,))
         patch.setattr(patch_gram, "BATCH", 2)
         patch.setattr(patch_gram, "SHAPES", {(6, 6, 2): 1e9})
-        names = [*TINY, "against-adam", "scale", "patch-gram", "choice"]
+        names = [*TINY, "against-adam", "scale", "patch-gram", "choice", "accelerator"]
         sizes = ["--repeats=3", "--compiles=1", "--budget=0.01"]
         main(["bench", "--parts", *names, *sizes, f"--output={output}"])
     return json.loads((output / "bench.json").read_text()), (output / "bench.md").read_text()
@@ -129,6 +132,17 @@ def test_who_fails_is_reported_with_the_reason(run):
     assert optimizers[workloads.ADAM] == {"failed": "ValueError: too many | values"}
     assert row(text, workloads.ADAM)[1] == "ValueError: too many ¦ values"
     assert row(text, workloads.KFAC)[1] == "not installed (pip install 'cqjax[bench]')"
+
+
+def test_an_accelerators_steps_are_counted_and_profiled(run):
+    results, text = run
+    numbers = results["parts"]["accelerator"]
+    first = numbers["first"]
+    assert first["step"]["median"] > 0 and set(first["seconds"]) == {"Adam", "C-Adam"}
+    adam, ours = first["launches"]
+    assert 0 < adam < ours
+    assert first["profile"] and all(value > 0 for value in first["profile"].values())
+    assert numbers["later"] is None and row(text, "later: no time was left")[1] == "–"
 
 
 def test_gram_and_choice_have_their_numbers(run):

@@ -207,7 +207,7 @@ def test_states_are_saved_as_often_as_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock.now)
     state, history, saved = State({"w": np.arange(3.0)}, {}, ()), History(), []
     with session(tmp_path, 10) as opened:
-        run = opened.run(0, "a/b c")
+        run = opened.run(0, "a/b c", 8)
         for step in range(1, 9):
             clock.now += 4
             history.batch_loss.add(step, 0.1 * step, float("nan"))
@@ -215,14 +215,14 @@ def test_states_are_saved_as_often_as_asked(tmp_path, monkeypatch):
             saved.append([int(path.name) for path in (tmp_path / "checkpoints/0-a-b-c").iterdir()])
     assert saved == [[], [], [3], [3], [3], [6], [6], [6]]
     with session(tmp_path, 10) as opened:
-        run = opened.run(0, "a/b c")
+        run = opened.run(0, "a/b c", 8)
         restored = run.history()
         assert restored.steps == 6 and np.isnan(restored.batch_loss.value).all()
         np.testing.assert_array_equal(run.state(state).params["w"], np.arange(3.0))
         run.keep(state, history, finished=True)
     with session(tmp_path, 10) as opened:
-        assert opened.run(0, "a/b c").history().steps == 8
-        assert opened.run(1, "a/b c").history() == History()
+        assert opened.run(0, "a/b c", 8).history().steps == 8
+        assert opened.run(1, "a/b c", 8).history() == History()
 
 
 def test_evaluations_are_by_step():

@@ -2,7 +2,7 @@
 
 import time
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import accelerator, timing
 from experiments.benchmarks.bars import Bar
 
 
@@ -56,3 +56,35 @@ ENTRY %main.3 (x: f32[8]) -> f32[8] {
 
 def test_entry_instructions():
     assert timing.entry_instructions(HLO) == 4  # two in the command buffer, a copy, a fusion
+
+
+LOOP = """HloModule jit_step
+
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %potrf = f32[8]{0} custom-call(%p), custom_call_target="cusolver_potrf"
+  ROOT %fusion = f32[8]{0} fusion(%potrf), kind=kLoop, calls=%fused
+}
+
+%condition (p: f32[8]) -> pred[] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %less = pred[] fusion(%p), kind=kLoop, calls=%fused.1
+}
+
+%short (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %a = f32[8]{0} while(%x), condition=%condition, body=%body, config={"known_trip_count":{"n":"5"}}
+  %other = f32[8]{0} while(%a), condition=%condition, body=%body
+  ROOT %last = f32[8]{0} conditional(%index, %x, %x), branch_computations={%short, %body}
+}
+"""
+
+
+def test_launches():
+    assert accelerator.launches(HLO) == timing.entry_instructions(HLO)
+    assert timing.entry_instructions(LOOP) == 3
+    assert accelerator.launches(LOOP) == 5 * 3 + 3 + 2

@@ -317,6 +317,23 @@ def test_a_layer_may_start_from_zero(o):
     assert state.clipped.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("route", ["rows", "inputs"])
+def test_a_bias_that_undoes_a_large_mean(route):
+    """What moves is a thousandth of what the weight and the bias move alone, in float32."""
+    options, loss = ROUTES[route]
+    params, x, y = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), problem(64, 5, 3, bias=True))
+    x = x.at[:, 0].set(1000.0)
+    w = normal(params, 1, 1e4)["w"].at[0].set(1e4)
+    updates = {"w": w, "b": jnp.full(3, -1e7, jnp.float32)}
+    params = jax.tree.map(jnp.zeros_like, params)
+    tx = cqjax.clip_by_output_change(CHANGE)
+    got, _ = clipped(tx, loss, params, (x, y), updates, **options)
+    start = length(np.asarray(x, np.float64)) * np.sqrt(3 / 5)
+    factor = CHANGE * start / length(outputs(x, updates))
+    assert factor < 0.1
+    np.testing.assert_allclose(got["w"], factor * updates["w"], rtol=1e-3)
+
+
 def test_without_parameters():
     tx = cqjax.clip_by_output_change()
     _, _, captures = cqjax.value_and_grad(two)(PARAMS, X)

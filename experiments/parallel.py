@@ -1,0 +1,51 @@
+"""Several processes that share the work of one experiment, each with its part of the cores."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+from collections.abc import Callable
+from typing import Any
+
+from experiments.checkpoints import ResumeError, Share
+
+
+def run(work: Callable[[Any, Share], None], settings: Any, processes: int) -> None:
+    """Do all shares of some work at the same time, and wait for all.
+
+    Args:
+      work: Takes the settings, and its share: its number, and the number of processes.
+      settings: What it works on.
+      processes: The number of processes.
+
+    Raises:
+      ResumeError: If one of them failed. The others are stopped: they would wait for its runs.
+    """
+    context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not have
+    shares = [(number, processes) for number in range(processes)]
+    workers = [context.Process(target=_pinned, args=(work, settings, share)) for share in shares]
+    for worker in workers:
+        worker.start()
+    try:
+        waiting = {worker.sentinel: worker for worker in workers}
+        while waiting:
+            for sentinel in multiprocessing.connection.wait(list(waiting)):
+                worker = waiting.pop(int(sentinel))  # pyright: ignore[reportArgumentType]
+                worker.join()
+                if worker.exitcode:
+                    raise ResumeError(
+                        f"one of {processes} processes ended with status {worker.exitcode}. What "
+                        "is finished is kept: go on with --resume"
+                    )
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _pinned(work: Callable[[Any, Share], None], settings: Any, share: Share) -> None:
+    # JAX makes as many threads as there are cores that it may use, when it is first used.
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        number, processes = share
+        os.sched_setaffinity(0, cores[number::processes] or cores)
+    work(settings, share)

@@ -1,0 +1,53 @@
+"""Several processes share the runs of an experiment: the numbers are those of one."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from experiments import parallel
+from experiments.__main__ import main
+from experiments.checkpoints import ResumeError
+
+COMMAND = ["lenet", "--preset=smoke", "--epochs=0.2", "--tuning-epochs=0.05", "--tries=1"]
+
+
+def test_two_processes_make_the_runs_of_one(tmp_path):
+    results = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        main([*COMMAND, f"--processes={processes}", f"--output={output}"])
+        contests = json.loads((output / "results.json").read_text())["results"]["contests"]
+        results.append(
+            [
+                (title, name, each["rate"], each["tuning"][0]["rate"], run["seed"], loss)
+                for title, contest in contests.items()
+                for name, each in contest["entrants"].items()
+                for run in each["runs"]
+                for loss in run["history"]["batch_loss"]["value"]
+            ]
+        )
+    assert len(results[0]) > 4
+    one, two = (np.array([line[-1] for line in lines]) for lines in results)
+    assert [line[:-1] for line in results[0]] == [line[:-1] for line in results[1]]
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+    metrics = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("1", "2")]
+    assert len(metrics[0]) == len(metrics[1]) > 0
+
+
+def fails_once(settings, share):
+    number, processes = share
+    cores = os.sched_getaffinity(0)
+    (settings / f"{number}").write_text(f"{processes} {len(cores)}")
+    if number:
+        raise ValueError("no")
+    while True:  # waits for the other's runs
+        pass
+
+
+def test_when_one_fails_all_end(tmp_path):
+    with pytest.raises(ResumeError, match=r"one of 2 processes ended with status 1.*--resume"):
+        parallel.run(fails_once, tmp_path, 2)
+    every = len(os.sched_getaffinity(0))
+    assert (tmp_path / "1").read_text() == f"2 {max(1, every // 2)}"
