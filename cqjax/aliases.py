@@ -90,7 +90,7 @@ def cadam(
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     # Consequentialism comes first, since it is cheapest for the gradient itself.
-    before, rule = _limit(_times(max_change, 20)), optax.scale_by_adam(b1, b2, eps)
+    before, rule = _limit(max_change, times=20), optax.scale_by_adam(b1, b2, eps)
     step = _step(learning_rate, max_change, uncovered_learning_rate)
     return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
@@ -149,8 +149,9 @@ def csgd(
       Paeedeh and Ghiasi-Shirazi (2020), Eq. 63 and section 5.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rates, limit = _rates(learning_rate), _limit(max_change, learning_rate)
-    return optax.chain(solve, *limit, *_decay(weight_decay, mask), rates)
+    step = _step(learning_rate, None)
+    limit = _limit(max_change, learning_rate)
+    return optax.chain(solve, *limit, *_decay(weight_decay, mask), *step)
 
 
 def cmomentum(
@@ -193,7 +194,7 @@ def cmomentum(
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
     before, rule = _limit(max_change, acting), optax.trace(momentum)
-    step = _step(learning_rate, _times(max_change, 1.5))
+    step = _step(learning_rate, max_change, times=1.5)
     return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
 
@@ -237,7 +238,7 @@ def cnesterov(
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
     acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
     before, rule = _limit(max_change, acting), optax.trace(momentum, nesterov=True)
-    step = _step(learning_rate, _times(max_change, 1.5))
+    step = _step(learning_rate, max_change, times=1.5)
     return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
 
@@ -277,7 +278,7 @@ def crmsprop(
       Paeedeh and Ghiasi-Shirazi (2020), abstract and section 5.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    before, rule = _limit(_times(max_change, 20)), optax.scale_by_rms(decay, eps)
+    before, rule = _limit(max_change, times=20), optax.scale_by_rms(decay, eps)
     step = _step(learning_rate, max_change)
     return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
 
@@ -298,12 +299,6 @@ def _solve(
     )
 
 
-def _rates(learning_rate: _Rate) -> _Rule:
-    """Minus the rate."""
-    check_rate(learning_rate, "learning_rate")
-    return optax.scale_by_learning_rate(learning_rate)
-
-
 def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
     """Decoupled weight decay, if there is any. A traced number may be some."""
     check_rate(weight_decay, "weight_decay")
@@ -311,44 +306,46 @@ def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
     return [] if none else [optax.add_decayed_weights(weight_decay, mask)]
 
 
-def _limit(max_change: float | None, rate: _Rate = 1.0) -> list[_Rule]:
-    """The trust region, if there is one, for updates that are taken at this rate.
+def _limit(max_change: float | None, rate: _Rate = 1.0, times: float = 1.0) -> list[_Rule]:
+    """So many times the trust region, if there is one, for updates taken at this rate.
 
     There is one before a rule with a memory, too, since what it takes in stays: Adam takes 80,000
     steps to forget one update of 1e18. And a rate that is too high multiplies what momentum has
     taken in.
     """
-    return [] if max_change is None else [clip_by_output_change(max_change, learning_rate=rate)]
-
-
-def _times(max_change: float | None, factor: float) -> float | None:
-    return None if max_change is None else factor * max_change
+    if max_change is None:
+        return []
+    return [clip_by_output_change(times * max_change, learning_rate=rate)]
 
 
 def _step(
-    learning_rate: _Rate, max_change: float | None, uncovered: _Rate | None = None
+    learning_rate: _Rate, max_change: float | None, uncovered: _Rate | None = None, times: float = 1
 ) -> list[_Rule]:
     """What ends a chain: minus the rate, that of uncovered parameters if it is another, a limit.
 
     The limit comes first where it can: after the rate, XLA would compute a scaled copy of each
     update for it.
     """
-    rates = _rates(learning_rate)
+    check_rate(learning_rate, "learning_rate")
     if uncovered is None:
-        return [*_limit(max_change, learning_rate), rates]
+        rates = optax.scale_by_learning_rate(learning_rate)
+        return [*_limit(max_change, learning_rate, times), rates]
     check_rate(uncovered, "uncovered_learning_rate")
-    return [scale_by_learning_rates(learning_rate, uncovered), *_limit(max_change)]
+    return [scale_by_learning_rates(learning_rate, uncovered), *_limit(max_change, times=times)]
 
 
-def _accumulated(rate: _Rate, momentum: Any) -> _Rate:
+def _accumulated(learning_rate: _Rate, momentum: Any) -> _Rate:
     """The rate at which an update acts that momentum repeats.
 
     Raises:
       ValueError: without end, it has none.
     """
+    check_rate(learning_rate, "learning_rate")
     if isinstance(momentum, int | float) and momentum >= 1:
         raise ValueError(
             f"momentum={momentum}: expected less than 1, since updates then add up without end, "
             "and max_change bounds what they add up to; or pass max_change=None"
         )
-    return (lambda count: rate(count) / (1 - momentum)) if callable(rate) else rate / (1 - momentum)
+    if callable(learning_rate):
+        return lambda count: learning_rate(count) / (1 - momentum)
+    return learning_rate / (1 - momentum)

@@ -229,7 +229,8 @@ def _of_layers(
             request(layer.capture, each if layer.joint_bias else each._replace(bias=None), combine)
             for each in (layer.change, weights)
         )
-        start = jnp.full_like(now[0].inputs, block.outputs / size)
+        inputs = now[0].inputs
+        start = jnp.full(inputs.shape, block.outputs / size, inputs.dtype)
         requests[label] = moved, now, start
     return joined.calls(shortening, requests)
 

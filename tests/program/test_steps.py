@@ -77,7 +77,7 @@ def test_borders():
         *[Kind.LAST] * 2,
         Kind.STACK,
     ]
-    assert kinds(branched) == [Kind.ENTER, Kind.JOIN]
+    assert kinds(branched) == [Kind.ENTER, Kind.ENTER, Kind.JOIN]
     assert kinds(called) == []
 
 
