@@ -149,9 +149,8 @@ def csgd(
       Paeedeh and Ghiasi-Shirazi (2020), Eq. 63 and section 5.
     """
     solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    step = _step(learning_rate, None)
-    limit = _limit(max_change, learning_rate)
-    return optax.chain(solve, *limit, *_decay(weight_decay, mask), *step)
+    rule = [*_limit(max_change, learning_rate), *_decay(weight_decay, mask)]
+    return optax.chain(solve, *rule, *_step(learning_rate, None))
 
 
 def cmomentum(
