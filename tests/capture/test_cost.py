@@ -156,11 +156,11 @@ IMAGES = {
 @pytest.mark.parametrize(
     ("rows", "features", "options", "parts"),
     [
-        (1025, 2048, {}, 4),
-        (1025, 1026, {}, 3),
-        (1025, 2048, {"solver": "primal"}, None),
-        (1025, 2048, {"max_dim": 2048}, None),
-        (1025, 2048, {"capture": cqjax.Gram}, None),
+        (4096, 2048, {}, 4),
+        (1100, 1026, {}, 3),
+        (4096, 2048, {"solver": "primal"}, None),
+        (4096, 2048, {"max_dim": 2048}, None),
+        (4096, 2048, {"capture": cqjax.Gram}, None),
         (1024, 2048, {}, None),
         (3000, 1024, {}, None),
         (3000, 1031, {}, None),  # a prime number
@@ -172,7 +172,7 @@ def test_wide_layers_are_solved_for_in_parts(rows, features, options, parts):
     plan = cqjax.plan(lambda params, x: jnp.mean(jnp.sum(x @ params["w"], -1)), **options)
     (block,) = plan(params, x).blocks
     assert block.parts == parts
-    assert block.solver == ("dual" if rows < features and not options and not parts else "primal")
+    assert block.solver == ("dual" if rows < features else "primal")
 
 
 def test_wide_convolutions_are_solved_for_as_they_are():
