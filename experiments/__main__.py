@@ -23,6 +23,7 @@ from experiments.locks import InUseError, claimed
 from experiments.loss_surface import LossSurface
 from experiments.mlp import Mlp
 from experiments.output_paths import OutputPaths
+from experiments.paper import Paper
 from experiments.pinn.experiment import Pinn
 from experiments.quickstart import Quickstart
 from experiments.rates import Rates
@@ -43,6 +44,7 @@ EXPERIMENTS = {
     "everyday": Everyday,
     "kept": Kept,
     "pinn": Pinn,
+    "paper": Paper,
     "bench": Bench,
     "index": Index,
 }
