@@ -47,16 +47,16 @@ class Vgg(Contest):
     name = "vgg"
     presets = options.presets(
         dataset=("digits", "cifar10", "cifar10"),
-        train_images=(600, 5700, None),
+        train_images=(600, 5700, None, None),
         measured=(200, 1000, 10_000),
-        evaluated=(100, 1000, 10_000),
-        epochs=(2.5, 5.0, 300.0),
-        tuning_epochs=(1.25, 2.5, 150.0),
-        tries=(2, 3, 4),
-        seeds=(1, 3, 5),
-        depths=((11,), (11, 13, 16, 19), (11, 13, 16, 19)),
-        width=(2, 8, 64),
-        shrink=(1, 2, 1),
+        evaluated=(100, 1000, 10_000, 10_000),
+        epochs=(2.5, 5.0, 300.0, 40.0),
+        tuning_epochs=(1.25, 2.5, 150.0, 0.5),
+        tries=(2, 3, 4, 1),
+        seeds=(1, 3, 5, 1),
+        depths=((11,), (11, 13, 16, 19), (11, 13, 16, 19), (11,)),
+        width=(2, 8, 64, 16),
+        shrink=(1, 2, 1, 1),
         lars_rates=((2.0, 1.0), (10.0, 5.0, 20.0), (2.0, 1.0, 5.0, 10.0)),
     )
     batch_size: int = 128

@@ -14,7 +14,7 @@ from judged_experiment import refused
 
 import experiments
 from experiments import locks
-from experiments.__main__ import main
+from experiments.__main__ import EXPERIMENTS, main
 from experiments.index import Index
 from experiments.locks import InUseError, claimed
 from experiments.quickstart import Quickstart
@@ -110,3 +110,16 @@ def test_files_do_not_depend_on_the_locale():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 if node.func.attr in ("read_text", "write_text"):
                     assert "encoding" in [word.arg for word in node.keywords], (path, node.lineno)
+
+
+@pytest.mark.parametrize("name", [n for n, kind in EXPERIMENTS.items() if hasattr(kind, "presets")])
+def test_the_preset_for_hours_leaves_no_option_without_a_value(name):
+    missing = {
+        preset: {
+            option
+            for option, value in vars(EXPERIMENTS[name](preset=preset).filled()).items()
+            if value is None
+        }
+        for preset in ("paper", "long")
+    }
+    assert missing["long"] <= missing["paper"]
