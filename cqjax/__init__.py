@@ -19,6 +19,7 @@ from cqjax.back_matching.transform import ScaleByBackMatchingState, scale_by_bac
 from cqjax.back_matching.units import Unit, back_matching_units
 from cqjax.capture.block import Block
 from cqjax.capture.captures import Capture, Captures
+from cqjax.capture.outputs import Outputs
 from cqjax.capture.own_statistics import Counts, Groups
 from cqjax.capture.parameters import Parameter
 from cqjax.capture.plan import Plan
@@ -84,6 +85,7 @@ __all__ = [
     "nnx",
     "normalized_kullback_leibler",
     "p_norm_loss",
+    "Outputs",
     "Parameter",
     "plan",
     "Plan",

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import optax
 
-from cqjax.capture.checks import check_rate
+from cqjax import chains
 from cqjax.capture.plan import Plan
-from cqjax.transforms.clip_by_output_change import clip_by_output_change
-from cqjax.transforms.consequentialism import Schedule, scale_by_consequentialism
-from cqjax.transforms.learning_rates import scale_by_learning_rates
-
-Optimizer = optax.GradientTransformationExtraArgs
-Mask = optax.Params | Callable[[optax.Params], Any] | None
-_Rule = optax.GradientTransformation
-_Rate = optax.ScalarOrSchedule
+from cqjax.chains import Mask, Optimizer
+from cqjax.transforms.consequentialism import Schedule
 
 
 def cadam(
@@ -88,11 +79,11 @@ def cadam(
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4. Kingma and Ba, Adam: a method for stochastic
       optimization (2015).
     """
-    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
+    solve = chains.solve(damping, relative_damping, plan, update_every, ema_decay)
     # Consequentialism comes first, since it is cheapest for the gradient itself.
-    before, rule = _limit(max_change, times=20), optax.scale_by_adam(b1, b2, eps)
-    step = _step(learning_rate, max_change, uncovered_learning_rate)
-    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
+    before, rule = chains.limit(max_change, times=20), optax.scale_by_adam(b1, b2, eps)
+    step = chains.step(learning_rate, max_change, uncovered_learning_rate)
+    return optax.chain(solve, *before, rule, *chains.decay(weight_decay, mask), *step)
 
 
 def csgd(
@@ -148,9 +139,9 @@ def csgd(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), Eq. 63 and section 5.
     """
-    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    rule = [*_limit(max_change, learning_rate), *_decay(weight_decay, mask)]
-    return optax.chain(solve, *rule, *_step(learning_rate, None))
+    solve = chains.solve(damping, relative_damping, plan, update_every, ema_decay)
+    rule = [*chains.limit(max_change, learning_rate), *chains.decay(weight_decay, mask)]
+    return optax.chain(solve, *rule, *chains.step(learning_rate, None))
 
 
 def cmomentum(
@@ -190,11 +181,11 @@ def cmomentum(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
-    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    before, rule = _limit(max_change, acting), optax.trace(momentum)
-    step = _step(learning_rate, max_change, times=1.5)
-    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
+    solve = chains.solve(damping, relative_damping, plan, update_every, ema_decay)
+    acting = learning_rate if max_change is None else chains.accumulated(learning_rate, momentum)
+    before, rule = chains.limit(max_change, acting), optax.trace(momentum)
+    step = chains.step(learning_rate, max_change, times=1.5)
+    return optax.chain(solve, *before, rule, *chains.decay(weight_decay, mask), *step)
 
 
 def cnesterov(
@@ -234,11 +225,11 @@ def cnesterov(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), section 5.4.
     """
-    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    acting = learning_rate if max_change is None else _accumulated(learning_rate, momentum)
-    before, rule = _limit(max_change, acting), optax.trace(momentum, nesterov=True)
-    step = _step(learning_rate, max_change, times=1.5)
-    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
+    solve = chains.solve(damping, relative_damping, plan, update_every, ema_decay)
+    acting = learning_rate if max_change is None else chains.accumulated(learning_rate, momentum)
+    before, rule = chains.limit(max_change, acting), optax.trace(momentum, nesterov=True)
+    step = chains.step(learning_rate, max_change, times=1.5)
+    return optax.chain(solve, *before, rule, *chains.decay(weight_decay, mask), *step)
 
 
 def crmsprop(
@@ -276,75 +267,7 @@ def crmsprop(
     References:
       Paeedeh and Ghiasi-Shirazi (2020), abstract and section 5.
     """
-    solve = _solve(damping, relative_damping, plan, update_every, ema_decay)
-    before, rule = _limit(max_change, times=20), optax.scale_by_rms(decay, eps)
-    step = _step(learning_rate, max_change)
-    return optax.chain(solve, *before, rule, *_decay(weight_decay, mask), *step)
-
-
-def _solve(
-    damping: Schedule,
-    relative_damping: Schedule,
-    plan: Plan | None,
-    update_every: int | None,
-    ema_decay: float | None,
-) -> Optimizer:
-    return scale_by_consequentialism(
-        damping=damping,
-        relative_damping=relative_damping,
-        plan=plan,
-        update_every=update_every,
-        ema_decay=ema_decay,
-    )
-
-
-def _decay(weight_decay: Any, mask: Mask) -> list[_Rule]:
-    """Decoupled weight decay, if there is any. A traced number may be some."""
-    check_rate(weight_decay, "weight_decay")
-    none = isinstance(weight_decay, int | float) and weight_decay == 0
-    return [] if none else [optax.add_decayed_weights(weight_decay, mask)]
-
-
-def _limit(max_change: float | None, rate: _Rate = 1.0, times: float = 1.0) -> list[_Rule]:
-    """So many times the trust region, if there is one, for updates taken at this rate.
-
-    There is one before a rule with a memory, too, since what it takes in stays: Adam takes 80,000
-    steps to forget one update of 1e18. And a rate that is too high multiplies what momentum has
-    taken in.
-    """
-    if max_change is None:
-        return []
-    return [clip_by_output_change(times * max_change, learning_rate=rate)]
-
-
-def _step(
-    learning_rate: _Rate, max_change: float | None, uncovered: _Rate | None = None, times: float = 1
-) -> list[_Rule]:
-    """What ends a chain: minus the rate, that of uncovered parameters if it is another, a limit.
-
-    The limit comes first where it can: after the rate, XLA would compute a scaled copy of each
-    update for it.
-    """
-    check_rate(learning_rate, "learning_rate")
-    if uncovered is None:
-        rates = optax.scale_by_learning_rate(learning_rate)
-        return [*_limit(max_change, learning_rate, times), rates]
-    check_rate(uncovered, "uncovered_learning_rate")
-    return [scale_by_learning_rates(learning_rate, uncovered), *_limit(max_change, times=times)]
-
-
-def _accumulated(learning_rate: _Rate, momentum: Any) -> _Rate:
-    """The rate at which an update acts that momentum repeats.
-
-    Raises:
-      ValueError: without end, it has none.
-    """
-    check_rate(learning_rate, "learning_rate")
-    if isinstance(momentum, int | float) and momentum >= 1:
-        raise ValueError(
-            f"momentum={momentum}: expected less than 1, since updates then add up without end, "
-            "and max_change bounds what they add up to; or pass max_change=None"
-        )
-    if callable(learning_rate):
-        return lambda count: learning_rate(count) / (1 - momentum)
-    return learning_rate / (1 - momentum)
+    solve = chains.solve(damping, relative_damping, plan, update_every, ema_decay)
+    before, rule = chains.limit(max_change, times=20), optax.scale_by_rms(decay, eps)
+    step = chains.step(learning_rate, max_change)
+    return optax.chain(solve, *before, rule, *chains.decay(weight_decay, mask), *step)

@@ -78,14 +78,18 @@ class Session(ExitStack):
         if tensorboard:
             self._write.append(self.enter_context(_tensorboard(output / "tensorboard")))
 
+    def owns(self, number: int) -> bool:
+        """Whether the training run with this number is of this session's share."""
+        mine, sessions = self._share
+        return number % sessions == mine
+
     def run(self, number: int, label: str, steps: int) -> "Run":
         """What is kept of the training run with this number, this label and so many steps.
 
         If the run belongs to another of the sessions at once, this waits until it is finished.
         """
         name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{number}-{label}")
-        mine, sessions = self._share
-        if number % sessions != mine:
+        if not self.owns(number):
             # A checkpoint gets its name once it is whole.
             while not (self._folder / name / str(steps)).exists():
                 time.sleep(WAIT)

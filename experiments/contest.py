@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -177,7 +177,8 @@ def hold(
         while further and len(tried) < most:
             if tried:
                 runs.expect_another()
-            tried += [(rate, run(entrant, rate, effort.seed, True)) for rate in further]
+            tuning = [partial(run, entrant, rate, effort.seed, True) for rate in further]
+            tried += zip(further, runs.several(tuning), strict=True)
             further = beyond(tried)
         tuned[name] = tried
         rates[name] = winner(tried) if tried else entrant.rates[0]
@@ -185,12 +186,14 @@ def hold(
     variants = [entrant for entrant in entrants if entrant.role == "variant"]
     running = [entrant for entrant in entrants if entrant not in variants]
     ran: dict[str, list[History]] = {entrant.name: [] for entrant in running}
-    for seed in seeds:
-        for entrant in running:
-            ran[entrant.name].append(run(entrant, rates[entrant.name], seed, False))
+    pairs = [(entrant, seed) for seed in seeds for entrant in running]
+    whole = [partial(run, entrant, rates[entrant.name], seed, False) for entrant, seed in pairs]
+    for (entrant, _), history in zip(pairs, runs.several(whole), strict=True):
+        ran[entrant.name].append(history)
     if variants:
         best = min(variants, key=lambda entrant: min(map(_loss, tuned[entrant.name])))
-        ran[best.name] = [run(best, rates[best.name], seed, False) for seed in seeds]
+        whole = [partial(run, best, rates[best.name], seed, False) for seed in seeds]
+        ran[best.name] = runs.several(whole)
     baselines = [entrant.name for entrant in entrants if entrant.role == "baseline"]
     target = _target({name: ran[name] for name in baselines}, task.goal)
 

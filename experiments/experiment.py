@@ -84,8 +84,8 @@ class Contests(Experiment):
     """Its name on the command line. `experiments.pages` has a module of this name."""
     presets: ClassVar[options.Presets]
     preset: options.Preset = "cpu"
-    """smoke for tests; cpu for two cores; paper for a GPU, with the source's settings. The preset
-    sets the options below that are not given."""
+    """smoke for tests; cpu for minutes of two cores, long for hours; paper for a GPU, with the
+    source's settings. The preset sets the options below that are not given."""
     tries: int | None = None
     """Number of tuning runs of each optimizer. They take the first of its learning rates."""
     seeds: int | None = None
@@ -93,7 +93,8 @@ class Contests(Experiment):
     runs the seeds after it."""
     processes: int = 1
     """Share the training runs out to so many processes, each with its part of the cores. A small
-    network's step is no faster on two cores than on one. Seconds are then those of a part."""
+    network's step is no faster on two cores than on one. A run's seconds are then those on a part
+    of the cores; the times of single steps are those on all."""
 
     def __post_init__(self):
         """Refuse values that cannot be meant.

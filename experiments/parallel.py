@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +24,9 @@ def run(work: Callable[[Any, Share], None], settings: Any, processes: int) -> No
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not have
     shares = [(number, processes) for number in range(processes)]
     workers = [context.Process(target=_pinned, args=(work, settings, share)) for share in shares]
-    for worker in workers:
-        worker.start()
     try:
+        for worker in workers:
+            worker.start()
         waiting = {worker.sentinel: worker for worker in workers}
         while waiting:
             for sentinel in multiprocessing.connection.wait(list(waiting)):
@@ -38,11 +39,20 @@ def run(work: Callable[[Any, Share], None], settings: Any, processes: int) -> No
                     )
     finally:
         for worker in workers:
-            worker.terminate()
-            worker.join()
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join()
+
+
+def _end_with(parent: Any) -> None:
+    """Ends this process when the one that started it has ended, however that was."""
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _pinned(work: Callable[[Any, Share], None], settings: Any, share: Share) -> None:
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # JAX makes as many threads as there are cores that it may use, when it is first used.
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -68,6 +68,18 @@ class Runs(ExitStack):
         self._costs.insert(self._finished, self._costs[self._finished - 1])
         self._progress.update(self._whole, total=sum(self._costs))
 
+    def several(self, runs: Sequence[Callable[[], History]]) -> list[History]:
+        """Training runs of which none needs another's history. Each calls `train` once.
+
+        Of several processes each makes its own share first, and then waits for the others'.
+        """
+        first, found = self._finished, {}
+        for i in sorted(range(len(runs)), key=lambda i: not self._session.owns(first + i)):
+            self._finished = first + i
+            found[i] = runs[i]()
+        self._finished = first + len(runs)
+        return [found[i] for i in range(len(runs))]
+
     def train(
         self,
         label: str,

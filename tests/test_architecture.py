@@ -20,6 +20,7 @@ FLOORS = (
     "solves",
     "transforms",
     "back_matching",
+    "chains",
     "aliases",
     "layerwise_aliases",
     "losses",

@@ -176,7 +176,9 @@ def unit_rates(
 def _scattered(block: Block, values: jax.Array) -> dict[str, jax.Array]:
     """The change of the parameters that adds a number, one of B, to all entries of a weight."""
     weight = jnp.tile(values[:, None, None], (1, block.features, block.outputs))
-    return block.scatter(weight, None if block.bias is None else weight[:, 0])
+    # A bias has none of the parts that its weight's features may be in.
+    bias = None if block.bias is None else weight[:: block.parts or 1, 0]
+    return block.scatter(weight, bias)
 
 
 def like(params: PyTree, rates: Mapping[str, jax.Array]) -> PyTree:

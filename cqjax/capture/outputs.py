@@ -10,7 +10,7 @@ class Outputs(NamedTuple):
 
     Attributes:
       y: (B, m, k).
-      h: the feature that stands for the bias, (B, 1 or m); None where there is none.
+      h: the feature that stands for the bias, () or (1 or B, m); None for none.
       times: how many rows each of the m stands for.
       inputs: the sum of squares of some of the entries of X, (B,).
       inputs_times: how many entries each of those stands for.

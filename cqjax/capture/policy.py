@@ -9,7 +9,7 @@ from cqjax.capture.block import Block, Solver
 from cqjax.capture.options import Options
 from cqjax.capture.own_statistics import Counts, Groups
 from cqjax.capture.statistics import Gram, Rows
-from cqjax.program.forms import Lookup, Product
+from cqjax.program.forms import Lookup
 from cqjax.program.ragged import Ragged
 
 
@@ -33,32 +33,11 @@ def decided(block: Block, options: Options) -> Block | str:
     small: list[Solver] = [solver for solver in solvers if block.small(solver)]
     if small:
         solver = min(small, key=block.flops)
-        if solver == "primal" and (parts := _of_wide(block, options)):
-            return _in_parts(block, parts)
         needed = Rows if solver == "dual" else Gram
         return dataclasses.replace(block, solver=solver, statistic=options.capture or needed)
     if options.block_size is not None and (parts := _parts(block, options.block_size)):
         return _in_parts(block, parts)
     return _too_large(min(block.size(solver) for solver in solvers))
-
-
-WIDE, PART = 1024, 512
-"""A dense layer with more rows and more features than `WIDE` is solved for in parts of its
-features, at most `PART` in each, unless an option says otherwise. In a transformer with d = 512,
-XᵀX of the layer that reads 2,048 features has five times the operations of all other layers'
-together. In contests of whole runs, parts lost nothing that can be told from seeds
-(docs/choosing.md)."""
-
-
-def _of_wide(block: Block, options: Options) -> int | None:
-    """The number of parts of a wide layer; None for one that is not, or cannot be cut well."""
-    default = options.solver == "auto" and options.max_dim is None and options.capture is None
-    many = is_symbolic_dim(block.rows) or block.rows > WIDE
-    product = all(isinstance(site.form, Product) for site in block.sites)
-    if not (default and product and many and block.features > WIDE):
-        return None
-    parts = _parts(block, PART)
-    return parts if parts and block.features // parts >= PART // 4 else None
 
 
 BOTH_SIDES_DIM = 1024

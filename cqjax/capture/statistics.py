@@ -128,7 +128,11 @@ class Statistic:
     def outputs(
         self, site: Site, weight: jax.Array, precision: lax.PrecisionLike
     ) -> Outputs | None:
-        """The outputs XV of other weights V, (B, d, k), in some of the rows, if those were kept."""
+        """The outputs XV of other weights V, (B, d, k), in some of the rows, if those were kept.
+
+        `clip_by_output_change` measures lengths by them. Where this returns None, it takes
+        `second_moment`.
+        """
         del site, weight, precision
         return None
 

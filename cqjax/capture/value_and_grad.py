@@ -212,9 +212,7 @@ def value_and_grad(
       max_dim: the largest matrix to be inverted; None for no limit. The dual inverts a matrix with
         a row for each row of X, the primal one with a row for each feature. A weight for which both
         are larger keeps its gradient, unless `block_size` is given. For weights that are used both
-        ways, which need eigenvectors, None is 1,024; a lookup's side is never too large. With None
-        (and `solver="auto"`), a dense layer with more than 1,024 rows and 1,024 features is solved
-        for in diagonal blocks of at most 512 features; a number, or `solver="primal"`, is exact.
+        ways, which need eigenvectors, None is 1,024; a lookup's side is never too large.
       block_size: such a weight is then solved for as if XᵀX had only diagonal blocks, of at most
         this many features. The blocks are of equal size; a convolution's have the whole window of
         some of the channels. A bias is solved for alone.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.extend.core import primitives
 
 from cqjax.program.sites import Site
 from cqjax.program.steps import Kind, Number, Position, Program
@@ -63,6 +64,9 @@ def numbering(program: Program) -> Mapping[Number, Number]:
         numbers[number] = seen.setdefault(key, (number,))[0]
     for step in program.steps:
         primitive, params = step.equation.primitive, step.equation.params
+        if step.kind is Kind.ENTER and primitive is primitives.cond_p:
+            pairs = zip(step.writes, step.reads, strict=True)
+            numbers.update((inside, numbers.get(read, read)) for inside, read in pairs)
         if step.kind is not Kind.EQUATION or step.loops or primitive.name not in _COMPARED:
             continue
         reads = tuple(numbers.get(n, n) for n in step.reads)

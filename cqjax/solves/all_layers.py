@@ -90,7 +90,7 @@ def preconditioned(
         for label, event in joined.split(events).items():
             more = [failed[label] for failed in before if label in failed]
             overflows = layers[label].overflows(results[label]) if label in results else False
-            if more or overflows is not False:  # counted once, with the other reasons
+            if more or overflows is not False:  # one event for all reasons, in place of `events`
                 failures[label] = functools.reduce(operator.or_, more, event | overflows)
         new = layers.replaced(results, of_both.others | made)
         counts = layers.counted(events, without=failures) + layers.counts(failures)

@@ -213,7 +213,7 @@ class Layers(Mapping[str, Layer]):
             return jnp.zeros(len(self.paths), jnp.int32)
         places = {path: i for i, path in enumerate(self.paths)}
         places |= {label: places[layer.block.view.paths[0]] for label, layer in self.items()}
-        places |= dict.fromkeys(without, -1)
+        places = {name: place for name, place in places.items() if name not in without}
         at = [
             place
             for labels, sizes, _ in events

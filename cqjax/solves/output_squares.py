@@ -99,12 +99,12 @@ def squares(request: Request, combine: Combine) -> Squares:
 def _of_rows(found: Outputs, bias: jax.Array | None, parts: int) -> _OfRows:
     y, h, times, inputs, entries, axes = found
     y, inputs = _merged(y, parts), _summed(inputs.astype(y.dtype), parts)
-    scales = (jnp.full(len(y), scale, y.dtype) for scale in (times, entries))
+    times, entries = (jnp.full(len(y), each, y.dtype) for each in (times, entries))
     if h is None or bias is None:
-        return _OfRows(y, None, None, next(scales), inputs, next(scales), axes)
+        return _OfRows(y, None, None, times, inputs, entries, axes)
     h = h.reshape(1, 1) if not h.ndim else h
     h = jnp.broadcast_to(h.astype(y.dtype), (len(y), h.shape[1]))
-    return _OfRows(y, h, bias.astype(y.dtype), next(scales), inputs, next(scales), axes)
+    return _OfRows(y, h, bias.astype(y.dtype), times, inputs, entries, axes)
 
 
 def _of_moment(

@@ -84,17 +84,17 @@ def measure(name: str, effort: timing.Effort) -> Result:
                 ),
             }
         )
-        profiles.append(_table(title, profile))
+        profiles += [_table(title, profile)] * bool(profile)
     title = f"C-Adam to Adam on {jax.devices()[0].device_kind}"
     return Result(numbers, [Table(title, rows), *profiles], [])
 
 
 def launches(hlo: str) -> int:
-    """Count the instructions that a run of a compiled module launches, at most.
+    """Count the instructions that a run of a compiled module launches.
 
-    Those of a loop count as often as it runs, where XLA knows how often, and those of a condition's
-    branches as if the longest ran. What is in a command buffer counts one by one, though it is
-    launched at once.
+    Those of a loop count as often as it runs, or once, where XLA does not know how often. Of a
+    condition's branches the longest counts. What is in a command buffer counts one by one, though
+    it is launched at once.
     """
     bodies = re.findall(r"^(ENTRY )?%?([\w.-]+) .*\{\n((?:  .*\n)*)\}", hlo, re.MULTILINE)
     computations = {name: body for _, name, body in bodies}
@@ -140,10 +140,15 @@ def profiled(stepper: timing.Training) -> dict[str, float]:
         for line in (line for plane in devices or planes for line in plane.lines):
             for event in line.events if line.name.startswith(KERNELS) else ():
                 # On a CPU the same threads also record what they do between operations.
-                if re.fullmatch(r"[\w.-]+", event.name):
-                    kind = re.sub(r"[\d._]+$", "", event.name)
-                    spent[kind] += event.duration_ns / 1e6 / PROFILED
+                if devices or re.fullmatch(r"[\w.-]+", event.name):
+                    spent[operation(event.name)] += event.duration_ns / 1e6 / PROFILED
     return dict(spent.most_common(SHOWN))
+
+
+def operation(kernel: str) -> str:
+    """A kernel's name without its number, and without the types of a template."""
+    plain = re.split(r"[<(]", kernel.removeprefix("void "))[0]
+    return re.sub(r"[\d._]+$", "", plain)
 
 
 def _table(title: str, profile: dict[str, float]) -> Table:

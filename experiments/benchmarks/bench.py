@@ -97,8 +97,8 @@ class Bench:
             for table in results[name].tables:
                 report.print_table(console, table.title, table.rows)
             self._write(results, environment)
-        bars = _bars(list(results.values()))
-        report.print_table(console, bars.title, bars.rows)
+        for table in _bars(list(results.values())):
+            report.print_table(console, table.title, table.rows)
         written = f"Written: {self.output}/bench.md and {self.output}/bench.json"
         console.print(written, highlight=False, soft_wrap=True)
 
@@ -112,12 +112,13 @@ class Bench:
             "parts": {name: result.numbers for name, result in results.items()},
         }
         report.write_json(self.output / "bench.json", content)
-        tables = [_bars(every), *(table for result in every for table in result.tables)]
+        tables = [*_bars(every), *(table for result in every for table in result.tables)]
         sections = (f"## {table.title}\n\n{report.markdown_table(table.rows)}" for table in tables)
         text = "\n\n".join(("# Benchmarks", report.machine(environment), METHOD, *sections))
         (self.output / "bench.md").write_text(text + "\n", encoding="utf-8")
 
 
-def _bars(results: Sequence[Result]) -> Table:
-    """All bars in a table."""
-    return Table("bars", [bar.row() for result in results for bar in result.bars])
+def _bars(results: Sequence[Result]) -> list[Table]:
+    """All bars in a table, if there are any."""
+    rows = [bar.row() for result in results for bar in result.bars]
+    return [Table("bars", rows)] if rows else []

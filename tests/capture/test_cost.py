@@ -153,39 +153,6 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("rows", "features", "options", "parts"),
-    [
-        (4096, 2048, {}, 4),
-        (1100, 1026, {}, 3),
-        (4096, 2048, {"solver": "primal"}, None),
-        (4096, 2048, {"max_dim": 2048}, None),
-        (4096, 2048, {"capture": cqjax.Gram}, None),
-        (1024, 2048, {}, None),
-        (3000, 1024, {}, None),
-        (3000, 1031, {}, None),  # a prime number
-    ],
-)
-def test_wide_layers_are_solved_for_in_parts(rows, features, options, parts):
-    params = {"w": jax.ShapeDtypeStruct((features, 3), jnp.float32)}
-    x = jax.ShapeDtypeStruct((rows, features), jnp.float32)
-    plan = cqjax.plan(lambda params, x: jnp.mean(jnp.sum(x @ params["w"], -1)), **options)
-    (block,) = plan(params, x).blocks
-    assert block.parts == parts
-    assert block.solver == ("dual" if rows < features else "primal")
-
-
-def test_wide_convolutions_are_solved_for_as_they_are():
-    def loss_fn(params, x):
-        z = jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME")
-        return jnp.mean(jnp.sum(z, (1, 2, 3)))
-
-    params = {"k": jax.ShapeDtypeStruct((4, 128, 3, 3), jnp.float32)}
-    x = jax.ShapeDtypeStruct((8, 128, 16, 16), jnp.float32)
-    (block,) = cqjax.plan(loss_fn)(params, x).blocks
-    assert (block.features, block.rows, block.parts) == (1152, 2048, None)
-
-
 @pytest.mark.parametrize(("name", "block_size"), IMAGES)
 def test_blocks_of_channels(name, block_size):
     """With all offsets of the window; where it has more of them, the gradient is kept."""

@@ -1,14 +1,17 @@
 """Several processes share the runs of an experiment: the numbers are those of one."""
 
+import functools
 import json
 import os
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import parallel
 from experiments.__main__ import main
 from experiments.checkpoints import ResumeError
+from experiments.runs import Runs
 
 COMMAND = ["lenet", "--preset=smoke", "--epochs=0.2", "--tuning-epochs=0.05", "--tries=1"]
 
@@ -34,6 +37,35 @@ def test_two_processes_make_the_runs_of_one(tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-3)
     metrics = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("1", "2")]
     assert len(metrics[0]) == len(metrics[1]) > 0
+
+
+class Session:
+    """Owns every second run."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def owns(self, number):
+        return number % 2 == 1
+
+
+def test_each_makes_its_own_share_first():
+    """So they work at the same time, and not in turns."""
+    made = []
+    with Runs(Console(quiet=True), Session(), [1.0] * 6) as runs:
+
+        def run(i):
+            made.append((i, runs._finished))
+            runs._finished += 1
+            return f"history {i}"
+
+        first = runs.several([functools.partial(run, i) for i in range(3)])
+        assert made == [(1, 1), (0, 0), (2, 2)] and first == [f"history {i}" for i in range(3)]
+        runs.several([functools.partial(run, i) for i in range(3)])
+        assert made[3:] == [(0, 3), (2, 5), (1, 4)]
 
 
 def fails_once(settings, share):

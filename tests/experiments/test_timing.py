@@ -88,3 +88,12 @@ def test_launches():
     assert accelerator.launches(HLO) == timing.entry_instructions(HLO)
     assert timing.entry_instructions(LOOP) == 3
     assert accelerator.launches(LOOP) == 5 * 3 + 3 + 2
+
+
+def test_kernels_of_one_kind_have_one_name():
+    names = ["loop_fusion.12", "void trsm_kernel<float, 32>(float*)", "void cutlass::Kernel2<x_1>"]
+    assert list(map(accelerator.operation, names)) == [
+        "loop_fusion",
+        "trsm_kernel",
+        "cutlass::Kernel",
+    ]

@@ -293,3 +293,19 @@ def test_back_matching_rates_of_a_scaled_weight(by):
     expected = np.broadcast_to(plain["w"] / np.square(by), (D, K))
     np.testing.assert_allclose(scaled["w"], expected, rtol=1e-5)
     np.testing.assert_allclose(scaled["v"], plain["v"], rtol=1e-5)
+
+
+def test_back_matching_rates_of_a_scaled_weight_in_parts():
+    """Its bias has no parts. The rates do not depend on how a weight is solved for."""
+    params = {"u": jnp.ones((D, 6)), "w": jnp.ones((6, K)), "b": jnp.ones(K)}
+
+    def loss_fn(params, x):
+        hidden = jax.nn.relu(x @ params["u"])
+        return jnp.mean(jnp.sum(jnp.tanh(hidden @ (params["w"] * 0.5) + params["b"]), -1))
+
+    x = jnp.ones((12, D))
+    whole, parts = (
+        cqjax.back_matching_rates(cqjax.plan(loss_fn, **options)(params, x), params)
+        for options in ({}, {"max_dim": 3, "block_size": 3, "solver": "primal"})
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)

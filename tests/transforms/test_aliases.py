@@ -103,6 +103,14 @@ def test_learning_rates_can_be_schedules(data):
     assert_close(params, data[0])
 
 
+@pytest.mark.parametrize("name", ["cadam", "cmomentum", "cnesterov", "crmsprop"])
+def test_at_a_rate_that_is_not_finite_nothing_moves(name, data):
+    """The limit on what a step does makes it zero."""
+    tx = getattr(cqjax, name)(lambda count: 0.1 / count)
+    params, _ = run(tx, data, steps=1)
+    assert_close(params, data[0])
+
+
 def test_masked_parameters_are_left_alone(data):
     mask = {"a": True, "b": False, "c": False}
     tx = optax.masked(cqjax.scale_by_consequentialism(damping=0.02, relative_damping=0.0), mask)
