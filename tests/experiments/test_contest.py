@@ -65,6 +65,9 @@ class Runs:
     def expect_another(self):
         self.more += 1
 
+    def several(self, runs):
+        return [run() for run in runs]
+
     def train(
         self, label, optimizer, step, start, examples, batches, metrics, at_end=None, **options
     ):
