@@ -81,9 +81,8 @@ def preconditioned(
             else:
                 made |= result
             repaired[label] = inverse.repaired
-        never = jnp.zeros((), bool)
         attempts = {
-            label: (total, repaired.get(label, jnp.broadcast_to(never, total.shape)))
+            label: (total, repaired.get(label, jnp.zeros(total.shape, bool)))
             for label, total in sums.items()
         }
         events = joined.calls(_lost_or_repaired, attempts)

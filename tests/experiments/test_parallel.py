@@ -68,7 +68,7 @@ def test_each_makes_its_own_share_first():
         assert made[3:] == [(0, 3), (2, 5), (1, 4)]
 
 
-def fails_once(settings, share):
+def second_fails(settings, share):
     number, processes = share
     cores = os.sched_getaffinity(0)
     (settings / f"{number}").write_text(f"{processes} {len(cores)}")
@@ -80,6 +80,6 @@ def fails_once(settings, share):
 
 def test_when_one_fails_all_end(tmp_path):
     with pytest.raises(ResumeError, match=r"one of 2 processes ended with status 1.*--resume"):
-        parallel.run(fails_once, tmp_path, 2)
+        parallel.run(second_fails, tmp_path, 2)
     every = len(os.sched_getaffinity(0))
     assert (tmp_path / "1").read_text() == f"2 {max(1, every // 2)}"
