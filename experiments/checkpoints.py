@@ -20,10 +20,8 @@ FOLDER = "checkpoints"
 SETTINGS = "settings.json"
 _AFRESH = "Leave out --resume to start afresh, or name another --output"
 
+CLAIMED = "claimed"  # ends the name of the file of a run that one of several sessions makes
 WAIT = 1.0  # seconds, from one look at another session's run to the next
-
-Share = tuple[int, int]
-"""The number of one of several sessions, and how many they are."""
 
 Write = Callable[[str, Evaluation], None]
 """Takes a training run's label and an evaluation of it."""
@@ -50,7 +48,7 @@ class Session(ExitStack):
         resume: bool,
         seconds: float,
         tensorboard: bool,
-        share: Share = (0, 1),
+        shared: bool = False,
     ):
         """Open the folder. Without `resume`, remove what an earlier session kept in it.
 
@@ -60,36 +58,44 @@ class Session(ExitStack):
           resume: Go on where the last session stopped, if there was one.
           seconds: The least time between two checkpoints of a run.
           tensorboard: Write the metrics for TensorBoard, too.
-          share: If it is one of several sessions in the folder at once, its number and how many
-            they are. Each makes its share of the training runs, and waits for the others'. They
-            write no metrics: the session that comes after them does.
+          shared: Whether it is one of several sessions in the folder at once. Each training run is
+            made by the first that claims it; the others wait for it. They write no metrics: the
+            session that comes after them does.
 
         Raises:
           ResumeError: If the last session had other settings.
         """
         super().__init__()
-        self._folder, self._seconds, self._share = output / FOLDER, seconds, share
+        self._folder, self._seconds, self.shared = output / FOLDER, seconds, shared
+        self._mine: set[int] = set()
         if not resume or not _found(self._folder, settings):
             _empty(self._folder, settings)
         self._write: list[Write] = []
-        if share[1] > 1:
+        if shared:
             return
+        for claim in self._folder.glob(f"*.{CLAIMED}"):  # of sessions that were stopped
+            claim.unlink()
         self._write.append(self.enter_context(_json_lines(output / "metrics.jsonl")))
         if tensorboard:
             self._write.append(self.enter_context(_tensorboard(output / "tensorboard")))
 
-    def owns(self, number: int) -> bool:
-        """Whether the training run with this number is of this session's share."""
-        mine, sessions = self._share
-        return number % sessions == mine
+    def claims(self, number: int) -> bool:
+        """Whether this session makes the training run with this number: the first to ask does."""
+        if self.shared and number not in self._mine:
+            try:
+                (self._folder / f"{number}.{CLAIMED}").touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            self._mine.add(number)
+        return True
 
     def run(self, number: int, label: str, steps: int) -> "Run":
         """What is kept of the training run with this number, this label and so many steps.
 
-        If the run belongs to another of the sessions at once, this waits until it is finished.
+        If another of the sessions at once makes the run, this waits until it is finished.
         """
         name = "".join(c if c.isalnum() or c in ".-" else "-" for c in f"{number}-{label}")
-        if not self.owns(number):
+        if not self.claims(number):
             # A checkpoint gets its name once it is whole.
             while not (self._folder / name / str(steps)).exists():
                 time.sleep(WAIT)

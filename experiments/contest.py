@@ -70,6 +70,9 @@ class Entrant(NamedTuple):
     """The entrants before it whose rates it is told."""
     extended: bool = True
     """Whether its grid is extended, if the effort has extensions."""
+    group: str = ""
+    """The entrants of a group are tuned and run before those of the next. If a contest is stopped,
+    its results are those of the groups that were finished."""
 
     def with_cached_steps(self) -> "Entrant":
         """The same, but it returns the same step each time for a rate: it is compiled once."""
@@ -102,15 +105,24 @@ class Effort(NamedTuple):
           seconds: Seconds of a step, by entrant. Variants were not timed, and count as the slowest.
 
         Returns:
-          Seconds of the tuning runs, then of the runs at the best rate, last the best variant's.
+          For each group, seconds of the tuning runs, then of the runs at the best rate, last the
+          best variant's.
         """
-        slowest = max(seconds.values())
-        tuned = [e for e in entrants if e.role != "untuned"]
-        tuning = [seconds.get(e.name, slowest) for e in tuned for _ in e.rates]
-        whole = [seconds[e.name] for e in entrants if e.role != "variant"] * self.seeds
-        if any(e.role == "variant" for e in entrants):
-            whole += [slowest] * self.seeds
-        return [self.tuning_steps * s for s in tuning] + [self.steps * s for s in whole]
+        slowest, costs = max(seconds.values()), []
+        for members in groups(entrants):
+            tuned = [e for e in members if e.role != "untuned"]
+            tuning = [seconds.get(e.name, slowest) for e in tuned for _ in e.rates]
+            whole = [seconds[e.name] for e in members if e.role != "variant"] * self.seeds
+            if any(e.role == "variant" for e in members):
+                whole += [slowest] * self.seeds
+            costs += [self.tuning_steps * s for s in tuning] + [self.steps * s for s in whole]
+        return costs
+
+
+def groups(entrants: Sequence[Entrant]) -> list[list[Entrant]]:
+    """The entrants by group, in the order in which the groups appear."""
+    names = dict.fromkeys(entrant.group for entrant in entrants)
+    return [[entrant for entrant in entrants if entrant.group == name] for name in names]
 
 
 def held_out(dataset: Dataset) -> Parts:
@@ -127,9 +139,12 @@ def hold(
 
     A tuning run takes `effort.tuning_steps` steps at one rate. The rate whose run ends with the
     lowest validation loss wins. A loss that is not a number loses. All grids are extended by the
-    same rule (`effort.extensions`). Then, at each seed, all entrants
-    start from the same weights and see the same batches. The target is the lowest final training
-    loss of the baselines, or what else the task has for its goal, in the median over the seeds.
+    same rule (`effort.extensions`). Then, at each seed, all entrants start from the same weights
+    and see the same batches. The target is the lowest final training loss of the baselines, or what
+    else the task has for its goal, in the median over the seeds.
+
+    Where the runs are only those that were finished before, a group that is tuned but for some runs
+    is left out, and so are seeds at which not all entrants of the other groups have run.
 
     Args:
       runs: Makes the training runs, and shows their progress.
@@ -140,7 +155,7 @@ def hold(
 
     Returns:
       The target, and every number by entrant. Variants have their tuning runs, and the best of
-      them has its runs, too.
+      them has its runs, too. The names of those that are not finished. If all are, nothing else.
 
     Raises:
       ValueError: If some entrant has more rates than another.
@@ -150,8 +165,10 @@ def hold(
         raise ValueError(f"all entrants get the same number of tuning runs; rates: {counts}")
     tasks = {entrant.name: entrant.task or task for entrant in entrants}
     evaluated = {id(its): _evaluation(its, effort.measured) for its in tasks.values()}
+    seeds = range(effort.seed + 1, effort.seed + 1 + effort.seeds)
     tuned: dict[str, list[tuple[float, History]]] = {}
     rates: dict[str, float] = {}
+    ran: dict[str, dict[int, History]] = {}
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
         kind = "tuning" if tuning else f"seed {seed}"
@@ -170,39 +187,67 @@ def hold(
             augment=its.augment,
         )
 
-    for entrant in entrants:
-        name, tried = entrant.name, []
-        further = () if entrant.role == "untuned" else entrant.rates
-        most = len(entrant.rates) + effort.extensions * entrant.extended
-        while further and len(tried) < most:
-            if tried:
-                runs.expect_another()
-            tuning = [partial(run, entrant, rate, effort.seed, True) for rate in further]
-            tried += zip(further, runs.several(tuning), strict=True)
-            further = beyond(tried)
-        tuned[name] = tried
-        rates[name] = winner(tried) if tried else entrant.rates[0]
-    seeds = range(effort.seed + 1, effort.seed + 1 + effort.seeds)
-    variants = [entrant for entrant in entrants if entrant.role == "variant"]
-    running = [entrant for entrant in entrants if entrant not in variants]
-    ran: dict[str, list[History]] = {entrant.name: [] for entrant in running}
-    pairs = [(entrant, seed) for seed in seeds for entrant in running]
-    whole = [partial(run, entrant, rates[entrant.name], seed, False) for entrant, seed in pairs]
-    for (entrant, _), history in zip(pairs, runs.several(whole), strict=True):
-        ran[entrant.name].append(history)
-    if variants:
-        best = min(variants, key=lambda entrant: min(map(_loss, tuned[entrant.name])))
-        whole = [partial(run, best, rates[best.name], seed, False) for seed in seeds]
-        ran[best.name] = runs.several(whole)
-    baselines = [entrant.name for entrant in entrants if entrant.role == "baseline"]
-    target = _target({name: ran[name] for name in baselines}, task.goal)
+    def tune(members: Sequence[Entrant]) -> bool:
+        """Find the rates of a group. False if a run is not finished."""
+        at_once = [e for e in members if e.role != "untuned" and not e.given]
+        pairs = [(e, rate) for e in at_once for rate in e.rates]
+        first = runs.several([partial(run, *pair, effort.seed, True) for pair in pairs])
+        for entrant in members:
+            tried = [
+                (rate, history)
+                for (e, rate), history in zip(pairs, first, strict=True)
+                if e.name == entrant.name and history
+            ]
+            further = () if entrant.role == "untuned" else beyond(tried) if tried else entrant.rates
+            most = len(entrant.rates) + effort.extensions * entrant.extended
+            while further and len(tried) < most:
+                if tried:
+                    runs.expect_another()
+                more = runs.several([partial(run, entrant, r, effort.seed, True) for r in further])
+                tried += [(r, history) for r, history in zip(further, more, strict=True) if history]
+                further = beyond(tried) if all(more) else ()
+            tuned[entrant.name] = tried
+            rates[entrant.name] = winner(tried) if tried else entrant.rates[0]
+            if entrant.role != "untuned" and len(tried) < len(entrant.rates):
+                return False
+        return True
+
+    def run_whole(members: Sequence[Entrant]) -> None:
+        """Make the runs of some entrants at their rates."""
+        pairs = [(entrant, seed) for seed in seeds for entrant in members]
+        whole = [partial(run, e, rates[e.name], seed, False) for e, seed in pairs]
+        for (entrant, seed), history in zip(pairs, runs.several(whole), strict=True):
+            its = ran.setdefault(entrant.name, {})
+            if history:
+                its[seed] = history
+
+    finished: list[Entrant] = []
+    for members in groups(entrants):
+        if not tune(members):
+            break
+        variants = [entrant for entrant in members if entrant.role == "variant"]
+        run_whole([entrant for entrant in members if entrant not in variants])
+        if variants:
+            best = min(variants, key=lambda entrant: min(map(_loss, tuned[entrant.name])))
+            run_whole([best])
+        if not all(ran[entrant.name] for entrant in members if entrant.name in ran):
+            break
+        finished += members
+    names = [entrant.name for entrant in finished]
+    unfinished = [entrant.name for entrant in entrants if entrant.name not in names]
+    if not finished:
+        return {"unfinished": unfinished}
+    seeds = [seed for seed in seeds if all(seed in ran[name] for name in names if name in ran)]
+    baselines = [entrant.name for entrant in finished if entrant.role == "baseline"]
+    target = _target({n: [ran[n][seed] for seed in seeds] for n in baselines}, task.goal)
 
     def results(name: str) -> dict[str, Any]:
         its = tasks[name]
         runs = [
             {"seed": seed, **history.summary()}
             | {"to_target": reached(history, target, its.score, task.goal)}
-            for seed, history in zip(seeds, ran.get(name, ()), strict=name in ran)
+            for seed, history in ran.get(name, {}).items()
+            if seed in seeds
         ]
         return {"tuning": _tuning(tuned[name]), "rate": rates[name]} | (
             {"runs": runs} if runs else {}
@@ -211,12 +256,15 @@ def hold(
     return {
         "images": dict(zip(Parts._fields, (len(part.labels) for part in task.parts), strict=True))
         | {"training_loss": min(effort.measured, len(task.parts.train.labels))},
-        "effort": effort._asdict(),
+        "effort": effort._replace(seeds=len(seeds))._asdict(),
+        "unfinished": unfinished,
         "target": target,
         "entrants": {
-            entrant.name: {"role": entrant.role, **results(entrant.name)} for entrant in running
+            entrant.name: {"role": entrant.role, **results(entrant.name)}
+            for entrant in finished
+            if entrant.role != "variant"
         },
-        "variants": {variant.name: results(variant.name) for variant in variants},
+        "variants": {e.name: results(e.name) for e in finished if e.role == "variant"},
     }
 
 

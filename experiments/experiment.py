@@ -8,13 +8,21 @@ from typing import Any, ClassVar, Self
 from rich.console import Console
 
 from experiments import contest, data, options, parallel, pipeline, report
-from experiments.checkpoints import Session, Share, check_tensorboard
+from experiments.checkpoints import ResumeError, Session, check_tensorboard
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.page import publish
 from experiments.runs import Runs
 
-PERIPHERAL = {"data_dir", "download", "output", "resume", "checkpoint_seconds", "tensorboard"}
+PERIPHERAL = {
+    "data_dir",
+    "download",
+    "output",
+    "resume",
+    "only_finished",
+    "checkpoint_seconds",
+    "tensorboard",
+}
 """Options that no number depends on."""
 ENVIRONMENT = {"versions", "device", "cpu", "cpu_count"}
 """The parts of the environment that must stay the same when an experiment is resumed."""
@@ -48,12 +56,12 @@ class Experiment:
         if self.tensorboard:
             check_tensorboard()
 
-    def session(self, dataset: Dataset, share: Share = (0, 1)) -> Session:
+    def session(self, dataset: Dataset, shared: bool = False) -> Session:
         """Begin a session, or go on with an earlier one.
 
         Args:
           dataset: What is learnt from.
-          share: As in `Session`.
+          shared: As in `Session`.
 
         Raises:
           ResumeError: If the earlier session had other settings, other data or another environment.
@@ -68,7 +76,7 @@ class Experiment:
             resume=self.resume,
             seconds=self.checkpoint_seconds,
             tensorboard=self.tensorboard,
-            share=share,
+            shared=shared,
         )
 
 
@@ -95,6 +103,10 @@ class Contests(Experiment):
     """Share the training runs out to so many processes, each with its part of the cores. A small
     network's step is no faster on two cores than on one. A run's seconds are then those on a part
     of the cores; the times of single steps are those on all."""
+
+    only_finished: bool = False
+    """Train nothing: make the page from the training runs that an earlier call with the same
+    settings and --output finished, and say which are missing."""
 
     def __post_init__(self):
         """Refuse values that cannot be meant.
@@ -168,7 +180,9 @@ class Contests(Experiment):
         """
         console, settings = Console(), self.filled()
         dataset = settings.load(console)
-        if self.processes > 1:
+        if self.only_finished:
+            settings = replace(settings, resume=True)
+        elif self.processes > 1:
             with settings.session(dataset):  # says whether there is one to resume, or begins it
                 pass
             settings = replace(settings, resume=True)
@@ -176,13 +190,13 @@ class Contests(Experiment):
         results = settings.hold(console, dataset)
         publish(self.name, self, settings, results, console)
 
-    def hold(self, console: Console, dataset: Dataset, share: Share = (0, 1)) -> dict[str, Any]:
+    def hold(self, console: Console, dataset: Dataset, shared: bool = False) -> dict[str, Any]:
         """Time a step of each entrant, and hold all contests.
 
         Args:
           console: Where to draw the progress.
           dataset: What `load` returned.
-          share: As in `Session`.
+          shared: As in `Session`.
 
         Returns:
           The summary of the data set. For each contest, what `pipeline.measure` and
@@ -190,6 +204,7 @@ class Contests(Experiment):
 
         Raises:
           DataError: If a batch has more images than there are.
+          ResumeError: If no contest is finished, and there are to be only finished runs.
         """
         contests = {
             title: (task, [entrant.with_cached_steps() for entrant in entrants])
@@ -209,17 +224,23 @@ class Contests(Experiment):
             racing = [entrant for entrant in entrants if entrant.role != "timed"]
             timings[title], held[title] = measured, (prefix, task, racing, effort)
             costs += effort.costs(racing, measured["seconds_per_step"])
-        with Runs(console, self.session(dataset, share), costs) as runs:
+        with Runs(console, self.session(dataset, shared), costs, self.only_finished) as runs:
             results = {
                 title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
-        return {"dataset": dataset.summary(), "contests": results}
+        finished = {title: result for title, result in results.items() if "entrants" in result}
+        if not finished:
+            raise ResumeError(
+                f"in {self.output} no contest is finished, to make a page of: go on with --resume"
+            )
+        unfinished = [title for title in results if title not in finished]
+        return {"dataset": dataset.summary(), "contests": finished, "unfinished": unfinished}
 
 
-def _hold_share(settings: Contests, share: Share) -> None:
-    """Make one of several processes' share of the runs. The first draws the progress."""
-    console = Console(quiet=share[0] > 0)
-    settings.hold(console, settings.load(console), share)
+def _hold_share(settings: Contests, number: int) -> None:
+    """Make the runs that no other process makes. The first process draws the progress."""
+    console = Console(quiet=number > 0)
+    settings.hold(console, settings.load(console), shared=True)
 
 
 @dataclass(frozen=True)

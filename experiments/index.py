@@ -9,25 +9,27 @@ from typing import get_args
 from rich.console import Console
 
 from experiments import report
-from experiments.page import Holds
+from experiments.page import Holds, write
 
 INTRODUCTION = """\
 Each experiment of the source documents has a page, with figures and, in its `results.json`, every
 number. All run by `python -m experiments NAME`; `--help` tells the options. A claim holds if all
 of its parts do, and partly if some do; it is open if the run was too short to tell. The pages have
-the numbers. "Where ours loses" counts the comparisons that a method of this library loses, which
-its page names first."""
+the numbers. Each page names first where a method of this library loses; "ours loses" counts the
+sentences on that."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Write the overview of all experiments' pages."""
+    """Write all experiments' pages again, from their results.json, and the overview of them."""
 
     folder: Path = Path("docs/experiments")
     """The folder of the experiments' folders. README.md goes there."""
 
     def run(self) -> None:
-        """Write it."""
+        """Write them."""
+        for path in sorted(self.folder.glob("*/results.json")):
+            write(path.parent, json.loads(path.read_text(encoding="utf-8")))
         (self.folder / "README.md").write_text(overview(self.folder), encoding="utf-8")
         Console().print(f"Written: {self.folder}/README.md", highlight=False, soft_wrap=True)
 
@@ -55,7 +57,7 @@ def overview(folder: Path) -> str:
             "experiment": f"[{name}]({name}/README.md)",
             "": title,
             **{word: f"{holds[word]}" for word in get_args(Holds)},
-            "where ours loses": f"{len(content['behind'])}",
+            "ours loses": f"{len(content['behind'])}",
             "preset": content["settings"]["preset"],
             "measured on": device,
         }

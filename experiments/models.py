@@ -56,7 +56,7 @@ class LeNet(nn.Module):
         x = images
         for number, channels in enumerate(self.channels, start=1):
             x = _Conv(channels, (5, 5), padding="VALID", name=f"cv{number}")(x)
-            x = nn.max_pool(nn.relu(_normalise(x, train)), (2, 2), (2, 2))
+            x = _pool(nn.relu(_normalise(x, train)))
         x = x.reshape(len(x), -1)
         for number, width in enumerate(self.hidden, start=1):
             x = nn.relu(_normalise(_Dense(width, name=f"fc{number}")(x), train))
@@ -92,7 +92,7 @@ class VGG(nn.Module):
                 x = _Conv(times * self.width, (3, 3), name=f"conv{stage + 1}_{number + 1}")(x)
                 x = nn.relu(_normalise(x, train))
             if min(x.shape[1:3]) > 1:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = _pool(x)
         return _Dense(self.classes, name="fc")(x.reshape(len(x), -1))
 
 
@@ -148,6 +148,16 @@ class TransformerBlock(nn.Module):
         mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
         x += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
         return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x))))
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    """The maximum of each 2 x 2 block, as `nn.max_pool` has it.
+
+    On CPUs the gradient of `nn.max_pool` is slow: VGG-11's step took 1.4 times as long with it.
+    """
+    height, width = (size // 2 * 2 for size in x.shape[1:3])
+    x = jnp.maximum(x[:, 0:height:2], x[:, 1:height:2])
+    return jnp.maximum(x[:, :, 0:width:2], x[:, :, 1:width:2])
 
 
 def _normalise(x: jax.Array, train: bool) -> jax.Array:

@@ -36,12 +36,12 @@ def filled(settings: Settings, presets: Presets) -> Settings:
 def command(name: str, settings: Any) -> str:
     """The command line that gives an experiment these settings, without the defaults.
 
-    It has no --resume, even if these settings have it.
+    It has neither --resume nor --only-finished, even if these settings have them.
     """
     words = ["python -m experiments", name]
     for field in fields(settings):
         value, option = getattr(settings, field.name), field.name.replace("_", "-")
-        if value == field.default or field.name == "resume":
+        if value == field.default or field.name in ("resume", "only_finished"):
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

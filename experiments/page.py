@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """The contents of a page, in this order."""
+    """The contents of a page."""
 
     title: str
     source: str
@@ -72,7 +73,7 @@ class Page:
     summary: str
     """What was done."""
     behind: Sequence[str]
-    """Where our method loses, with numbers. Empty if it loses nowhere."""
+    """Sentences that say where our method loses, with numbers. Empty if it loses nowhere."""
     claims: Sequence[Claim]
     choices: Sequence[str]
     """What the source leaves open, and what was chosen here."""
@@ -82,21 +83,12 @@ class Page:
     """Captions by file name. The files lie beside the page."""
 
 
-def write(
-    path: Path,
-    page: Page,
-    settings: Mapping[str, Any],
-    command: str,
-    environment: Mapping[str, Any],
-) -> None:
-    """Write the page in Markdown.
+def markdown(page: Page, content: Mapping[str, Any]) -> str:
+    """The page in Markdown: first the claims, and where our method loses.
 
     Args:
-      path: The file.
       page: Its contents.
-      settings: The options, by name.
-      command: The command line that made it.
-      environment: `report.environment()` where the numbers were measured.
+      content: What is in results.json: the settings, the command and the environment of the run.
     """
     claims = [
         {"the source": f"{c.claim} ({c.source})", "measured": c.measured, "holds": f"**{c.holds}**"}
@@ -104,31 +96,31 @@ def write(
     ]
     parts = [
         f"# {page.title}",
-        "## Where our method loses",
-        _list(page.behind) or "Nowhere, in what was measured here.",
-        "## What was done",
-        page.summary,
         f"Source: {page.source}.",
         "## Does it hold?",
+        "**Where our method loses.** "
+        + (" ".join(page.behind) or "Nowhere, in what was measured here."),
         report.markdown_table(claims, align="---"),
+        "## What was done",
+        page.summary,
         *(f"![{caption}]({file})\n\n*{caption}*" for file, caption in page.figures.items()),
         *(f"## {title}\n\n{report.markdown_table(rows)}" for title, rows in page.tables.items()),
         "## What the source leaves open, and what was taken",
         _list(page.choices),
         "## How to repeat it",
-        f"```sh\n{command}\n```",
+        f"```sh\n{content['command']}\n```",
         "Every number is in [results.json](results.json).",
-        "Settings: " + ", ".join(f"{name} {_show(value)}" for name, value in settings.items()),
-        report.machine(environment),
+        "Settings: "
+        + ", ".join(f"{name} {_show(value)}" for name, value in content["settings"].items()),
+        report.machine(content["environment"]),
     ]
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
 
 
 def publish(name: str, given: Any, settings: Any, results: Any, console: Console) -> None:
     """Write figures, README.md and results.json into the output folder, and print what holds.
 
-    The module `experiments.pages.NAME` draws the figures, by its `draw(settings, results)`, and
-    makes the page, by its `page(settings, results)`.
+    The module `experiments.pages.NAME` draws the figures, by its `draw(settings, results)`.
 
     Args:
       name: The experiment's name on the command line.
@@ -137,28 +129,44 @@ def publish(name: str, given: Any, settings: Any, results: Any, console: Console
       results: Every number.
       console: Where to print.
     """
-    pages = importlib.import_module(f"experiments.pages.{name}")
-    settings.output.mkdir(parents=True, exist_ok=True)
-    pages.draw(settings, results)
-    page: Page = pages.page(settings, results)
-    environment, folder = report.environment(), settings.output
-    write(folder / "README.md", page, asdict(settings), options.command(name, given), environment)
-    report.write_json(
-        folder / "results.json",
-        {
-            "experiment": name,
-            "settings": asdict(settings),
-            "environment": environment,
-            "claims": [claim._asdict() for claim in page.claims],
-            "behind": list(page.behind),
-            "results": json.loads(json.dumps(report.plain(results)), parse_float=_short),
-        },
-    )
+    folder = settings.output
+    folder.mkdir(parents=True, exist_ok=True)
+    importlib.import_module(f"experiments.pages.{name}").draw(settings, results)
+    content = {
+        "experiment": name,
+        "command": options.command(name, given),
+        "settings": report.plain(asdict(settings)),
+        "environment": report.environment(),
+        "results": json.loads(json.dumps(report.plain(results)), parse_float=_short),
+    }
+    page = write(folder, content)
     for title, rows in page.tables.items():
         report.print_table(console, title, rows)
     for claim in page.claims:
         console.print(f"{claim.holds:>6}: {claim.claim} [{claim.measured}]", markup=False)
     console.print(f"Written: {folder}/README.md", highlight=False, soft_wrap=True)
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> Page:
+    """Write README.md and results.json, from what results.json is to have. No figure is drawn.
+
+    The module `experiments.pages.NAME` makes the page, by its `page(settings, results)`.
+
+    Args:
+      folder: Where to.
+      content: The experiment's name, its command, settings and environment, and every number.
+
+    Returns:
+      The page.
+    """
+    settings = SimpleNamespace(**content["settings"])
+    pages = importlib.import_module(f"experiments.pages.{content['experiment']}")
+    page: Page = pages.page(settings, content["results"])
+    judged = {"claims": [claim._asdict() for claim in page.claims], "behind": [*page.behind]}
+    text = markdown(page, content)
+    report.write_json(folder / "results.json", {**content, **judged})
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return page
 
 
 def _short(number: str) -> float:
@@ -171,4 +179,4 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _show(value: Any) -> str:
-    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
+    return f"`{' '.join(map(str, value)) if isinstance(value, list) else value}`"

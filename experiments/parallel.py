@@ -7,14 +7,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from experiments.checkpoints import ResumeError, Share
+from experiments.checkpoints import ResumeError
 
 
-def run(work: Callable[[Any, Share], None], settings: Any, processes: int) -> None:
-    """Do all shares of some work at the same time, and wait for all.
+def run(work: Callable[[Any, int], None], settings: Any, processes: int) -> None:
+    """Let several processes work at the same time, and wait for all.
 
     Args:
-      work: Takes the settings, and its share: its number, and the number of processes.
+      work: Takes the settings, and the number of the process.
       settings: What it works on.
       processes: The number of processes.
 
@@ -22,8 +22,8 @@ def run(work: Callable[[Any, Share], None], settings: Any, processes: int) -> No
       ResumeError: If one of them failed. The others are stopped: they would wait for its runs.
     """
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not have
-    shares = [(number, processes) for number in range(processes)]
-    workers = [context.Process(target=_pinned, args=(work, settings, share)) for share in shares]
+    several = [(work, settings, number, processes) for number in range(processes)]
+    workers = [context.Process(target=_pinned, args=each) for each in several]
     try:
         for worker in workers:
             worker.start()
@@ -50,12 +50,11 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _pinned(work: Callable[[Any, Share], None], settings: Any, share: Share) -> None:
+def _pinned(work: Callable[[Any, int], None], settings: Any, number: int, processes: int) -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # JAX makes as many threads as there are cores that it may use, when it is first used.
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        number, processes = share
         os.sched_setaffinity(0, cores[number::processes] or cores)
-    work(settings, share)
+    work(settings, number)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -72,9 +73,13 @@ def _cpu() -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file of standard JSON. It appears only when it is whole."""
+    """Write a file of standard JSON. It appears only when it is whole. Arrays of numbers are lines.
+
+    (In a JSON string no line ends, so that none can be taken for an array.)
+    """
     part = path.with_name(f"{path.name}.part")
     text = json.dumps(plain(content), indent=2, allow_nan=False)
+    text = re.sub(r'\[(\n[^]["{}]*)\]', lambda array: f"[{' '.join(array[1].split())}]", text)
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
 

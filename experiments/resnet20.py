@@ -30,6 +30,7 @@ Variant = Literal[
     "no-momentum",
     "momentum-first",
     "small-branches",
+    "relative-damping",
 ]
 VARIANTS: dict[Variant, tuple[str, dict[str, Any]]] = {  # description, changed settings
     "damping-low": ("damping 0.003", {"damping": 0.003}),
@@ -39,6 +40,10 @@ VARIANTS: dict[Variant, tuple[str, dict[str, Any]]] = {  # description, changed 
     "no-momentum": ("no momentum", {"momentum": 0.0}),
     "momentum-first": ("momentum before the C-update", {"momentum_first": True}),
     "small-branches": ("blocks' last kernels / 3 at first", {"branches": 1 / 3}),
+    "relative-damping": (
+        "relative damping 0.1 instead",
+        {"damping": 0.0, "relative_damping": 0.1},
+    ),
 }
 LAST = "fc"  # the last layer
 
@@ -62,12 +67,17 @@ class Resnet20(Contest):
         depth=(8, 20, 20),
         width=(2, 8, 16, 16),
         shrink=(1, 2, 1, 1),
-        epochs=(2.0, 1.0, 80.0, 11.4),
+        epochs=(2.0, 1.0, 80.0, 11.396),
         tuning_epochs=(0.5, 0.2, 5.0, 1.14),
         tries=(2, 3, 3),
         seeds=(1, 3, 3, 1),
         optimizers=(("sgd",), tuple(NAMES), tuple(NAMES)),
-        variants=(("inputs", "momentum-first"), tuple(VARIANTS), tuple(VARIANTS)),
+        variants=(
+            ("inputs", "momentum-first"),
+            tuple(VARIANTS),
+            tuple(VARIANTS),
+            ("relative-damping",),
+        ),
     )
     batch_size: int = 128
     """Images of a batch."""
@@ -85,6 +95,8 @@ class Resnet20(Contest):
     """Validate and test on so many images."""
     damping: float = 0.03
     """The C- forms' damping."""
+    relative_damping: float = 0.0
+    """The C- forms' damping as a multiple of the mean eigenvalue, added to --damping."""
     momentum: float = 0.95
     """The momentum of SGD and Nesterov, in all forms."""
     momentum_first: bool = False
@@ -126,8 +138,10 @@ class Resnet20(Contest):
         """
         super().__post_init__()
         options.require(self, options.AT_LEAST_ONE, "width", "evaluated")
-        options.require(self, options.POSITIVE, "damping", "inputs", "our_inputs", "last_layer")
-        options.require(self, options.POSITIVE, "branches")
+        options.require(self, options.NOT_NEGATIVE, "damping", "relative_damping")
+        if not (self.damping or self.relative_damping):
+            raise ValueError("--damping must be positive, or --relative-damping, both are 0")
+        options.require(self, options.POSITIVE, "inputs", "our_inputs", "last_layer", "branches")
         options.require(self, options.FRACTION, "momentum")
         if self.depth is not None and (self.depth < 8 or self.depth % 6 != 2):
             raise ValueError(f"--depth must be 6n + 2, 8 or more, got {self.depth}")
@@ -178,9 +192,9 @@ class Resnet20(Contest):
                 return optimizer, gradient_step(loss_fn, optimizer)
 
             label, option = NAMES[name] + "-BN" * batch_norm, name + "_bn" * batch_norm
-            return Entrant(label, at, self.rates(option), task=its)
+            return Entrant(label, at, self.rates(option), task=its, group=name)
 
-        def ours(name: str, changed: Resnet20, label: str, role: Any) -> Entrant:
+        def ours(name: str, changed: Resnet20, label: str, role: Any, group: str) -> Entrant:
             its = task(changed.our_inputs, False, changed.branches)
             loss_fn = cross_entropy(its.model, train=True)
 
@@ -189,15 +203,17 @@ class Resnet20(Contest):
                 return optimizer, capturing_step(loss_fn, optimizer)
 
             slower = (1 - changed.momentum) / (1 - self.momentum)
-            return Entrant(label, at, [slower * r for r in self.rates(f"c{name}")], role, its)
+            rates = [slower * rate for rate in self.rates(f"c{name}")]
+            return Entrant(label, at, rates, role, its, group=group)
 
         entrants = []
         for name in self.optimizers:
             entrants += [plain(name, False), plain(name, True)]
-            entrants.append(ours(name, self, f"C-{NAMES[name]}", "ours"))
+            entrants.append(ours(name, self, f"C-{NAMES[name]}", "ours", name))
         for variant in self.variants:
             words, change = VARIANTS[variant]
-            entrants.append(ours("sgd", replace(self, **change), f"C-SGD, {words}", "variant"))
+            changed = replace(self, **change)
+            entrants.append(ours("sgd", changed, f"C-SGD, {words}", "variant", "variants"))
         return {f"ResNet-{self.depth}": (task(self.inputs, False, self.branches), entrants)}
 
 
@@ -212,7 +228,9 @@ def consequential(
     name: str, rate: float, settings: Resnet20
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer of the source, in its C- form. The last layer has its own rate."""
-    update = cqjax.scale_by_consequentialism(damping=settings.damping, relative_damping=0.0)
+    update = cqjax.scale_by_consequentialism(
+        damping=settings.damping, relative_damping=settings.relative_damping
+    )
     members = [update, rule(name, rate, settings.momentum)]
     if settings.momentum_first:
         members.reverse()

@@ -1,5 +1,6 @@
 """Training runs one after another, with live progress and checkpoints."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -44,10 +45,20 @@ def bar(progress: Progress, label: str, steps: int) -> Callable[[History], None]
     return show
 
 
+class UnfinishedError(Exception):
+    """A training run is not finished, and is not to be gone on with."""
+
+
 class Runs(ExitStack):
     """Training runs one after another, with live progress of each and of all together."""
 
-    def __init__(self, console: Console, session: Session, costs: Sequence[float]):
+    def __init__(
+        self,
+        console: Console,
+        session: Session,
+        costs: Sequence[float],
+        only_finished: bool = False,
+    ):
         """Begin to draw.
 
         Args:
@@ -55,29 +66,41 @@ class Runs(ExitStack):
           session: Keeps each run's checkpoints and metrics, and knows what was done before. It
             ends with the runs.
           costs: What each run will cost, in order: its steps, or an estimate of its seconds.
+          only_finished: Train nothing: there are only the runs that were finished before.
         """
         super().__init__()
         self._console, self._session = console, self.enter_context(session)
-        self._costs = [*costs]
-        self._progress, self._finished = self.enter_context(progress_bars(console)), 0
+        self._costs, self._spent = [*costs], 0.0
+        self._progress = self.enter_context(progress_bars(console))
+        self._number = self._finished = 0
+        self._only_finished = only_finished
         done = f"     0/{len(costs)} runs"
         self._whole = self._progress.add_task("all", total=sum(costs), done=done, status="")
 
     def expect_another(self) -> None:
         """One more run like the last one comes next, which was not foreseen."""
-        self._costs.insert(self._finished, self._costs[self._finished - 1])
+        self._costs.insert(self._number, self._costs[self._number - 1])
         self._progress.update(self._whole, total=sum(self._costs))
 
-    def several(self, runs: Sequence[Callable[[], History]]) -> list[History]:
+    def several(self, runs: Sequence[Callable[[], History]]) -> list[History | None]:
         """Training runs of which none needs another's history. Each calls `train` once.
 
-        Of several processes each makes its own share first, and then waits for the others'.
+        Of those that are not finished, and not to be gone on with, there is None.
+
+        Of several processes each makes those that no other has begun, the longest first, and then
+        waits for the others'.
         """
-        first, found = self._finished, {}
-        for i in sorted(range(len(runs)), key=lambda i: not self._session.owns(first + i)):
-            self._finished = first + i
-            found[i] = runs[i]()
-        self._finished = first + len(runs)
+        first, order = self._number, [*range(len(runs))]
+        found: dict[int, History | None] = {}
+        if self._session.shared:
+            order.sort(key=lambda i: -self._costs[first + i])
+        for waiting in (False, True):
+            for i in order:
+                if i not in found and (waiting or self._session.claims(first + i)):
+                    self._number, found[i] = first + i, None
+                    with contextlib.suppress(UnfinishedError):
+                        found[i] = runs[i]()
+        self._number = first + len(runs)
         return [found[i] for i in range(len(runs))]
 
     def train(
@@ -108,13 +131,18 @@ class Runs(ExitStack):
 
         Returns:
           How the training went.
+
+        Raises:
+          UnfinishedError: If it is not finished, and there are to be only finished runs.
         """
-        steps, number = len(batches), self._finished
-        done, cost = sum(self._costs[:number]), self._costs[number]
-        show = bar(self._progress, label, steps)
+        steps, number = len(batches), self._number
+        cost = self._costs[number]
         run = self._session.run(number, label, steps)
-        its_bar = self._progress.task_ids[-1]
         history, state = run.history(), State(*start, optimizer.init(start[0]))
+        if self._only_finished and history.steps < steps:
+            raise UnfinishedError(label)
+        show = bar(self._progress, label, steps)
+        its_bar = self._progress.task_ids[-1]
         if 0 < history.steps < steps:
             state = run.state(state)
             self._console.print(f"{label}: resumed after {history.steps:,} steps")
@@ -123,7 +151,8 @@ class Runs(ExitStack):
 
         def on_chunk(state: State, history: History) -> None:
             show(history)
-            self._progress.update(self._whole, completed=done + cost * history.steps / steps)
+            spent = self._spent + cost * history.steps / steps
+            self._progress.update(self._whole, completed=spent)
             run.keep(state, history, finished=history.steps == steps)
 
         _, history = train(
@@ -137,8 +166,17 @@ class Runs(ExitStack):
             history=history,
             augment=augment,
         )
-        self._finished += 1
+        self._number, self._finished, self._spent = (
+            number + 1,
+            self._finished + 1,
+            self._spent + cost,
+        )
         self._progress.update(self._whole, done=f"{self._finished:>6}/{len(self._costs)} runs")
+        if not self._console.is_terminal:  # which would show the bars
+            left = self._progress.tasks[self._whole].time_remaining
+            about = "" if left is None else f", about {left / 60:.0f} minutes are left"
+            done = f"{self._finished} of {len(self._costs)} runs are finished{about}"
+            self._console.print(f"{label}: {done}", highlight=False)
         if len(self._costs) > MANY:
             self._progress.update(its_bar, visible=False)
         return history

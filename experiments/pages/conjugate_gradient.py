@@ -45,8 +45,8 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         Claim(
             "section 3.2, Eq. 36",
             "there, the four β are the same",
-            f"their values in the steps before the last differ by at most {apart:.1e} of "
-            "Fletcher and Reeves'",
+            "their values in the steps before the last, of which seven digits are stored, differ "
+            f"by at most {apart:.1g} of Fletcher and Reeves'",
             judge(apart < 0.01),
         ),
         Claim(

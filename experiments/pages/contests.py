@@ -1,7 +1,6 @@
 """What the pages of all contests share: tables, where our method loses, and figures."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +55,60 @@ def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndar
     return curves[0]["step"], np.array(seconds), values
 
 
-def behind(contests: Mapping[str, Contest]) -> list[str]:
-    """Where another entrant does better than one of ours, in the median. ∞ means never."""
-    lines = []
-    for title, contest in contests.items():
-        entrants = contest["entrants"]
-        others = [name for name in entrants if entrants[name]["role"] != "ours"]
-        for ours, name in product(entrants.keys() - set(others), others):
-            for metric, words in MEASURES.items():
-                theirs, our = (last(contest, n, metric) for n in (name, ours))
-                sign = -1 if metric == "test_accuracy" else 1
-                if sign * median(theirs) < sign * median(our):
-                    theirs, our = (spread(values, FORMS[metric]) for values in (theirs, our))
-                    lines.append(f"{title}: {name} ends with a {words} of {theirs}, {ours} {our}.")
-            for key, (words, form) in NEEDED.items():
-                theirs, our = (to_target(contest, n, key) for n in (name, ours))
-                if median(theirs) < median(our):
-                    theirs, our = (spread(values, form) for values in (theirs, our))
-                    lines.append(
-                        f"{title}: {name} reaches the target after {theirs} {words}, {ours} after "
-                        f"{our}."
-                    )
-    return lines
+def behind(contests: Mapping[str, Contest], metrics: Mapping[str, str] = MEASURES) -> list[str]:
+    """Where others do better than one of ours, in the median: a sentence for each of ours."""
+    return [
+        f"{f'{title}, ' * (len(contests) > 1)}{name}: {'; '.join(lost)}."
+        for title, contest in contests.items()
+        for name, entrant in contest["entrants"].items()
+        if entrant["role"] == "ours"
+        for lost in [ahead(contest, name, metrics, NEEDED)]
+        if lost
+    ]
+
+
+def ahead(
+    contest: Contest,
+    ours: str,
+    metrics: Mapping[str, str],
+    needed: Mapping[str, tuple[str, str]],
+    form: str | None = None,
+) -> list[str]:
+    """In what an entrant is behind others that are not ours, with the medians. ∞ means never.
+
+    Args:
+      contest: The results.
+      ours: The entrant's name.
+      metrics: The metrics at the end that are compared, with their names in words.
+      needed: What it takes to reach the target that is compared, with its words and its form.
+      form: The form of the metrics. By default each has its own.
+
+    Returns:
+      Words for each metric.
+    """
+    entrants, lost = contest["entrants"], []
+    others = [name for name in entrants if entrants[name]["role"] not in ("ours", "untuned")]
+
+    def compare(values: Mapping[str, Sequence[Any]], words: str, form: str, sign: int) -> None:
+        medians = {name: median(each) for name, each in values.items()}
+        better = sorted(
+            (sign * medians[name], name)
+            for name in others
+            if sign * medians[name] < sign * medians[ours]
+        )
+        if better:
+            best = ", ".join(f"{name} {count(sign * value, form)}" for value, name in better)
+            lost.append(f"{words} {count(medians[ours], form)} (better: {best})")
+
+    for metric, words in metrics.items():
+        sign = -1 if metric.endswith("accuracy") else 1
+        values = {name: last(contest, name, metric) for name in entrants}
+        compare(values, words, form or FORMS[metric], sign)
+    for key, (words, its) in needed.items():
+        values = {name: to_target(contest, name, key) for name in entrants}
+        unit, _, counted = words.partition(",")
+        compare(values, f"{unit} to the target{counted and ','}{counted}", its, 1)
+    return lost
 
 
 def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
@@ -179,7 +210,16 @@ def protocol(settings: Any, results: Mapping[str, Any]) -> str:
         f"{seeds}. At each seed all optimizers share first weights and batches "
         "(medians, and ranges in brackets). The target is the training loss that "
         f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
+        f"{_unfinished(results)}"
     )
+
+
+def _unfinished(results: Mapping[str, Any]) -> str:
+    """What the page lacks, if it was made before all runs were finished."""
+    missing = [f"the contest {title}" for title in results.get("unfinished", ())]
+    for title, contest in results["contests"].items():
+        missing += [f"{title}: {name}" for name in contest.get("unfinished", ())]
+    return f" **Not finished when this page was made**: {', '.join(missing)}." if missing else ""
 
 
 def measuring(results: Mapping[str, Any]) -> list[str]:

@@ -56,24 +56,14 @@ def behind(held: Held, metrics: Mapping[str, str], judged: str) -> list[str]:
       judged: The one in which all of ours are compared with Adam.
 
     Returns:
-      A line for each.
+      Sentences.
     """
-    lines = []
-    for title, contest in held.items():
-        for name in _of(contest, "baseline", "other"):
-            lost = [
-                f"{words} {spread(theirs, '.4g')} in the end, not {spread(its, '.4g')}"
-                for metric, words in metrics.items()
-                for theirs, its in [[last(contest, n, metric) for n in (name, OURS)]]
-                if median(theirs) < median(its)
-            ] + [
-                f"the target after {spread(theirs, form)} {words}, not {spread(its, form)}"
-                for key, (words, form) in NEEDED.items()
-                for theirs, its in [[to_target(contest, n, key) for n in (name, OURS)]]
-                if median(theirs) < median(its)
-            ]
-            if lost:
-                lines.append(f"{title}: {name} is ahead of {OURS}: {'; '.join(lost)}.")
+    lines = [
+        f"{title}, {OURS}: {'; '.join(lost)}."
+        for title, contest in held.items()
+        for lost in [contests.ahead(contest, OURS, metrics, NEEDED, ".4g")]
+        if lost
+    ]
     names = dict.fromkeys(name for contest in held.values() for name in _of(contest, "ours"))
     for name in names:
         where = [

@@ -46,6 +46,9 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
 
 def _claims(held: dict[str, Contest], long: bool) -> list[Claim]:
     names = (SGD, OURS)
+    missing = [title for title in (PLAIN, DECAY) if title not in held]
+    if missing:
+        return [Claim("section 3.3, Fig. 2", "all", f"not run: {', '.join(missing)}", "open")]
     loss, final = (
         {title: {n: last(contest, n, metric) for n in names} for title, contest in held.items()}
         for metric in ("train_loss", "test_accuracy")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments import drawing
-from experiments.page import Claim, Page, before, judge
+from experiments.page import Claim, Page, before, count, judge, median
 from experiments.pages import sources
 
 
@@ -15,10 +15,10 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     ours, sgd, momentum = (result["rates"] for result in results.values())
     lengths = [at["length"] for at in ours]
     flat, steep = sgd[1]["weights_steps"]
-    travel = [at["travel"][1] for at in (sgd[0], momentum[0])]
+    travel = [_travel(at) for at in (sgd[0], momentum[0])]
     crossings = [[at["crossings"][1] for at in method[:2]] for method in (sgd, momentum)]
     swinging = [i for i, at in enumerate(sgd) if i > 1 and at["rate"] * settings.inputs[1] ** 2 > 1]
-    calmer = [i for i in swinging if momentum[i]["travel"][1] < sgd[i]["travel"][1]]
+    calmer = [i for i in swinging if _travel(momentum[i]) < _travel(sgd[i])]
     steps = {method: [at["steps"] for at in result["rates"]] for method, result in results.items()}
     claims = [
         Claim(
@@ -39,8 +39,9 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         Claim(
             "section 5.1",
             "at a high rate momentum reduces SGD's oscillations in the steep direction",
-            f"at {high} that weight travels {travel[1]:.1f} times its distance, by SGD "
-            f"{travel[0]:.1f}; of the {len(swinging)} rates tried at which SGD's oscillates, from "
+            f"at {high} that weight travels {count(travel[1], '.1f')} times its distance, by SGD "
+            f"{count(travel[0], '.1f')}; of the {len(swinging)} rates tried at which SGD's "
+            "oscillates, from "
             f"{min((sgd[i]['rate'] for i in swinging), default=1):.2f} on, momentum reduces it at "
             f"{len(calmer)}, from {min((sgd[i]['rate'] for i in calmer), default=1):.2f} on",
             judge(travel[1] < travel[0], len(calmer) == len(swinging)),
@@ -78,7 +79,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "rate": f"{rate:g}",
             "steps to 1 %": str(at["steps"]),
             "path / straight line": f"{at['length']:.3f}",
-            "steep weight's travel": f"{at['travel'][1]:.2f}",
+            "steep weight's travel": count(_travel(at), ".2f"),
             "flat weight's overshoot": f"{at['overshoot'][0]:.0%}",
         }
         for i, rate in enumerate(settings.rates)
@@ -115,6 +116,11 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             "paths are."
         },
     )
+
+
+def _travel(at: dict[str, Any]) -> float:
+    """How far the steep weight walks, in first distances. It is infinite if it diverges."""
+    return median([at["travel"][1]])
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def _row(run: dict[str, Any]) -> dict[str, str]:
 
 def _diverged(run: dict[str, Any]) -> int:
     """The number of seeds for which the loss ended above its first value."""
-    return sum(not value <= 1 for value in run["final"])
+    return sum(not median([value]) <= 1 for value in run["final"])
 
 
 def draw(settings: Any, results: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from experiments import drawing
 from experiments.contest import reached
 from experiments.page import Page, count, median, spread
 from experiments.pages import contests, resnet20_claims, sources
-from experiments.pages.contests import FORMS, MEASURES, NEEDED, Contest, last, to_target
+from experiments.pages.contests import FORMS, MEASURES, NEEDED, Contest, last
 from experiments.training import History
 
 TIME = "seconds_with_compilation"
@@ -34,7 +34,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         f"all forms; inputs are in ±{settings.inputs:g}, and ±{settings.our_inputs:g} for the C- "
         f"forms, whose last layer's rate is multiplied by {settings.last_layer:g}. "
         + contests.protocol(settings, results),
-        behind(contest),
+        contests.behind(results["contests"], WORDS),
         resnet20_claims.claims(contest),
         [
             *resnet20_claims.unchecked(contest),
@@ -73,28 +73,6 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             f"{HIGHEST} are outside.",
         },
     )
-
-
-def behind(contest: Contest) -> list[str]:
-    """Which entrants do better than each of ours, in the median. ∞ means never."""
-    entrants, lines = contest["entrants"], []
-    others = [name for name, entrant in entrants.items() if entrant["role"] != "ours"]
-
-    def add(ours: str, values: dict[str, list[Any]], words: str, form: str, sign: int) -> None:
-        ahead = [n for n in others if sign * median(values[n]) < sign * median(values[ours])]
-        if ahead:
-            best = ", ".join(f"{name} {spread(values[name], form)}" for name in ahead)
-            lines.append(f"{ours}'s {words} {spread(values[ours], form)}; better: {best}.")
-
-    for ours in (name for name in entrants if name not in others):
-        for metric, words in WORDS.items():
-            values = {name: last(contest, name, metric) for name in entrants}
-            sign = 1 if metric == "train_loss" else -1
-            add(ours, values, f"{words} in the end is", FORMS[metric], sign)
-        for key, (words, form) in NEEDED.items():
-            values = {name: to_target(contest, name, key) for name in entrants}
-            add(ours, values, f"way to the target, in {words}, is", form, 1)
-    return lines
 
 
 def pairs(contest: Contest) -> list[dict[str, str]]:

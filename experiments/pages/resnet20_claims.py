@@ -23,7 +23,7 @@ def claims(contest: Contest) -> list[Claim]:
         _seconds_without(contest),
         _seconds_with(contest),
         *([_perfect(contest)] if contest["effort"]["steps"] >= LONG else []),
-        *([_settings(contest)] if contest["variants"] else []),
+        *([_settings(contest)] if len(contest["variants"]) > 1 else []),
     ]
 
 

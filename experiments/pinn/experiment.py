@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 
 from experiments import options
-from experiments.checkpoints import Share
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.everyday.entrants import ADAM, OURS
@@ -122,21 +121,21 @@ class Pinn(Contests):
         whole = its.steps, its.steps
         return Effort(*whole, self.seeds, self.seed, its.batch_size, measured, self.extensions)
 
-    def hold(self, console: Console, dataset: Dataset, share: Share = (0, 1)) -> dict[str, Any]:
+    def hold(self, console: Console, dataset: Dataset, shared: bool = False) -> dict[str, Any]:
         """Hold all contests, and add the fields that Adam and C-Adam end with at the first seed.
 
         Args:
           console: Where to draw the progress.
           dataset: What `load` returned.
-          share: As in `Session`.
+          shared: As in `Session`.
 
         Returns:
           What `Contests.hold` returns, and by equation the true field and theirs, row by row.
         """
-        results = super().hold(console, dataset, share)
-        if share[1] > 1:
+        results = super().hold(console, dataset, shared)
+        if shared:
             return results
-        posed = [kind for kind in self.kinds if kind in POSED]
+        posed = [kind for kind in results["contests"] if kind in POSED]
         return results | {"fields": {kind: self._fields(kind, results) for kind in posed}}
 
     def _fields(self, kind: str, results: dict[str, Any]) -> dict[str, list[float]]:

@@ -1,19 +1,34 @@
 """The overview of the experiments' pages is that of their results."""
 
 import json
+import re
 from pathlib import Path
+
+import pytest
 
 from experiments.__main__ import main
 from experiments.index import overview
+from experiments.page import write
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "experiments"
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in COMMITTED.glob("*/*.json")))
+def test_the_committed_pages_are_those_of_the_committed_results(name, tmp_path):
+    folder = COMMITTED / name
+    write(tmp_path, json.loads((folder / "results.json").read_text()))
+    for file in ("README.md", "results.json"):
+        assert (tmp_path / file).read_text() == (folder / file).read_text()
+    figures = re.findall(r"]\((.*png)\)", (tmp_path / "README.md").read_text())
+    assert figures and all((folder / figure).exists() for figure in figures)
 
 
 def test_the_committed_overview_is_that_of_the_committed_results():
     assert (COMMITTED / "README.md").read_text() == overview(COMMITTED)
 
 
-def test_claims_are_counted_and_listed(tmp_path, capsys):
+def test_claims_are_counted_and_listed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.index.write", lambda *_: None)
     holds = {"b": ["yes", "no", "yes"], "a": ["partly", "open"]}
     for name, verdicts in holds.items():
         (tmp_path / name).mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import options, report
-from experiments.page import Claim, Page, before, count, judge, median, spread, write
+from experiments.page import Claim, Page, before, count, judge, markdown, median, spread
 
 
 @dataclass(frozen=True)
@@ -53,42 +53,39 @@ def test_numbers_in_words():
     assert not before(2, 1) and not before(None, 1) and not before(None, None)
 
 
-@pytest.fixture
-def written(tmp_path):
-    def write_page(*behind):
-        page = Page(
-            title="A title",
-            source="A paper, section 3",
-            summary="Something was done.",
-            behind=behind,
-            claims=[
-                Claim("section 3.1", "it is a|b", "1 of 2", "partly"),
-                Claim("section 3.2", "it is fast", "3 s", "no"),
-            ],
-            choices=["A rate was taken."],
-            tables={"Numbers": [{"method": "ours", "steps": "7"}]},
-            figures={"it.png": "A caption."},
-        )
-        settings = {"rates": (0.1, 0.2), "steps": 3}
-        path = tmp_path / "README.md"
-        write(path, page, settings, "python -m x", report.environment())
-        return path.read_text()
-
-    return write_page
+def written(*behind):
+    page = Page(
+        title="A title",
+        source="A paper, section 3",
+        summary="Something was done.",
+        behind=behind,
+        claims=[
+            Claim("section 3.1", "it is a|b", "1 of 2", "partly"),
+            Claim("section 3.2", "it is fast", "3 s", "no"),
+        ],
+        choices=["A rate was taken."],
+        tables={"Numbers": [{"method": "ours", "steps": "7"}]},
+        figures={"it.png": "A caption."},
+    )
+    content = {
+        "settings": {"rates": [0.1, 0.2], "steps": 3},
+        "command": "python -m x",
+        "environment": report.environment(),
+    }
+    return markdown(page, content)
 
 
-def test_the_page_says_first_where_our_method_loses(written):
-    page = written("At 0.1 it loses.")
+def test_the_page_says_first_where_our_method_loses_and_what_holds():
+    page = written("At 0.1 it loses.", "At 0.2, too.")
     parts = [
         "# A title",
-        "## Where our method loses",
-        "- At 0.1 it loses.",
-        "## What was done",
-        "Something was done.",
         "Source: A paper, section 3.",
         "## Does it hold?",
+        "**Where our method loses.** At 0.1 it loses. At 0.2, too.",
         "| it is a\\|b (section 3.1) | 1 of 2 | **partly** |",
         "| it is fast (section 3.2) | 3 s | **no** |",
+        "## What was done",
+        "Something was done.",
         "![A caption.](it.png)",
         "## Numbers",
         "| ours | 7 |",
@@ -102,5 +99,5 @@ def test_the_page_says_first_where_our_method_loses(written):
     assert places == sorted(places)
 
 
-def test_or_that_it_loses_nowhere(written):
-    assert "## Where our method loses\n\nNowhere, in what was measured here." in written()
+def test_or_that_it_loses_nowhere():
+    assert "**Where our method loses.** Nowhere, in what was measured here." in written()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import parallel
+from experiments import checkpoints, parallel
 from experiments.__main__ import main
 from experiments.checkpoints import ResumeError
 from experiments.runs import Runs
@@ -40,7 +40,9 @@ def test_two_processes_make_the_runs_of_one(tmp_path):
 
 
 class Session:
-    """Owns every second run."""
+    """The runs 1 and 3 are another's."""
+
+    shared = True
 
     def __enter__(self):
         return self
@@ -48,30 +50,42 @@ class Session:
     def __exit__(self, *_):
         pass
 
-    def owns(self, number):
-        return number % 2 == 1
+    def claims(self, number):
+        return number not in (1, 3)
 
 
-def test_each_makes_its_own_share_first():
-    """So they work at the same time, and not in turns."""
+def test_each_makes_what_nobody_else_has_begun_the_longest_first():
+    """So they work at the same time, and not in turns; then they wait."""
     made = []
-    with Runs(Console(quiet=True), Session(), [1.0] * 6) as runs:
+    with Runs(Console(quiet=True), Session(), [1.0, 3.0, 2.0, 5.0, 4.0]) as runs:
 
         def run(i):
-            made.append((i, runs._finished))
-            runs._finished += 1
+            made.append((i, runs._number))
             return f"history {i}"
 
         first = runs.several([functools.partial(run, i) for i in range(3)])
-        assert made == [(1, 1), (0, 0), (2, 2)] and first == [f"history {i}" for i in range(3)]
-        runs.several([functools.partial(run, i) for i in range(3)])
-        assert made[3:] == [(0, 3), (2, 5), (1, 4)]
+        assert made == [(2, 2), (0, 0), (1, 1)] and first == [f"history {i}" for i in range(3)]
+        runs.several([functools.partial(run, i) for i in range(2)])
+        assert made[3:] == [(1, 4), (0, 3)]
 
 
-def second_fails(settings, share):
-    number, processes = share
-    cores = os.sched_getaffinity(0)
-    (settings / f"{number}").write_text(f"{processes} {len(cores)}")
+def test_a_run_is_made_by_the_first_that_claims_it(tmp_path):
+    def session(**how):
+        options = {"resume": True, "seconds": 1.0, "tensorboard": False}
+        return checkpoints.Session(tmp_path, {}, **options, **how)
+
+    with session():
+        pass
+    one, other = session(shared=True), session(shared=True)
+    assert one.claims(0) and not other.claims(0) and one.claims(0)
+    assert other.claims(1) and not one.claims(1)
+    with session() as alone:  # those that claimed were stopped
+        assert alone.claims(0)
+    assert session(shared=True).claims(1)
+
+
+def second_fails(settings, number):
+    (settings / f"{number}").write_text(f"{len(os.sched_getaffinity(0))}")
     if number:
         raise ValueError("no")
     while True:  # waits for the other's runs
@@ -82,4 +96,4 @@ def test_when_one_fails_all_end(tmp_path):
     with pytest.raises(ResumeError, match=r"one of 2 processes ended with status 1.*--resume"):
         parallel.run(second_fails, tmp_path, 2)
     every = len(os.sched_getaffinity(0))
-    assert (tmp_path / "1").read_text() == f"2 {max(1, every // 2)}"
+    assert (tmp_path / "1").read_text() == f"{max(1, every // 2)}"

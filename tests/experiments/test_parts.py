@@ -36,6 +36,19 @@ def test_json_is_standard(tmp_path):
     assert content == {"a": [None, {"b": [1.5, "c", True, None]}]}
 
 
+def test_arrays_of_numbers_are_lines_of_json(tmp_path):
+    content = {
+        "a": [1, -2.5e-7, None],
+        "b": [[1, 2], [3, True]],
+        "c": ["[ 1,  2 ]\n[\n3]"],
+        "d": [],
+    }
+    write_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == content
+    assert '"a": [1, -2.5e-07, null],\n' in text and "    [1, 2],\n    [3, true]\n" in text
+
+
 @pytest.mark.parametrize("looped", [False, True])
 def test_chunks_of_steps_are_numpys(looped):
     """160 steps in 75 chunks, of three or two; a step augmented by its number."""
