@@ -192,12 +192,11 @@ def hold(
         at_once = [e for e in members if e.role != "untuned" and not e.given]
         pairs = [(e, rate) for e in at_once for rate in e.rates]
         first = runs.several([partial(run, *pair, effort.seed, True) for pair in pairs])
+        found = [(e.name, (r, h)) for (e, r), h in zip(pairs, first, strict=True) if h]
+        if len(found) < len(pairs):
+            return False
         for entrant in members:
-            tried = [
-                (rate, history)
-                for (e, rate), history in zip(pairs, first, strict=True)
-                if e.name == entrant.name and history
-            ]
+            tried = [one for name, one in found if name == entrant.name]
             further = () if entrant.role == "untuned" else beyond(tried) if tried else entrant.rates
             most = len(entrant.rates) + effort.extensions * entrant.extended
             while further and len(tried) < most:
@@ -205,11 +204,11 @@ def hold(
                     runs.expect_another()
                 more = runs.several([partial(run, entrant, r, effort.seed, True) for r in further])
                 tried += [(r, history) for r, history in zip(further, more, strict=True) if history]
-                further = beyond(tried) if all(more) else ()
+                if not all(more):
+                    return False
+                further = beyond(tried)
             tuned[entrant.name] = tried
             rates[entrant.name] = winner(tried) if tried else entrant.rates[0]
-            if entrant.role != "untuned" and len(tried) < len(entrant.rates):
-                return False
         return True
 
     def run_whole(members: Sequence[Entrant]) -> None:

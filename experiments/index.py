@@ -14,9 +14,9 @@ from experiments.page import Holds, write
 INTRODUCTION = """\
 Each experiment of the source documents has a page, with figures and, in its `results.json`, every
 number. All run by `python -m experiments NAME`; `--help` tells the options. A claim holds if all
-of its parts do, and partly if some do; it is open if the run was too short to tell. The pages have
-the numbers. Each page names first where a method of this library loses; "ours loses" counts the
-sentences on that."""
+of its parts do, and partly if some do; it is open if the run was too short to tell. What one page
+leaves open and another answers is counted there alone. The pages have the numbers. Each names first
+where a method of this library loses; "ours loses" counts the sentences on that."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,25 @@ def overview(folder: Path) -> str:
       A table of the experiments, and one of all claims.
     """
     experiments, claims = [], []
-    for path in sorted(folder.glob("*/results.json")):
-        content, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
-        page = (path.parent / "README.md").read_text(encoding="utf-8")
+    pages = {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*/results.json"))
+    }
+    answered = {
+        (claim["source"], claim["claim"])
+        for content in pages.values()
+        for claim in content["claims"]
+        if claim["holds"] != "open"
+    }
+    for name, content in pages.items():
+        judged = [
+            claim
+            for claim in content["claims"]
+            if claim["holds"] != "open" or (claim["source"], claim["claim"]) not in answered
+        ]
+        page = (folder / name / "README.md").read_text(encoding="utf-8")
         title = page.splitlines()[0].removeprefix("# ")
-        holds = Counter(claim["holds"] for claim in content["claims"])
+        holds = Counter(claim["holds"] for claim in judged)
         environment = content["environment"]
         device = environment["device"]
         if device.startswith("cpu"):
@@ -68,7 +82,7 @@ def overview(folder: Path) -> str:
                 "the source": f"{claim['claim']} ({claim['source']})",
                 "holds": f"**{claim['holds']}**",
             }
-            for claim in content["claims"]
+            for claim in judged
         ]
     parts = [
         "# Experiments",

@@ -143,10 +143,15 @@ def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
     ]
     steps, tuned = contest["effort"]["steps"], contest["effort"]["tuning_steps"]
     loss = count(target["train_loss"], ".4f")
+    tried = f"{title}: validation loss after {tuned:,} steps, by learning rate"
     return {
         f"{title}: after {steps:,} steps": ends,
         f"{title}: to the target, {loss}, {target['entrant']}'s training loss in the end": reached,
-        f"{title}: validation loss after {tuned:,} steps, by learning rate": tuning(entrants),
+        **(
+            {tried: tuning(entrants)}
+            if any(len(e["tuning"]) > 1 for e in entrants.values())
+            else {}
+        ),
     }
 
 
@@ -204,13 +209,21 @@ def protocol(settings: Any, results: Mapping[str, Any]) -> str:
     )
     return (
         f"Batches of {settings.batch_size}, {effort['steps']:,} steps ({epochs}). "
-        f"{recompressed(results['dataset']['name'])}Each optimizer had "
-        f"{settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one at each rate of "
-        "its grid; the rate with the lowest validation loss then had "
-        f"{seeds}. At each seed all optimizers share first weights and batches "
+        f"{recompressed(results['dataset']['name'])}{_tuning(settings, effort)} then had {seeds}. "
+        "At each seed all optimizers share first weights and batches "
         "(medians, and ranges in brackets). The target is the training loss that "
         f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
         f"{_unfinished(results)}"
+    )
+
+
+def _tuning(settings: Any, effort: Mapping[str, Any]) -> str:
+    """How the rates were chosen, up to the words for the rate that was."""
+    if settings.tries == 1:
+        return "Nothing was tuned: the first rate of each optimizer's grid"
+    return (
+        f"Each optimizer had {settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one "
+        "at each rate of its grid; the rate with the lowest validation loss"
     )
 
 

@@ -299,6 +299,52 @@ def test_a_grid_may_stay_as_it_is(extended):
     assert tried == ([0.1, 0.2, 1.0] if extended else [0.1, 0.2])
 
 
+class FinishedRuns(Runs):
+    """Some of the runs are not finished, and are not gone on with."""
+
+    def __init__(self, *args, missing):
+        super().__init__(*args)
+        self.missing = missing
+
+    def several(self, runs):
+        return [self.finished(history, self.calls[-1]) for run in runs for history in [run()]]
+
+    def finished(self, history, call):
+        key = *call.at, None if call.at_end else call.start[0]["seed"]
+        return None if key in self.missing else history
+
+
+@pytest.mark.parametrize(
+    ("missing", "finished", "seeds"),
+    [
+        ([], ["A", "B", "C"], [8, 9, 10]),
+        ([("B", 0.1, 9)], ["A", "B", "C"], [8, 10]),
+        ([("A", 0.1, 8), ("C", 0.1, 10)], ["A", "B", "C"], [9]),
+        ([("C", 0.1, None)], ["A", "B"], [8, 9, 10]),
+        ([("C", 0.1, seed) for seed in (8, 9, 10)], ["A", "B"], [8, 9, 10]),
+        ([("A", 0.1, None), ("C", 0.1, None)], [], None),
+    ],
+)
+def test_of_a_contest_that_was_stopped_the_finished_groups_remain(missing, finished, seeds):
+    entrants = [entrant(n)._replace(group=group) for n, group in (("A", 1), ("C", 2), ("B", 1))]
+    tuning = {(name, rate): rate for name in "ABC" for rate in (0.1, 0.2)}
+    runs = FinishedRuns(tuning, {name: iter(FINAL["A"]) for name in "ABC"}, missing=missing)
+    task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}))
+    held = hold(runs, "", task, entrants, EFFORT)
+    assert held["unfinished"] == [name for name in "ACB" if name not in finished]
+    if not finished:
+        assert list(held) == ["unfinished"]
+        return
+    assert set(held["entrants"]) == set(finished) and held["effort"]["seeds"] == len(seeds)
+    for its in held["entrants"].values():
+        assert [at["seed"] for at in its["runs"]] == seeds
+    first = [call.at[0] for call in runs.calls]
+    assert first[:4] == ["A", "A", "B", "B"] and first[4:10] == ["A", "B"] * 3
+    seconds = dict.fromkeys("ABC", 1.0) | {"C": 3.0}
+    costs = [seconds[call.at[0]] * len(call.batches) for call in runs.calls]
+    assert EFFORT.costs(entrants, seconds)[: len(costs)] == costs
+
+
 def test_the_goal_may_be_another_metric():
     task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}), goal="validation_loss")
     tuning = {("A", rate): rate for rate in (0.1, 0.2)}

@@ -42,12 +42,16 @@ def test_claims_are_counted_and_listed(tmp_path, capsys, monkeypatch):
             "settings": {"preset": "cpu"},
             "environment": {"device": {"a": "TPU v5", "b": "cpu: cpu"}[name], "cpu_count": 2},
         }
+        content["claims"].append(
+            {"claim": "both", "source": "", "measured": "", "holds": {"a": "open", "b": "no"}[name]}
+        )
         (tmp_path / name / "results.json").write_text(json.dumps(content))
     main(["index", "--folder", str(tmp_path)])
     assert "README.md" in capsys.readouterr().out
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert "| [a](a/README.md) | Title of a | 0 | 1 | 0 | 1 | 2 | cpu | TPU v5 |" in lines
-    assert "| [b](b/README.md) | Title of b | 2 | 0 | 1 | 0 | 3 | cpu | 2 CPU cores |" in lines
+    assert "| [b](b/README.md) | Title of b | 2 | 0 | 2 | 0 | 3 | cpu | 2 CPU cores |" in lines
+    assert [line for line in lines if "both" in line] == ["| b | both () | **no** |"]
     assert [line for line in lines if "Fig. 1" in line] == [
         "| a | a0 (Fig. 1) | **partly** |",
         "| a | a1 (Fig. 1) | **open** |",

@@ -279,3 +279,22 @@ def test_tensorboard_missing_is_said(monkeypatch, capsys):
 def test_bad_options(capsys):
     message = refused([*QUICKSTART, "--checkpoint-seconds=-1"], capsys)
     assert "--checkpoint-seconds must be finite and not negative, got -1" in message
+
+
+def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, monkeypatch):
+    """Of two contests with four runs each: of none; of the first; of both."""
+    monkeypatch.setattr("experiments.pipeline.measure", untimed)
+    command = [*NARROW, f"--data-dir={cifar10_folder}", f"--output={tmp_path}"]
+    stopped(command, 3 * (STEPS + 1))
+    assert "no contest is finished" in refused([*command, "--only-finished"], capsys)
+    stopped([*command, "--resume"], 2 * (STEPS + 1) + 3)
+    main([*command, "--only-finished"])
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert list(content["results"]["contests"]) == ["no decay"]
+    assert "only-finished" not in content["command"] and len(content["claims"]) == 1
+    page = (tmp_path / "README.md").read_text()
+    assert "**Not finished when this page was made**: the contest decay 5e-4." in page
+    main([*command, "--resume"])
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert list(content["results"]["contests"]) == ["no decay", "decay 5e-4"]
+    assert content["results"]["unfinished"] == [] and len(content["claims"]) == 7
