@@ -1,10 +1,12 @@
 """The networks: LeNet against plain NumPy, the others' sizes and shortcuts."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import models
 from experiments.models import MLP, VGG, LeNet, ResNet
 
 CIFAR = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
@@ -138,3 +140,21 @@ def test_a_resnet_whose_blocks_do_nothing_is_its_shortcuts(batch_norm):
     if batch_norm:
         means /= np.sqrt(1 + 1e-5)
     np.testing.assert_allclose(logits, means @ params["fc"]["kernel"][:4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 2), (2, 5, 7, 3), (1, 2, 3, 1)])
+def test_pooling_is_flaxs(shape):
+    """Values, and gradients where no two of a block are equal."""
+    x, weights = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+
+    def weighted(pool):
+        def total(x):
+            y = pool(x)
+            return jnp.sum(y * weights[:, : y.shape[1], : y.shape[2]])
+
+        return total
+
+    theirs = weighted(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    ours = weighted(models._pool)
+    assert ours(x) == pytest.approx(float(theirs(x)), rel=1e-6)
+    np.testing.assert_array_equal(jax.grad(ours)(x), jax.grad(theirs)(x))
