@@ -49,6 +49,7 @@ class Session(ExitStack):
         seconds: float,
         tensorboard: bool,
         shared: bool = False,
+        finished: Mapping[str, History] | None = None,
     ):
         """Open the folder. Without `resume`, remove what an earlier session kept in it.
 
@@ -61,6 +62,8 @@ class Session(ExitStack):
           shared: Whether it is one of several sessions in the folder at once. Each training run is
             made by the first that claims it; the others wait for it. They write no metrics: the
             session that comes after them does.
+          finished: Training runs, by label, that an earlier session finished and that have no
+            checkpoint here.
 
         Raises:
           ResumeError: If the last session had other settings.
@@ -68,6 +71,7 @@ class Session(ExitStack):
         super().__init__()
         self._folder, self._seconds, self.shared = output / FOLDER, seconds, shared
         self._mine: set[int] = set()
+        self._known = finished or {}
         if not resume or not _found(self._folder, settings):
             _empty(self._folder, settings)
         self._write: list[Write] = []
@@ -99,7 +103,9 @@ class Session(ExitStack):
             # A checkpoint gets its name once it is whole.
             while not (self._folder / name / str(steps)).exists():
                 time.sleep(WAIT)
-        run = Run(self._folder / name, self._seconds, label, self._write)
+        known = self._known.get(label, History())
+        known = known if known.steps == steps else History()
+        run = Run(self._folder / name, self._seconds, label, self._write, known)
         self.callback(run.close)
         return run
 
@@ -107,7 +113,9 @@ class Session(ExitStack):
 class Run:
     """A training run's last checkpoint."""
 
-    def __init__(self, folder: Path, seconds: float, label: str, write: Sequence[Write]):
+    def __init__(
+        self, folder: Path, seconds: float, label: str, write: Sequence[Write], known: History
+    ):
         """Open the folder, and remove what an interrupted save has left there.
 
         Args:
@@ -115,6 +123,7 @@ class Run:
           seconds: The least time between two checkpoints.
           label: The run's name.
           write: Each of these takes the run's evaluations.
+          known: How the training went, if there is no checkpoint.
         """
         # A save in the background would read arrays that the next step overwrites.
         options = ocp.CheckpointManagerOptions(
@@ -123,7 +132,7 @@ class Run:
         self._folder, self._seconds, self._saved = folder, seconds, time.monotonic()
         with self._readable():
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        self._label, self._write, self._written = label, write, 0
+        self._label, self._write, self._written, self._known = label, write, 0, known
 
     def history(self) -> History:
         """How the training went so far.
@@ -132,7 +141,7 @@ class Run:
           ResumeError: If the checkpoint is damaged.
         """
         if self._manager.latest_step() is None:
-            return History()
+            return self._known
         with self._readable():
             return History.of(self._restore("history", ocp.args.JsonRestore()))
 

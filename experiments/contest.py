@@ -12,7 +12,9 @@ from experiments.classification import Each, Metric, correct, cross_entropies, m
 from experiments.data import Dataset, Split
 from experiments.page import median
 from experiments.runs import Runs
-from experiments.training import Augment, History, Step, shuffled_batches
+from experiments.training import Augment, Curve, History, Step, shuffled_batches
+
+VALIDATION = "validation_loss"
 
 
 class Parts(NamedTuple):
@@ -171,8 +173,7 @@ def hold(
     ran: dict[str, dict[int, History]] = {}
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
-        kind = "tuning" if tuning else f"seed {seed}"
-        label = f"{title}{entrant.name} {rate:g}, {kind}"
+        label = _label(title, entrant.name, rate, None if tuning else seed)
         steps = effort.tuning_steps if tuning else effort.steps
         its = tasks[entrant.name]
         examples, validating, evaluating = evaluated[id(its)]
@@ -267,6 +268,30 @@ def hold(
     }
 
 
+def finished(title: str, held: Mapping[str, Any]) -> dict[str, History]:
+    """The training runs of a contest by their labels, from what `hold` returned and was stored.
+
+    Args:
+      title: Stands before the names of the runs.
+      held: The contest, read from JSON, which has null for what is not a number.
+    """
+    runs = {}
+    for name, entrant in (held["entrants"] | held["variants"]).items():
+        for at in entrant["tuning"]:
+            steps, loss = held["effort"]["tuning_steps"], at[VALIDATION]
+            curve = Curve([steps], [at["seconds"]], [math.nan if loss is None else loss])
+            history = History(at["compile_seconds"], at["seconds"], curve, {VALIDATION: curve})
+            runs[_label(title, name, at["rate"], None)] = history
+        for run in entrant.get("runs", ()):
+            runs[_label(title, name, entrant["rate"], run["seed"])] = History.of(run["history"])
+    return runs
+
+
+def _label(title: str, name: str, rate: float, seed: int | None) -> str:
+    """The name of a training run; without a seed, of a tuning run."""
+    return f"{title}{name} {rate:g}, {'tuning' if seed is None else f'seed {seed}'}"
+
+
 def winner(tried: Sequence[tuple[float, History]]) -> float:
     """The rate whose run ended with the lowest validation loss. If all diverged, the first."""
     return min(tried, key=_loss)[0]
@@ -282,7 +307,7 @@ def beyond(tried: Sequence[tuple[float, History]]) -> list[float]:
 
 def _loss(tried: tuple[float, History]) -> float:
     """The validation loss at the end of a tuning run. It is infinite if it is not a number."""
-    value = tried[1].last("validation_loss")
+    value = tried[1].last(VALIDATION)
     return math.inf if math.isnan(value) else value
 
 
@@ -321,7 +346,7 @@ def _tuning(tried: Sequence[tuple[float, History]]) -> list[dict[str, float]]:
     return [
         {
             "rate": rate,
-            "validation_loss": history.last("validation_loss"),
+            VALIDATION: history.last(VALIDATION),
             "seconds": history.train_seconds,
             "compile_seconds": history.compile_seconds,
         }
@@ -335,9 +360,9 @@ def _evaluation(task: Task, measured: int) -> tuple[Any, dict[str, Metric], dict
     model, losses = task.model, task.losses
     evaluating = {
         "train_loss": mean_of(model, losses, images[:measured], labels[:measured]),
-        "validation_loss": mean_of(model, losses, *validation),
+        VALIDATION: mean_of(model, losses, *validation),
         task.score: mean_of(model, task.scores, *test),
         **task.watched,
     }
-    validating = {"validation_loss": evaluating["validation_loss"]}
+    validating = {VALIDATION: evaluating[VALIDATION]}
     return (jnp.asarray(images), jnp.asarray(labels)), validating, evaluating

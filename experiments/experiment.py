@@ -1,5 +1,6 @@
 """What the experiments that train networks share: options, sessions, and how a contest runs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.page import publish
 from experiments.runs import Runs
+from experiments.training import History
 
 PERIPHERAL = {
     "data_dir",
@@ -56,28 +58,42 @@ class Experiment:
         if self.tensorboard:
             check_tensorboard()
 
-    def session(self, dataset: Dataset, shared: bool = False) -> Session:
+    def session(
+        self,
+        dataset: Dataset,
+        shared: bool = False,
+        finished: Mapping[str, History] | None = None,
+    ) -> Session:
         """Begin a session, or go on with an earlier one.
 
         Args:
           dataset: What is learnt from.
           shared: As in `Session`.
+          finished: As in `Session`.
 
         Raises:
           ResumeError: If the earlier session had other settings, other data or another environment.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        # The data are compared by their checksum, not by their name.
-        settings = {k: v for k, v in asdict(self).items() if k not in PERIPHERAL | {"dataset"}}
-        environment = {k: v for k, v in report.environment().items() if k in ENVIRONMENT}
         return Session(
             self.output,
-            {**settings, "data": dataset.digest(), **environment},
+            _all_that_matters(asdict(self), dataset.digest(), report.environment()),
             resume=self.resume,
             seconds=self.checkpoint_seconds,
             tensorboard=self.tensorboard,
             shared=shared,
+            finished=finished,
         )
+
+
+def _all_that_matters(settings: Any, digest: Any, environment: Any) -> dict[str, Any]:
+    """Settings, data and environment, as far as results depend on them.
+
+    The data are compared by their checksum, not by their name.
+    """
+    settings = {k: v for k, v in settings.items() if k not in PERIPHERAL | {"dataset"}}
+    environment = {k: v for k, v in environment.items() if k in ENVIRONMENT}
+    return report.plain({**settings, "data": digest, **environment})
 
 
 @dataclass(frozen=True)
@@ -215,16 +231,18 @@ class Contests(Experiment):
         }
         for title, (task, _) in contests.items():
             replace(dataset, train=task.parts.train).check_batch_size(efforts[title].batch_size)
+        prefixes = {title: f"{title}: " * (len(contests) > 1) for title in contests}
         timings, held, costs = {}, {}, []
         for title, (task, entrants) in contests.items():
-            prefix = f"{title}: " * (len(contests) > 1)
+            prefix = prefixes[title]
             timed = [entrant for entrant in entrants if entrant.role != "variant"]
             effort = efforts[title]
             measured = pipeline.measure(console, prefix, task, timed, effort.batch_size, self.seed)
             racing = [entrant for entrant in entrants if entrant.role != "timed"]
             timings[title], held[title] = measured, (prefix, task, racing, effort)
             costs += effort.costs(racing, measured["seconds_per_step"])
-        with Runs(console, self.session(dataset, shared), costs, self.only_finished) as runs:
+        session = self.session(dataset, shared, self._finished(dataset, prefixes))
+        with Runs(console, session, costs, self.only_finished) as runs:
             results = {
                 title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
@@ -235,6 +253,23 @@ class Contests(Experiment):
             )
         unfinished = [title for title in results if title not in finished]
         return {"dataset": dataset.summary(), "contests": finished, "unfinished": unfinished}
+
+    def _finished(self, dataset: Dataset, prefixes: Mapping[str, str]) -> dict[str, History]:
+        """To resume: the training runs of a results.json with these settings, by label.
+
+        They go on from there where the checkpoints were not kept.
+        """
+        path = self.output / "results.json"
+        if not self.resume or not path.exists():
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        results = content["results"]
+        digest = results["dataset"].get("digest")
+        theirs = _all_that_matters(content["settings"], digest, content["environment"])
+        if theirs != _all_that_matters(asdict(self), dataset.digest(), report.environment()):
+            return {}
+        runs = (contest.finished(prefixes[title], c) for title, c in results["contests"].items())
+        return {label: history for each in runs for label, history in each.items()}
 
 
 def _hold_share(settings: Contests, number: int) -> None:

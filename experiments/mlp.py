@@ -20,8 +20,9 @@ from experiments.experiment import Contest
 from experiments.models import MLP
 from experiments.training import capturing_step, gradient_step
 
-EVERYONE = ("sgd", "nesterov", "adam", "muon", "csgd")
-WITHOUT_MUON = ("sgd", "nesterov", "adam", "csgd")
+SOURCE = ("sgd", "nesterov", "adam", "csgd")  # who takes part in the source
+LONG = (*SOURCE, "csgd_default")
+EVERYONE = ("sgd", "nesterov", "adam", "muon", "csgd", "csgd_default")
 DAMPING = {"raw": 1e-3, "normalised": 1e-2}  # the paper's lambda
 MOMENTUM = 0.95  # Nesterov's, in section 5.4
 
@@ -43,18 +44,21 @@ class Mlp(Contest):
         measured=(500, 5000, 45_000),
         width=(16, None, None),
         depth=(2, 8, 8),
-        epochs=(2.0, 2.0, 100.0),
+        epochs=(2.0, 2.0, 100.0, 5.0),
         tuning_epochs=(0.5, 1.0, 5.0),
         tries=(2, 5, 5),
-        seeds=(2, 5, 3),
+        seeds=(2, 5, 3, 3),
         inputs=(("raw",), ("raw",), ("raw", "normalised")),
-        optimizers=(WITHOUT_MUON, WITHOUT_MUON, EVERYONE),
+        optimizers=(SOURCE, SOURCE, EVERYONE, LONG),
     )
     inputs: tuple[Literal["raw", "normalised"], ...] | None = None
     """raw: pixels in [0, 1], with damping 1e-3. normalised: each feature has mean 0 and standard
     deviation 1, with damping 1e-2."""
-    optimizers: tuple[Literal["sgd", "nesterov", "adam", "muon", "csgd"], ...] | None = None
-    """Who takes part: SGD, C-SGD and others."""
+    optimizers: (
+        tuple[Literal["sgd", "nesterov", "adam", "muon", "csgd", "csgd_default"], ...] | None
+    ) = None
+    """Who takes part: SGD, C-SGD and others. csgd has the paper's damping, csgd_default the
+    damping and the bound that `cqjax.csgd` has by default."""
     width: int | None = None
     """Neurons of a hidden layer. By default the preset's, or 800, and 1600 for CIFAR-100."""
     depth: int | None = None
@@ -69,6 +73,8 @@ class Mlp(Contest):
     """Learning rates to try for Muon."""
     csgd_rates: tuple[float, ...] = (0.05, 0.02, 0.1, 0.01, 0.2)
     """Learning rates to try for C-SGD."""
+    csgd_default_rates: tuple[float, ...] = (0.1, 0.03, 0.3, 0.01, 1.0)
+    """Learning rates to try for C-SGD with its defaults."""
     output: Path = Path("results/mlp")
     """Folder for the results."""
 
@@ -113,19 +119,26 @@ class Mlp(Contest):
 
             return at
 
-        def ours(rate: float) -> Any:
-            optimizer = cqjax.csgd(rate, damping=damping, relative_damping=0.0, max_change=None)
-            return optimizer, capturing_step(loss_fn, optimizer)
+        def ours(**options: Any) -> Any:
+            def at(rate: float) -> Any:
+                optimizer = cqjax.csgd(rate, **options)
+                return optimizer, capturing_step(loss_fn, optimizer)
+
+            return at
 
         def nesterov(rate: float) -> Any:
             return optax.sgd(rate, MOMENTUM, nesterov=True)
 
+        paper = ours(damping=damping, relative_damping=0.0, max_change=None)
         everyone = {
             "sgd": Entrant("SGD", plain(optax.sgd), self.rates("sgd")),
             "nesterov": Entrant("Nesterov", plain(nesterov), self.rates("nesterov")),
             "adam": Entrant("Adam", plain(optax.adam), self.rates("adam")),
             "muon": Entrant("Muon", plain(optax.contrib.muon), self.rates("muon"), "other"),
-            "csgd": Entrant("C-SGD", ours, self.rates("csgd"), "ours"),
+            "csgd": Entrant("C-SGD", paper, self.rates("csgd"), "ours"),
+            "csgd_default": Entrant(
+                "C-SGD, default damping", ours(), self.rates("csgd_default"), "ours"
+            ),
         }
         names = self.optimizers or ()
         timed = [] if "muon" in names else [everyone["muon"]._replace(role="timed")]

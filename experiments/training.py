@@ -1,5 +1,6 @@
 """Train by one optimizer on given batches, and time only the training."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -56,6 +57,7 @@ class Curve:
 
 def _curve(stored: Mapping[str, Any]) -> Curve:
     curve = Curve(**stored)
+    curve.value = [math.nan if value is None else value for value in curve.value]  # as in JSON
     for numbers in zip(curve.step, curve.seconds, curve.value, strict=True):
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("a curve has something else than numbers")

@@ -51,12 +51,13 @@ class Dataset:
         return f"{self.name} ({self.source}), {train:,} training and {test:,} test images"
 
     def summary(self) -> dict[str, Any]:
-        """Name, origin and size, as numbers to be stored."""
+        """Name, origin, size and checksum, to be stored."""
         return {
             "name": self.name,
             "source": self.source,
             "training_images": len(self.train.labels),
             "test_images": len(self.test.labels),
+            "digest": self.digest(),
         }
 
     def digest(self) -> str:

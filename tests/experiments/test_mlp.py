@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import numpy_mlp
 import pytest
 from judged_experiment import check_figure, check_page, refused, run
+from rich.console import Console
 
 from experiments import data
 from experiments.benchmarks import timing
@@ -17,7 +19,7 @@ from experiments.mlp import Mlp
 from experiments.models import MLP
 from experiments.page import median
 from experiments.pages import mlp as pages
-from experiments.training import shuffled_batches
+from experiments.training import State, shuffled_batches
 
 NAMES = ["SGD", "Nesterov", "Adam", "C-SGD"]
 near = partial(pytest.approx, rel=1e-6)  # of the digits that are stored
@@ -48,6 +50,23 @@ def lines(ran):
 @pytest.fixture(scope="module", params=["raw", "normalised"])
 def contest(request, ran):
     return request.param, ran[0]["results"]["contests"][request.param]
+
+
+def test_c_sgd_with_its_defaults_may_take_part():
+    """Its first step from the same weights is another than that of the paper's damping."""
+    settings = replace(SMOKE, optimizers=("sgd", "csgd", "csgd_default"))
+    ((task, entrants),) = settings.contests(settings.load(Console(quiet=True))).values()
+    paper, default = entrants[1:3]
+    assert default.role == "ours" and default.rates == (0.1, 0.03)
+    (params, state), batch = task.start(0), [array[:32] for array in task.parts.train]
+    ends = []
+    for entrant in (paper, default):
+        optimizer, step = entrant.at(0.1)
+        after, _ = jax.jit(step)(State(params, state, optimizer.init(params)), *batch)
+        ends.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(after.params)]))
+    start = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+    far, near_ = (np.linalg.norm(end - start) for end in ends)
+    assert 0 < near_ < far
 
 
 def parts(title):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -294,7 +295,17 @@ def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, m
     assert "only-finished" not in content["command"] and len(content["claims"]) == 1
     page = (tmp_path / "README.md").read_text()
     assert "**Not finished when this page was made**: the contest decay 5e-4." in page
+    capsys.readouterr()
+    before = content["results"]["contests"]["no decay"]
+    shutil.rmtree(tmp_path / "checkpoints")  # there is the page alone to go on from
     main([*command, "--resume"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count(": finished before") == 4
+    assert "decay 5e-4: back-matching 0.02, seed 1: 8 of 8 runs are finished" in printed
     content = json.loads((tmp_path / "results.json").read_text())
+    assert content["results"]["contests"]["no decay"] == before
     assert list(content["results"]["contests"]) == ["no decay", "decay 5e-4"]
-    assert content["results"]["unfinished"] == [] and len(content["claims"]) == 7
+    assert content["results"]["unfinished"] == [] and len(content["claims"]) == 6
+    shutil.rmtree(tmp_path / "checkpoints")
+    main([*command, "--resume", "--measured=9"])  # of other settings nothing is taken
+    assert ": finished before" not in capsys.readouterr().out
