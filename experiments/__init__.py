@@ -9,6 +9,7 @@ written by the module of the same name in `experiments.pages`, from the results 
 - `everyday` and `pinn` do so on several kinds of work at once. They share `pages.kinds`.
 - `loss_surface`, `output_paths`, `lecture` and `conjugate_gradient` are small. They run each method
   as one compiled program (`scans`).
-- `quickstart` trains one network, `rates` prints tables, `benchmarks` times steps, and `index`
-  writes the overview of all pages.
+- `quickstart` trains one network, `rates` prints tables, `benchmarks` times steps, `paper` takes
+  the sources' settings within a time, `parallel` starts several processes, and `index` writes all
+  pages again and the overview of them.
 """

@@ -16,7 +16,14 @@ Each experiment of the source documents has a page, with figures and, in its `re
 number. All run by `python -m experiments NAME`; `--help` tells the options. A claim holds if all
 of its parts do, and partly if some do; it is open if the run was too short to tell. What one page
 leaves open and another answers is counted there alone. The pages have the numbers. Each names first
-where a method of this library loses; "ours loses" counts the sentences on that."""
+where a method of this library loses; "ours loses" counts the sentences on that.
+
+`--preset cpu`, the default, takes minutes of two CPU cores, and `--preset long` hours.
+`--processes 2` shares the training runs out, one to a core. Whatever stops a run, the same command
+with `--resume` goes on. With `--only-finished` it makes the page of what is finished; from that
+page `--resume` goes on, too, where the checkpoints are gone. On a GPU,
+`python -m experiments paper --budget-minutes 25` takes the sources' settings, one experiment after
+another, and goes on when it is called again."""
 
 
 @dataclass(frozen=True)
