@@ -145,8 +145,8 @@ def hold(
     and see the same batches. The target is the lowest final training loss of the baselines, or what
     else the task has for its goal, in the median over the seeds.
 
-    Where the runs are only those that were finished before, a group that is tuned but for some runs
-    is left out, and so are seeds at which not all entrants of the other groups have run.
+    Where the runs are only those that were finished before, the first group that lacks some is left
+    out, with those after it. So are seeds at which not all of the others have run.
 
     Args:
       runs: Makes the training runs, and shows their progress.

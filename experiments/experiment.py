@@ -258,14 +258,20 @@ class Contests(Experiment):
         """To resume: the training runs of a results.json with these settings, by label.
 
         They go on from there where the checkpoints were not kept.
+
+        Raises:
+          ResumeError: If the file cannot be read.
         """
         path = self.output / "results.json"
         if not self.resume or not path.exists():
             return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
-        results = content["results"]
-        digest = results["dataset"].get("digest")
-        theirs = _all_that_matters(content["settings"], digest, content["environment"])
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            results, settings = content["results"], content["settings"]
+            digest = results["dataset"].get("digest")
+            theirs = _all_that_matters(settings, digest, content["environment"])
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ResumeError(f"{path} cannot be read: {error!r}. Remove it to go on") from error
         if theirs != _all_that_matters(asdict(self), dataset.digest(), report.environment()):
             return {}
         runs = (contest.finished(prefixes[title], c) for title, c in results["contests"].items())

@@ -309,3 +309,10 @@ def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, m
     shutil.rmtree(tmp_path / "checkpoints")
     main([*command, "--resume", "--measured=9"])  # of other settings nothing is taken
     assert ": finished before" not in capsys.readouterr().out
+
+
+def test_a_damaged_page_is_named(cifar10_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.pipeline.measure", untimed)
+    (tmp_path / "results.json").write_text('{"results": 3')
+    command = [*NARROW, f"--data-dir={cifar10_folder}", f"--output={tmp_path}", "--resume"]
+    assert "results.json cannot be read" in refused(command, capsys)
