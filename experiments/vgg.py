@@ -51,7 +51,7 @@ class Vgg(Contest):
         train_images=(600, 5700, None, None),
         measured=(200, 1000, 10_000),
         evaluated=(100, 1000, 10_000, 10_000),
-        epochs=(2.5, 5.0, 300.0, 40.0),
+        epochs=(2.5, 5.0, 300.0, 30.0),
         tuning_epochs=(1.25, 2.5, 150.0, 0.5),
         tries=(2, 3, 4, 1),
         seeds=(1, 3, 5, 1),

@@ -159,7 +159,7 @@ def test_the_page_and_the_figures(ran):
     check_page(content, page, claims=5)
     assert "This is another setting than the source's" in page
     assert [claim["holds"] for claim in content["claims"]] == ["open"] * 5
-    assert {claim.holds for claim in judged(content["results"], epochs=39.0).claims} == {"open"}
+    assert {claim.holds for claim in judged(content["results"], epochs=29.0).claims} == {"open"}
     times = page.partition("## Time per step")[2].split("\n\n")[1].splitlines()
     assert {line.count("|") for line in times} == {8} and "| – | – |" in times[2]
     assert times[2].startswith(f"| {FIGURE3} |")
