@@ -314,7 +314,7 @@ def test_verdicts(ahead, soon, untuned, finite, verdicts):
     settings = Everyday().filled()
     page = pages.page(settings, results)
     assert [claim.holds for claim in page.claims] == verdicts
-    lost = "mlp, C-Adam: validation loss 1.1 (better: Muon 0.95, Adam 1); steps to the target"
+    lost = "mlp, C-Adam: validation loss 1.1 (better: Muon 0.95, Adam 1)"
     assert any(line.startswith(lost) for line in page.behind) == (ahead < 6)
     assert any("validation loss is lowest after 50 steps" in choice for choice in page.choices)
 
