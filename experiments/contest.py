@@ -12,9 +12,8 @@ from experiments.classification import Each, Metric, correct, cross_entropies, m
 from experiments.data import Dataset, Split
 from experiments.page import median
 from experiments.runs import Runs
-from experiments.training import Augment, Curve, History, Step, shuffled_batches
-
-VALIDATION = "validation_loss"
+from experiments.stored import VALIDATION, label
+from experiments.training import Augment, History, Step, shuffled_batches
 
 
 class Parts(NamedTuple):
@@ -173,12 +172,12 @@ def hold(
     ran: dict[str, dict[int, History]] = {}
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
-        label = _label(title, entrant.name, rate, None if tuning else seed)
+        name = label(title, entrant.name, rate, None if tuning else seed)
         steps = effort.tuning_steps if tuning else effort.steps
         its = tasks[entrant.name]
         examples, validating, evaluating = evaluated[id(its)]
         return runs.train(
-            label,
+            name,
             *entrant.at(rate, *(rates[name] for name in entrant.given)),
             its.start(seed),
             examples,
@@ -266,30 +265,6 @@ def hold(
         },
         "variants": {e.name: results(e.name) for e in finished if e.role == "variant"},
     }
-
-
-def finished(title: str, held: Mapping[str, Any]) -> dict[str, History]:
-    """The training runs of a contest by their labels, from what `hold` returned and was stored.
-
-    Args:
-      title: Stands before the names of the runs.
-      held: The contest, read from JSON, which has null for what is not a number.
-    """
-    runs = {}
-    for name, entrant in (held["entrants"] | held["variants"]).items():
-        for at in entrant["tuning"]:
-            steps, loss = held["effort"]["tuning_steps"], at[VALIDATION]
-            curve = Curve([steps], [at["seconds"]], [math.nan if loss is None else loss])
-            history = History(at["compile_seconds"], at["seconds"], curve, {VALIDATION: curve})
-            runs[_label(title, name, at["rate"], None)] = history
-        for run in entrant.get("runs", ()):
-            runs[_label(title, name, entrant["rate"], run["seed"])] = History.of(run["history"])
-    return runs
-
-
-def _label(title: str, name: str, rate: float, seed: int | None) -> str:
-    """The name of a training run; without a seed, of a tuning run."""
-    return f"{title}{name} {rate:g}, {'tuning' if seed is None else f'seed {seed}'}"
 
 
 def winner(tried: Sequence[tuple[float, History]]) -> float:

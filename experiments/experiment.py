@@ -1,6 +1,5 @@
 """What the experiments that train networks share: options, sessions, and how a contest runs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,26 +7,13 @@ from typing import Any, ClassVar, Self
 
 from rich.console import Console
 
-from experiments import contest, data, options, parallel, pipeline, report
+from experiments import contest, data, options, parallel, pipeline, report, stored
 from experiments.checkpoints import ResumeError, Session, check_tensorboard
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.page import publish
 from experiments.runs import Runs
 from experiments.training import History
-
-PERIPHERAL = {
-    "data_dir",
-    "download",
-    "output",
-    "resume",
-    "only_finished",
-    "checkpoint_seconds",
-    "tensorboard",
-}
-"""Options that no number depends on."""
-ENVIRONMENT = {"versions", "device", "cpu", "cpu_count"}
-"""The parts of the environment that must stay the same when an experiment is resumed."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +63,13 @@ class Experiment:
         self.output.mkdir(parents=True, exist_ok=True)
         return Session(
             self.output,
-            _all_that_matters(asdict(self), dataset.digest(), report.environment()),
+            stored.identity(asdict(self), dataset.digest(), report.environment()),
             resume=self.resume,
             seconds=self.checkpoint_seconds,
             tensorboard=self.tensorboard,
             shared=shared,
             finished=finished,
         )
-
-
-def _all_that_matters(settings: Any, digest: Any, environment: Any) -> dict[str, Any]:
-    """Settings, data and environment, as far as results depend on them.
-
-    The data are compared by their checksum, not by their name.
-    """
-    settings = {k: v for k, v in settings.items() if k not in PERIPHERAL | {"dataset"}}
-    environment = {k: v for k, v in environment.items() if k in ENVIRONMENT}
-    return report.plain({**settings, "data": digest, **environment})
 
 
 @dataclass(frozen=True)
@@ -241,41 +217,21 @@ class Contests(Experiment):
             racing = [entrant for entrant in entrants if entrant.role != "timed"]
             timings[title], held[title] = measured, (prefix, task, racing, effort)
             costs += effort.costs(racing, measured["seconds_per_step"])
-        session = self.session(dataset, shared, self._finished(dataset, prefixes))
+        finished: dict[str, History] = {}
+        if self.resume:
+            finished = stored.runs(self.output, dataset.digest(), asdict(self), prefixes)
+        session = self.session(dataset, shared, finished)
         with Runs(console, session, costs, self.only_finished) as runs:
             results = {
                 title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
             }
-        finished = {title: result for title, result in results.items() if "entrants" in result}
-        if not finished:
+        done = {title: result for title, result in results.items() if "entrants" in result}
+        if not done:
             raise ResumeError(
                 f"in {self.output} no contest is finished, to make a page of: go on with --resume"
             )
-        unfinished = [title for title in results if title not in finished]
-        return {"dataset": dataset.summary(), "contests": finished, "unfinished": unfinished}
-
-    def _finished(self, dataset: Dataset, prefixes: Mapping[str, str]) -> dict[str, History]:
-        """To resume: the training runs of a results.json with these settings, by label.
-
-        They go on from there where the checkpoints were not kept.
-
-        Raises:
-          ResumeError: If the file cannot be read.
-        """
-        path = self.output / "results.json"
-        if not self.resume or not path.exists():
-            return {}
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            results, settings = content["results"], content["settings"]
-            digest = results["dataset"].get("digest")
-            theirs = _all_that_matters(settings, digest, content["environment"])
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ResumeError(f"{path} cannot be read: {error!r}. Remove it to go on") from error
-        if theirs != _all_that_matters(asdict(self), dataset.digest(), report.environment()):
-            return {}
-        runs = (contest.finished(prefixes[title], c) for title, c in results["contests"].items())
-        return {label: history for each in runs for label, history in each.items()}
+        unfinished = [title for title in results if title not in done]
+        return {"dataset": dataset.summary(), "contests": done, "unfinished": unfinished}
 
 
 def _hold_share(settings: Contests, number: int) -> None:

@@ -174,8 +174,9 @@ class Runs(ExitStack):
         self._progress.update(self._whole, done=f"{self._finished:>6}/{len(self._costs)} runs")
         if not self._console.is_terminal:  # which would show the bars
             left = self._progress.tasks[self._whole].time_remaining
-            unknown = left is None or self._session.shared  # others work at the same time
-            about = "" if unknown else f", about {left / 60:.0f} minutes are left"
+            about = ""
+            if left is not None and not self._session.shared:  # others work at the same time
+                about = f", about {left / 60:.0f} minutes are left"
             done = f"{self._finished} of {len(self._costs)} runs are finished{about}"
             self._console.print(f"{label}: {done}", highlight=False)
         if len(self._costs) > MANY:

@@ -40,6 +40,7 @@ def run(tmp_path_factory):
 
 def test_the_json_has_every_number(run):
     results, _, _ = run
+    assert len(results["dataset"].pop("digest")) == 32
     assert results["dataset"] == {
         "name": "digits",
         "source": "scikit-learn",
