@@ -1,5 +1,6 @@
 """What the experiments that train networks share: options, sessions, and how a contest runs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Contests(Experiment):
+class Contests(Experiment, ABC):
     """An experiment that tunes optimizers with equal effort and then compares them.
 
     Each such experiment declares its name, its presets, the `contests` that it holds, and the
@@ -128,6 +129,7 @@ class Contests(Experiment):
         """The learning rates that are tried for an optimizer."""
         return getattr(self, f"{optimizer}_rates")[: self.tries]
 
+    @abstractmethod
     def load(self, console: Console) -> Dataset:
         """The data that all contests have in common.
 
@@ -136,32 +138,24 @@ class Contests(Experiment):
 
         Raises:
           DataError: If there are none, or their files are bad.
-          NotImplementedError: Each experiment has its own.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def contests(self, dataset: Dataset) -> Mapping[str, tuple[Task, Sequence[Entrant]]]:
         """The contests by title: what is learnt, and who takes part.
 
         Args:
           dataset: What `load` returned.
-
-        Raises:
-          NotImplementedError: Each experiment has its own.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def effort(self, title: str, train: Split) -> Effort:
         """How much is done for each entrant of a contest.
 
         Args:
           title: The contest's.
           train: What it trains on.
-
-        Raises:
-          NotImplementedError: Each experiment has its own.
         """
-        raise NotImplementedError
 
     def run(self) -> None:
         """Tune, train, draw, and judge the source's claims.

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -21,7 +21,7 @@ where a method of this library loses; "ours loses" counts the sentences on that.
 `--preset cpu`, the default, takes minutes of two CPU cores, and `--preset long` hours.
 `--processes 2` shares the training runs out, one to a core. Whatever stops a run, the same command
 with `--resume` goes on. With `--only-finished` it makes the page of what is finished; from that
-page `--resume` goes on, too, where the checkpoints are gone. On a GPU,
+page `--resume` goes on, too, on the same kind of machine, where the checkpoints are gone. On a GPU,
 `python -m experiments paper --budget-minutes 25` takes the sources' settings, one experiment after
 another, and goes on when it is called again."""
 
@@ -56,7 +56,7 @@ def overview(folder: Path) -> str:
         for path in sorted(folder.glob("*/results.json"))
     }
     answered = {
-        (claim["source"], claim["claim"])
+        _question(content, claim)
         for content in pages.values()
         for claim in content["claims"]
         if claim["holds"] != "open"
@@ -65,7 +65,7 @@ def overview(folder: Path) -> str:
         judged = [
             claim
             for claim in content["claims"]
-            if claim["holds"] != "open" or (claim["source"], claim["claim"]) not in answered
+            if claim["holds"] != "open" or _question(content, claim) not in answered
         ]
         page = (folder / name / "README.md").read_text(encoding="utf-8")
         title = page.splitlines()[0].removeprefix("# ")
@@ -99,3 +99,9 @@ def overview(folder: Path) -> str:
         report.markdown_table(claims, align="---"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _question(content: Any, claim: Any) -> tuple[Any, ...]:
+    """What a claim is about: the same words on other data are another question."""
+    data = content["results"].get("dataset", {}).get("name")
+    return content["experiment"], data, claim["source"], claim["claim"]

@@ -166,11 +166,9 @@ class Runs(ExitStack):
             history=history,
             augment=augment,
         )
-        self._number, self._finished, self._spent = (
-            number + 1,
-            self._finished + 1,
-            self._spent + cost,
-        )
+        self._number = number + 1
+        self._finished += 1
+        self._spent += cost
         self._progress.update(self._whole, done=f"{self._finished:>6}/{len(self._costs)} runs")
         if not self._console.is_terminal:  # which would show the bars
             left = self._progress.tasks[self._whole].time_remaining

@@ -13,6 +13,7 @@ Contest = Mapping[str, Any]
 """The results of a contest, as `experiments.contest.hold` returns them."""
 
 CAPTION = "Medians over the seeds, and their ranges. The grey line is the target."
+VALIDATION = {"validation_loss": "validation loss"}
 MEASURES = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
 NEEDED = {
     "step": ("steps", ",.0f"),
@@ -55,7 +56,9 @@ def curves(contest: Contest, name: str, metric: str) -> tuple[list[int], np.ndar
     return curves[0]["step"], np.array(seconds), values
 
 
-def behind(contests: Mapping[str, Contest], metrics: Mapping[str, str] = MEASURES) -> list[str]:
+def behind(
+    contests: Mapping[str, Contest], metrics: Mapping[str, str] = MEASURES | VALIDATION
+) -> list[str]:
     """Where others do better than one of ours, in the median: a sentence for each of ours."""
     return [
         f"{f'{title}, ' * (len(contests) > 1)}{name}: {'; '.join(lost)}."
@@ -231,8 +234,9 @@ def _unfinished(results: Mapping[str, Any]) -> str:
     """What the page lacks, if it was made before all runs were finished."""
     missing = [f"the contest {title}" for title in results.get("unfinished", ())]
     for title, contest in results["contests"].items():
-        missing += [f"{title}: {name}" for name in contest.get("unfinished", ())]
-    return f" **Not finished when this page was made**: {', '.join(missing)}." if missing else ""
+        if names := contest.get("unfinished"):
+            missing.append(f"of {title}, {', '.join(names)}")
+    return f" **Not finished when this page was made**: {'; '.join(missing)}." if missing else ""
 
 
 def measuring(results: Mapping[str, Any]) -> list[str]:

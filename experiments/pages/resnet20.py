@@ -15,7 +15,8 @@ from experiments.training import History
 TIME = "seconds_with_compilation"
 WORDS = MEASURES | {"train_accuracy": "training accuracy"}
 NUMBERS = {"C-SGD": 0, "C-Nesterov": 3, "C-Adam": 5, "SGD": 1, "Nesterov": 2, "Adam": 4}
-HIGHEST = 5  # loss in the figure of variants
+HIGHEST = 5  # loss in the figures
+OUTSIDE = f"Losses above {HIGHEST} are outside."
 BY = {"steps": "steps", "seconds": "seconds of training, compilation counted"}
 
 
@@ -24,17 +25,18 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     ((title, contest),) = results["contests"].items()
     tuned, images = contest["effort"]["tuning_steps"], contest["images"]
     best = whole(contest)
+    changed = f"C-SGD with single settings changed: validation loss after {tuned:,} steps"
     side = f"means of {settings.shrink} x {settings.shrink} pixels" * (settings.shrink > 1)
     return Page(
         f"{title} with and without batch normalisation on {results['dataset']['name']}",
         f"{sources.CONSEQUENTIALISM}, section 5.4, Figs. 6, 7",
         f"{title} of width {settings.width} learns {side or 'the images'}, without augmentation. "
         "The C- forms have no batch normalisation (BN); the others are there with it and without. "
-        f"Damping is {settings.damping:g}, momentum {settings.momentum:g} for SGD and Nesterov in "
+        f"Damping is {_damping(settings)}, momentum {settings.momentum:g} for SGD and Nesterov in "
         f"all forms; inputs are in ±{settings.inputs:g}, and ±{settings.our_inputs:g} for the C- "
         f"forms, whose last layer's rate is multiplied by {settings.last_layer:g}. "
         + contests.protocol(settings, results),
-        contests.behind(results["contests"], WORDS),
+        contests.behind(results["contests"], WORDS | contests.VALIDATION),
         resnet20_claims.claims(contest),
         [
             *resnet20_claims.unchecked(contest),
@@ -56,9 +58,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         {
             "C- forms against plain ones": pairs(contest),
             **contests.all_tables(results["contests"]),
-            f"C-SGD with single settings changed: validation loss after {tuned:,} steps": variants(
-                contest
-            ),
+            **({changed: variants(contest)} if contest["variants"] else {}),
             **(
                 {f"The best of them, after {contest['effort']['steps']:,} steps": best}
                 if best
@@ -66,13 +66,26 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
             ),
         },
         {
-            "steps.png": "By steps, as in Fig. 6: medians over the seeds, and their ranges.",
-            "seconds.png": "The same by seconds, as in Fig. 7; compilation counted.",
-            "variants.png": f"What single settings do to C-SGD in {tuned:,} steps, the grey line "
-            "being the best that SGD-BN has then; and the best of them in whole runs. Losses above "
-            f"{HIGHEST} are outside.",
+            "steps.png": "By steps, as in Fig. 6: medians over the seeds, and their ranges. "
+            f"{OUTSIDE}",
+            "seconds.png": f"The same by seconds, as in Fig. 7; compilation counted. {OUTSIDE}",
+            **(
+                {
+                    "variants.png": f"What single settings do to C-SGD in {tuned:,} steps, the "
+                    "grey line being the best that SGD-BN has then; and the best of them in whole "
+                    f"runs. {OUTSIDE}"
+                }
+                if contest["variants"]
+                else {}
+            ),
         },
     )
+
+
+def _damping(settings: Any) -> str:
+    """The C- forms' damping in words."""
+    relative = getattr(settings, "relative_damping", 0)  # pages from before it have none
+    return f"{settings.damping:g}" + f" and {relative:g} of the mean eigenvalue" * bool(relative)
 
 
 def pairs(contest: Contest) -> list[dict[str, str]]:
@@ -128,7 +141,8 @@ def draw(settings: Any, results: dict[str, Any]) -> None:
     ((_, contest),) = results["contests"].items()
     _curves(settings.output / "steps.png", contest, "steps")
     _curves(settings.output / "seconds.png", contest, "seconds")
-    _draw_variants(settings.output / "variants.png", contest)
+    if contest["variants"]:
+        _draw_variants(settings.output / "variants.png", contest)
 
 
 def _curves(path: Path, contest: Contest, by: Literal["steps", "seconds"]) -> None:
@@ -142,7 +156,7 @@ def _curves(path: Path, contest: Contest, by: Literal["steps", "seconds"]) -> No
                 number = NUMBERS[name.removesuffix("-BN")]
                 _line(loss, contest, name, number, "batch_loss", by, 1)
                 _line(accuracy, contest, name, number, "train_accuracy", by, 100)
-        drawing.logarithmic(loss)
+        drawing.logarithmic(loss, HIGHEST)
         loss.set(title=f"C- forms, and plain ones {title}", xlim=(0, None))
         loss.set_ylabel("loss of the batches (log scale)")
         loss.legend(fontsize="small")

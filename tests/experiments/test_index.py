@@ -29,7 +29,8 @@ def test_the_committed_overview_is_that_of_the_committed_results():
 
 def test_claims_are_counted_and_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("experiments.index.write", lambda *_: None)
-    holds = {"b": ["yes", "no", "yes"], "a": ["partly", "open"]}
+    """What b answers is open on a, and counted for b alone; on c, with other data, it is open."""
+    holds = {"b": ["yes", "no", "yes"], "a": ["partly", "open"], "c": []}
     for name, verdicts in holds.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text(f"# Title of {name}\n\ntext\n")
@@ -40,10 +41,12 @@ def test_claims_are_counted_and_listed(tmp_path, capsys, monkeypatch):
             ],
             "behind": ["x"] * len(verdicts),
             "settings": {"preset": "cpu"},
-            "environment": {"device": {"a": "TPU v5", "b": "cpu: cpu"}[name], "cpu_count": 2},
+            "environment": {"device": "TPU v5" if name == "a" else "cpu: cpu", "cpu_count": 2},
+            "experiment": "x",
+            "results": {"dataset": {"name": "other" if name == "c" else "same"}},
         }
         content["claims"].append(
-            {"claim": "both", "source": "", "measured": "", "holds": {"a": "open", "b": "no"}[name]}
+            {"claim": "all", "source": "", "holds": "no" if name == "b" else "open"}
         )
         (tmp_path / name / "results.json").write_text(json.dumps(content))
     main(["index", "--folder", str(tmp_path)])
@@ -51,7 +54,8 @@ def test_claims_are_counted_and_listed(tmp_path, capsys, monkeypatch):
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert "| [a](a/README.md) | Title of a | 0 | 1 | 0 | 1 | 2 | cpu | TPU v5 |" in lines
     assert "| [b](b/README.md) | Title of b | 2 | 0 | 2 | 0 | 3 | cpu | 2 CPU cores |" in lines
-    assert [line for line in lines if "both" in line] == ["| b | both () | **no** |"]
+    answers = [line for line in lines if "| all () |" in line]
+    assert answers == ["| b | all () | **no** |", "| c | all () | **open** |"]
     assert [line for line in lines if "Fig. 1" in line] == [
         "| a | a0 (Fig. 1) | **partly** |",
         "| a | a1 (Fig. 1) | **open** |",
