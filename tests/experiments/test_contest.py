@@ -57,16 +57,21 @@ def trained(*losses):
 
 
 class Runs:
-    """Has the outcomes ready, and remembers what it was asked for."""
+    """Has the outcomes ready, and remembers what it was asked for. Some may not be finished."""
 
-    def __init__(self, tuning, final):
+    def __init__(self, tuning, final, missing=()):
         self.tuning, self.final, self.calls, self.more = tuning, final, [], 0
+        self.missing = missing
 
     def expect_another(self):
         self.more += 1
 
     def several(self, runs):
-        return [run() for run in runs]
+        return [self.finished(run(), self.calls[-1]) for run in runs]
+
+    def finished(self, history, call):
+        key = *call.at, None if call.at_end else call.start[0].get("seed")
+        return None if key in self.missing else history
 
     def train(
         self, label, optimizer, step, start, examples, batches, metrics, at_end=None, **options
@@ -299,21 +304,6 @@ def test_a_grid_may_stay_as_it_is(extended):
     assert tried == ([0.1, 0.2, 1.0] if extended else [0.1, 0.2])
 
 
-class FinishedRuns(Runs):
-    """Some of the runs are not finished, and are not gone on with."""
-
-    def __init__(self, *args, missing):
-        super().__init__(*args)
-        self.missing = missing
-
-    def several(self, runs):
-        return [self.finished(history, self.calls[-1]) for run in runs for history in [run()]]
-
-    def finished(self, history, call):
-        key = *call.at, None if call.at_end else call.start[0]["seed"]
-        return None if key in self.missing else history
-
-
 @pytest.mark.parametrize(
     ("missing", "finished", "seeds"),
     [
@@ -328,7 +318,7 @@ class FinishedRuns(Runs):
 def test_of_a_contest_that_was_stopped_the_finished_groups_remain(missing, finished, seeds):
     entrants = [entrant(n)._replace(group=group) for n, group in (("A", 1), ("C", 2), ("B", 1))]
     tuning = {(name, rate): rate for name in "ABC" for rate in (0.1, 0.2)}
-    runs = FinishedRuns(tuning, {name: iter(FINAL["A"]) for name in "ABC"}, missing=missing)
+    runs = Runs(tuning, {name: iter(FINAL["A"]) for name in "ABC"}, missing)
     task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}))
     held = hold(runs, "", task, entrants, EFFORT)
     assert held["unfinished"] == [name for name in "ACB" if name not in finished]
