@@ -1,6 +1,5 @@
 """The rules of a contest: optimizers are tuned with equal effort and then compared."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ from experiments.page import median
 from experiments.runs import Runs
 from experiments.stored import VALIDATION, label
 from experiments.training import Augment, History, Step, shuffled_batches
+from experiments.tuning import Tried, beyond, lowest, slower, summary, winner
 
 
 class Parts(NamedTuple):
@@ -141,7 +141,8 @@ def hold(
     A tuning run takes `effort.tuning_steps` steps at one rate. The rate whose run ends with the
     lowest validation loss wins. A loss that is not a number loses. All grids are extended by the
     same rule (`effort.extensions`). Then, at each seed, all entrants start from the same weights
-    and see the same batches. The target is the lowest final training loss of the baselines, or what
+    and see the same batches. If a run diverges, the entrant's runs are made again at the best of
+    its lower rates. The target is the lowest final training loss of the baselines, or what
     else the task has for its goal, in the median over the seeds.
 
     Where the runs are only those that were finished before, the first group that lacks some is left
@@ -167,9 +168,11 @@ def hold(
     tasks = {entrant.name: entrant.task or task for entrant in entrants}
     evaluated = {id(its): _evaluation(its, effort.measured) for its in tasks.values()}
     seeds = range(effort.seed + 1, effort.seed + 1 + effort.seeds)
-    tuned: dict[str, list[tuple[float, History]]] = {}
+    tuned: dict[str, Tried] = {}
     rates: dict[str, float] = {}
-    ran: dict[str, dict[int, History]] = {}
+    taken: dict[str, list[float]] = {}  # the rates of the runs: all but the last diverged
+    ran: dict[tuple[str, float], dict[int, History]] = {}
+    unmade: list[str] = []  # runs that were to be made again
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
         name = label(title, entrant.name, rate, None if tuning else seed)
@@ -212,13 +215,31 @@ def hold(
         return True
 
     def run_whole(members: Sequence[Entrant]) -> None:
-        """Make the runs of some entrants at their rates."""
-        pairs = [(entrant, seed) for seed in seeds for entrant in members]
-        whole = [partial(run, e, rates[e.name], seed, False) for e, seed in pairs]
-        for (entrant, seed), history in zip(pairs, runs.several(whole), strict=True):
-            its = ran.setdefault(entrant.name, {})
-            if history:
-                its[seed] = history
+        """Make the runs of some entrants at their rates, and again where one of them diverges."""
+        taken.update((entrant.name, [rates[entrant.name]]) for entrant in members)
+        while members:
+            pairs = [(entrant, seed) for seed in seeds for entrant in members]
+            whole = [partial(run, e, taken[e.name][-1], seed, False) for e, seed in pairs]
+            for (entrant, seed), history in zip(pairs, runs.several(whole), strict=True):
+                its = ran.setdefault((entrant.name, taken[entrant.name][-1]), {})
+                if history:
+                    its[seed] = history
+            members = [entrant for entrant in members if slow_down(entrant.name)]
+
+    def slow_down(name: str) -> bool:
+        """Whether an entrant's runs are to be made again, at a rate that is then the last taken."""
+        last, its = taken[name][-1], ran[name, taken[name][-1]]
+        if len(taken[name]) > 1 and not its:
+            unmade.append(f"{name} at {taken[name].pop():g}")
+        lower = slower(tuned[name], last, its.values())
+        taken[name] += lower
+        for _ in seeds if lower else ():
+            runs.expect_another()
+        return bool(lower)
+
+    def ending(name: str) -> dict[int, History]:
+        """An entrant's runs at the last rate that it took, by seed."""
+        return ran[name, taken[name][-1]]
 
     finished: list[Entrant] = []
     for members in groups(entrants):
@@ -227,30 +248,35 @@ def hold(
         variants = [entrant for entrant in members if entrant.role == "variant"]
         run_whole([entrant for entrant in members if entrant not in variants])
         if variants:
-            best = min(variants, key=lambda entrant: min(map(_loss, tuned[entrant.name])))
+            best = min(variants, key=lambda entrant: lowest(tuned[entrant.name]))
             run_whole([best])
-        if not all(ran[entrant.name] for entrant in members if entrant.name in ran):
+        if not all(ending(entrant.name) for entrant in members if entrant.name in taken):
             break
         finished += members
     names = [entrant.name for entrant in finished]
-    unfinished = [entrant.name for entrant in entrants if entrant.name not in names]
+    unfinished = unmade + [entrant.name for entrant in entrants if entrant.name not in names]
     if not finished:
         return {"unfinished": unfinished}
-    seeds = [seed for seed in seeds if all(seed in ran[name] for name in names if name in ran)]
+    seeds = [seed for seed in seeds if all(seed in ending(n) for n in names if n in taken)]
     baselines = [entrant.name for entrant in finished if entrant.role == "baseline"]
-    target = _target({n: [ran[n][seed] for seed in seeds] for n in baselines}, task.goal)
+    target = _target({n: [ending(n)[seed] for seed in seeds] for n in baselines}, task.goal)
 
     def results(name: str) -> dict[str, Any]:
         its = tasks[name]
-        runs = [
-            {"seed": seed, **history.summary()}
-            | {"to_target": reached(history, target, its.score, task.goal)}
-            for seed, history in ran.get(name, {}).items()
-            if seed in seeds
+        made = [
+            {
+                "rate": rate,
+                "runs": [
+                    {"seed": seed, **history.summary()}
+                    | {"to_target": reached(history, target, its.score, task.goal)}
+                    for seed, history in ran[name, rate].items()
+                    if seed in seeds
+                ],
+            }
+            for rate in taken.get(name, ())
         ]
-        return {"tuning": _tuning(tuned[name]), "rate": rates[name]} | (
-            {"runs": runs} if runs else {}
-        )
+        tuning = {"tuning": summary(tuned[name]), "rate": rates[name]}
+        return {**tuning, **made[-1], "diverged": made[:-1]} if made else tuning
 
     return {
         "images": dict(zip(Parts._fields, (len(part.labels) for part in task.parts), strict=True))
@@ -265,25 +291,6 @@ def hold(
         },
         "variants": {e.name: results(e.name) for e in finished if e.role == "variant"},
     }
-
-
-def winner(tried: Sequence[tuple[float, History]]) -> float:
-    """The rate whose run ended with the lowest validation loss. If all diverged, the first."""
-    return min(tried, key=_loss)[0]
-
-
-def beyond(tried: Sequence[tuple[float, History]]) -> list[float]:
-    """The rate half a decade beyond the winner, if this is the least or greatest of several."""
-    order = sorted(tried, key=lambda one: one[0])
-    best = winner(order)
-    way = {order[-1][0]: 1, order[0][0]: -1}.get(best, 0)
-    return [float(f"{10 ** (round(2 * math.log10(best)) / 2 + way / 2):.0e}")] if way else []
-
-
-def _loss(tried: tuple[float, History]) -> float:
-    """The validation loss at the end of a tuning run. It is infinite if it is not a number."""
-    value = tried[1].last(VALIDATION)
-    return math.inf if math.isnan(value) else value
 
 
 def reached(
@@ -314,19 +321,6 @@ def _target(ran: Mapping[str, Sequence[History]], goal: str) -> dict[str, Any]:
     }
     best = min(ends, key=ends.__getitem__)
     return {"entrant": best, goal: ends[best]}
-
-
-def _tuning(tried: Sequence[tuple[float, History]]) -> list[dict[str, float]]:
-    """The tuning runs."""
-    return [
-        {
-            "rate": rate,
-            VALIDATION: history.last(VALIDATION),
-            "seconds": history.train_seconds,
-            "compile_seconds": history.compile_seconds,
-        }
-        for rate, history in tried
-    ]
 
 
 def _evaluation(task: Task, measured: int) -> tuple[Any, dict[str, Metric], dict[str, Metric]]:

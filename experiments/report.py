@@ -50,6 +50,7 @@ def environment() -> dict[str, Any]:
         "device": f"{device.platform}: {device.device_kind}",
         "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -57,9 +58,11 @@ def environment() -> dict[str, Any]:
 def machine(environment: Mapping[str, Any]) -> str:
     """A sentence about what `environment` returned."""
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    cores, used = environment["cpu_count"], environment.get("cores")
+    limited = f", of which this had {used}" if used and used < cores else ""
     return (
-        f"Measured on {environment['device']} ({environment['cpu']}, {environment['cpu_count']} "
-        f"cores), {environment['date']}: Python {environment['python']}, {versions}, "
+        f"Measured on {environment['device']} ({environment['cpu']}, {cores} cores{limited}), "
+        f"{environment['date']}: Python {environment['python']}, {versions}, "
         f"{environment['system']}."
     )
 

@@ -85,6 +85,7 @@ def _of_contest(title: str, held: Mapping[str, Any]) -> dict[str, History]:
             curve = Curve([steps], [at["seconds"]], [math.nan if loss is None else loss])
             history = History(at["compile_seconds"], at["seconds"], curve, {VALIDATION: curve})
             runs[label(title, name, at["rate"], None)] = history
-        for run in entrant.get("runs", ()):
-            runs[label(title, name, entrant["rate"], run["seed"])] = History.of(run["history"])
+        for made in (entrant, *entrant.get("diverged", ())):
+            for run in made.get("runs", ()):
+                runs[label(title, name, made["rate"], run["seed"])] = History.of(run["history"])
     return runs

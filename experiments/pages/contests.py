@@ -167,7 +167,9 @@ def tuning(entrants: Mapping[str, Any]) -> list[dict[str, str]]:
                 f"rate {number}": f"{at['rate']:g}: {count(median([at['validation_loss']]), '.4f')}"
                 for number, at in enumerate(entrant["tuning"], start=1)
             },
-            "chosen": f"{entrant['rate']:g}" + (" (at the grid's edge)" if edge(entrant) else ""),
+            "chosen": "".join(f"{rate:g}, which diverged; then " for rate in _diverged(entrant))
+            + f"{entrant['rate']:g}"
+            + (" (at the grid's edge)" if edge(entrant) else ""),
         }
         for name, entrant in entrants.items()
     ]
@@ -216,7 +218,7 @@ def protocol(settings: Any, results: Mapping[str, Any]) -> str:
         "At each seed all optimizers share first weights and batches "
         "(medians, and ranges in brackets). The target is the training loss that "
         f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
-        f"{_unfinished(results)}"
+        f"{_again(entrants)}{_unfinished(results)}"
     )
 
 
@@ -228,6 +230,27 @@ def _tuning(settings: Any, effort: Mapping[str, Any]) -> str:
         f"Each optimizer had {settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one "
         "at each rate of its grid; the rate with the lowest validation loss"
     )
+
+
+def _again(entrants: Sequence[tuple[str, Any]]) -> str:
+    """Which runs diverged, and were made again."""
+    rates = [(name, its["rate"], _diverged(its)) for name, its in entrants if _diverged(its)]
+    if not rates:
+        return ""
+    each = "; ".join(
+        f"{name}'s at {' and '.join(f'{rate:g}' for rate in lost)}, then at {rate:g}"
+        for name, rate, lost in rates
+    )
+    return (
+        " Where a run diverged, which is to end with no less training loss than it began with, the "
+        f"optimizer's runs were made again at the best of its lower rates: {each}. This rule was "
+        "made after C-SGD's run of 4,000 steps on CIFAR-10 had diverged."
+    )
+
+
+def _diverged(entrant: Mapping[str, Any]) -> list[float]:
+    """The rates at which an entrant's runs diverged, before it took a lower one."""
+    return [made["rate"] for made in entrant.get("diverged", ())]
 
 
 def _unfinished(results: Mapping[str, Any]) -> str:

@@ -1,96 +1,14 @@
 """The contests' protocol, with training runs whose outcome is known."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from known_contests import EFFORT, NAN, PARTS, Runs, entrant, split, trained
 
-from experiments.contest import (
-    Effort,
-    Entrant,
-    Parts,
-    Task,
-    beyond,
-    held_out,
-    hold,
-    reached,
-    winner,
-)
+from experiments.contest import Entrant, Parts, Task, held_out, hold, reached
 from experiments.data import Dataset, Split
 from experiments.models import MLP
-from experiments.training import Curve, History
-
-EFFORT = Effort(steps=20, tuning_steps=5, seeds=3, seed=7, batch_size=4, measured=6)
-STEPS = [0, 10, 20]
-NAN = float("nan")
-
-
-def split(n, first=0):
-    labels = np.arange(first, first + n, dtype=np.int32)
-    return Split(np.full((n, 2, 2), 0.5, np.float32) * labels[:, None, None], labels)
-
-
-PARTS = Parts(split(12), split(2, 20), split(3, 30))
-
-
-def entrant(name, role="baseline", rates=(0.1, 0.2)):
-    return Entrant(name, lambda rate: ((name, rate), None), rates, role)
-
-
-def tuned(loss):
-    return History(
-        1.0, 2.0, Curve([5], [2.0], [1.0]), {"validation_loss": Curve([5], [2.0], [loss])}
-    )
-
-
-def trained(*losses):
-    """A run with these training losses at the steps 0, 10 and 20."""
-    seconds = [0.0, 3.0, 6.0]
-    metrics = {
-        "train_loss": Curve(STEPS, seconds, list(losses)),
-        "validation_loss": Curve(STEPS, seconds, [1.0, 1.0, 1.0]),
-        "test_accuracy": Curve(STEPS, seconds, [0.1, 0.5, 0.6]),
-    }
-    return History(1.5, 6.0, Curve([20], [6.0], [1.0]), metrics)
-
-
-class Runs:
-    """Has the outcomes ready, and remembers what it was asked for. Some may not be finished."""
-
-    def __init__(self, tuning, final, missing=()):
-        self.tuning, self.final, self.calls, self.more = tuning, final, [], 0
-        self.missing = missing
-
-    def expect_another(self):
-        self.more += 1
-
-    def several(self, runs):
-        return [self.finished(run(), self.calls[-1]) for run in runs]
-
-    def finished(self, history, call):
-        key = *call.at, None if call.at_end else call.start[0].get("seed")
-        return None if key in self.missing else history
-
-    def train(
-        self, label, optimizer, step, start, examples, batches, metrics, at_end=None, **options
-    ):
-        self.calls.append(
-            SimpleNamespace(
-                label=label,
-                at=optimizer,
-                step=step,
-                start=start,
-                examples=examples,
-                batches=batches,
-                metrics=metrics,
-                at_end=at_end,
-                **options,
-            )
-        )
-        name, rate = optimizer
-        return tuned(self.tuning[name, rate]) if at_end else next(self.final[name])
 
 
 def contest(final, augment=None):
@@ -264,16 +182,7 @@ def test_grids_go_on_beyond_their_edges_and_winners_are_told():
     assert len(costs) == 6 + 9 and sum(costs) == 6 * 5 + 3 * 20 * 4
 
 
-def test_half_a_decade_beyond_an_edge():
-    assert beyond([(0.003, tuned(2.0)), (0.01, tuned(1.0))]) == [0.03]
-    assert beyond([(0.03, tuned(NAN)), (0.3, tuned(NAN))]) == [0.01]
-    assert beyond([(0.1, tuned(1.0)), (1.0, tuned(0.5))]) == [3.0]
-    assert beyond([(1.0, tuned(3.0)), (0.3, tuned(0.5)), (0.1, tuned(0.6))]) == []
-
-
-def test_who_diverges_loses():
-    assert winner([(0.1, tuned(NAN)), (0.2, tuned(5.0)), (0.3, tuned(4.0))]) == 0.3
-    assert winner([(0.1, tuned(NAN)), (0.2, tuned(NAN))]) == 0.1
+def test_when_the_target_is_reached():
     assert reached(trained(3, NAN, 0.5), {"train_loss": 0.6})["step"] == 20
     assert reached(trained(3, 2, NAN), {"train_loss": 0.6}) is None
 

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import options, report
 from experiments.page import Claim, Page, before, count, judge, markdown, median, spread
+from experiments.pages import contests
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,36 @@ def test_the_page_says_first_where_our_method_loses_and_what_holds():
 
 def test_or_that_it_loses_nowhere():
     assert "**Where our method loses.** Nowhere, in what was measured here." in written()
+
+
+def test_the_page_says_what_diverged_and_ran_again():
+    tuning = [{"rate": rate, "validation_loss": rate} for rate in (0.1, 0.03, 0.3)]
+    again = {
+        "rate": 0.03,
+        "tuning": tuning,
+        "role": "ours",
+        "diverged": [{"rate": 0.3}, {"rate": 0.1}],
+    }
+    well = {"rate": 0.3, "tuning": tuning, "role": "baseline"}
+    held = {
+        "effort": {"steps": 9, "tuning_steps": 3, "seeds": 1},
+        "entrants": {"A": again, "B": well},
+    }
+    results = {"dataset": {"name": "digits"}, "contests": {"": held}}
+    settings = SimpleNamespace(tries=3, epochs=1, batch_size=2)
+    said = contests.protocol(settings, results)
+    assert "made again at the best of its lower rates: A's at 0.3 and 0.1, then at 0.03." in said
+    assert [row["chosen"] for row in contests.tuning(held["entrants"])] == [
+        "0.3, which diverged; then 0.1, which diverged; then 0.03 (at the grid's edge)",
+        "0.3 (at the grid's edge)",
+    ]
+    held["entrants"] = {"B": well}
+    assert "again" not in contests.protocol(settings, results)
+
+
+def test_the_page_says_on_how_many_of_the_cores_it_was_measured():
+    its = report.environment() | {"cpu_count": 64, "cores": 1}
+    assert "64 cores, of which this had 1)" in report.machine(its)
+    assert "64 cores)" in report.machine(its | {"cores": 64})
+    del its["cores"]  # as on pages from before it
+    assert "64 cores)" in report.machine(its)
