@@ -49,7 +49,6 @@ class Session(ExitStack):
         seconds: float,
         tensorboard: bool,
         shared: bool = False,
-        finished: Mapping[str, History] | None = None,
     ):
         """Open the folder. Without `resume`, remove what an earlier session kept in it.
 
@@ -62,8 +61,6 @@ class Session(ExitStack):
           shared: Whether it is one of several sessions in the folder at once. Each training run is
             made by the first that claims it; the others wait for it. They write no metrics: the
             session that comes after them does.
-          finished: Training runs, by label, that an earlier session finished and that have no
-            checkpoint here.
 
         Raises:
           ResumeError: If the last session had other settings.
@@ -71,7 +68,7 @@ class Session(ExitStack):
         super().__init__()
         self._folder, self._seconds, self.shared = output / FOLDER, seconds, shared
         self._mine: set[int] = set()
-        self._known = finished or {}
+        self._known: Mapping[str, History] = {}
         if not resume or not _found(self._folder, settings):
             _empty(self._folder, settings)
         self._write: list[Write] = []
@@ -83,6 +80,10 @@ class Session(ExitStack):
         if tensorboard:
             self._write.append(self.enter_context(_tensorboard(output / "tensorboard")))
 
+    def know(self, finished: Mapping[str, History]) -> None:
+        """Take these training runs, by label, for finished, where there is no checkpoint."""
+        self._known = finished
+
     def claims(self, number: int) -> bool:
         """Whether this session makes the training run with this number: the first to ask does."""
         if self.shared and number not in self._mine:
@@ -92,6 +93,24 @@ class Session(ExitStack):
                 return False
             self._mine.add(number)
         return True
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returned to the first session in the folder, as JSON has it.
+
+        Args:
+          name: The name of the file in which it is kept.
+          make: Called if there is none.
+
+        Raises:
+          ResumeError: If the file is damaged.
+        """
+        path = self._folder / f"{name}.json"
+        if not path.exists():
+            report.write_json(path, make())
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ResumeError(f"{path} cannot be read: {error}. Remove it to go on") from error
 
     def run(self, number: int, label: str, steps: int) -> "Run":
         """What is kept of the training run with this number, this label and so many steps.

@@ -1,10 +1,11 @@
 """What the experiments that train networks share: options, sessions, and how a contest runs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from rich.console import Console
 
@@ -14,7 +15,6 @@ from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.page import publish
 from experiments.runs import Runs
-from experiments.training import History
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,12 @@ class Experiment:
         if self.tensorboard:
             check_tensorboard()
 
-    def session(
-        self,
-        dataset: Dataset,
-        shared: bool = False,
-        finished: Mapping[str, History] | None = None,
-    ) -> Session:
+    def session(self, dataset: Dataset, shared: bool = False) -> Session:
         """Begin a session, or go on with an earlier one.
 
         Args:
           dataset: What is learnt from.
           shared: As in `Session`.
-          finished: As in `Session`.
 
         Raises:
           ResumeError: If the earlier session had other settings, other data or another environment.
@@ -69,8 +63,21 @@ class Experiment:
             seconds=self.checkpoint_seconds,
             tensorboard=self.tensorboard,
             shared=shared,
-            finished=finished,
         )
+
+
+class _Part(NamedTuple):
+    """A contest of an experiment."""
+
+    prefix: str
+    """Stands before the names of its runs, if there are other contests."""
+    task: Task
+    entrants: Sequence[Entrant]
+    effort: Effort
+
+    def racing(self) -> list[Entrant]:
+        """Those of which not only the step is timed."""
+        return [entrant for entrant in self.entrants if entrant.role != "timed"]
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,9 @@ class Contests(Experiment, ABC):
         if self.only_finished:
             settings = replace(settings, resume=True)
         elif self.processes > 1:
-            with settings.session(dataset):  # says whether there is one to resume, or begins it
+            # It says whether there is one to resume, or begins it; and the processes would time
+            # their steps while the others work.
+            with settings._begun(console, dataset, settings._parts(dataset)):
                 pass
             settings = replace(settings, resume=True)
             parallel.run(_hold_share, settings, settings.processes)
@@ -192,33 +201,17 @@ class Contests(Experiment, ABC):
           DataError: If a batch has more images than there are.
           ResumeError: If no contest is finished, and there are to be only finished runs.
         """
-        contests = {
-            title: (task, [entrant.with_cached_steps() for entrant in entrants])
-            for title, (task, entrants) in self.contests(dataset).items()
-        }
-        efforts = {
-            title: self.effort(title, task.parts.train) for title, (task, _) in contests.items()
-        }
-        for title, (task, _) in contests.items():
-            replace(dataset, train=task.parts.train).check_batch_size(efforts[title].batch_size)
-        prefixes = {title: f"{title}: " * (len(contests) > 1) for title in contests}
-        timings, held, costs = {}, {}, []
-        for title, (task, entrants) in contests.items():
-            prefix = prefixes[title]
-            timed = [entrant for entrant in entrants if entrant.role != "variant"]
-            effort = efforts[title]
-            measured = pipeline.measure(console, prefix, task, timed, effort.batch_size, self.seed)
-            racing = [entrant for entrant in entrants if entrant.role != "timed"]
-            timings[title], held[title] = measured, (prefix, task, racing, effort)
-            costs += effort.costs(racing, measured["seconds_per_step"])
-        finished: dict[str, History] = {}
-        if self.resume:
-            finished = stored.runs(self.output, dataset.digest(), asdict(self), prefixes)
-        session = self.session(dataset, shared, finished)
-        with Runs(console, session, costs, self.only_finished) as runs:
-            results = {
-                title: timings[title] | contest.hold(runs, *one) for title, one in held.items()
-            }
+        parts = self._parts(dataset)
+        with self._begun(console, dataset, parts, shared) as (session, times):
+            costs = []
+            for title, part in parts.items():
+                costs += part.effort.costs(part.racing(), times[title]["seconds_per_step"])
+            with Runs(console, session, costs, self.only_finished) as runs:
+                results = {
+                    title: times[title]
+                    | contest.hold(runs, part.prefix, part.task, part.racing(), part.effort)
+                    for title, part in parts.items()
+                }
         done = {title: result for title, result in results.items() if "entrants" in result}
         if not done:
             raise ResumeError(
@@ -226,6 +219,38 @@ class Contests(Experiment, ABC):
             )
         unfinished = [title for title in results if title not in done]
         return {"dataset": dataset.summary(), "contests": done, "unfinished": unfinished}
+
+    def _parts(self, dataset: Dataset) -> dict[str, _Part]:
+        """The contests by title. Those with larger batches than there are images are refused."""
+        contests, parts = self.contests(dataset), {}
+        for title, (task, entrants) in contests.items():
+            effort = self.effort(title, task.parts.train)
+            replace(dataset, train=task.parts.train).check_batch_size(effort.batch_size)
+            prefix = f"{title}: " * (len(contests) > 1)
+            parts[title] = _Part(prefix, task, [e.with_cached_steps() for e in entrants], effort)
+        return parts
+
+    @contextmanager
+    def _begun(
+        self, console: Console, dataset: Dataset, parts: Mapping[str, _Part], shared: bool = False
+    ) -> Iterator[tuple[Session, dict[str, Any]]]:
+        """A session, and what a step takes in each contest: measured once, before the training."""
+
+        def measured(part: _Part) -> dict[str, Any]:
+            timed = [entrant for entrant in part.entrants if entrant.role != "variant"]
+            size = part.effort.batch_size
+            return pipeline.measure(console, part.prefix, part.task, timed, size, self.seed)
+
+        def measure() -> dict[str, Any]:
+            return {title: measured(part) for title, part in parts.items()}
+
+        with self.session(dataset, shared) as session:
+            times = session.once("times", measure)
+            if self.resume:
+                digest, settings = dataset.digest(), asdict(self)
+                prefixes = {title: part.prefix for title, part in parts.items()}
+                session.know(stored.runs(self.output, digest, settings, prefixes, times))
+            yield session, times
 
 
 def _hold_share(settings: Contests, number: int) -> None:
@@ -282,6 +307,9 @@ class Contest(OnImages):
     """Epochs of each tuning run."""
     batch_size: int = 32
     """Images of a batch."""
+    extensions: int = 0
+    """While an optimizer's best rate is at the edge of those tried, try one more beyond it, half a
+    decade away, up to so many times."""
 
     def __post_init__(self):
         """Refuse values that cannot be meant.
@@ -291,6 +319,7 @@ class Contest(OnImages):
         """
         super().__post_init__()
         options.require(self, options.AT_LEAST_ONE, "batch_size")
+        options.require(self, options.COUNT, "extensions")
         options.require(self, options.LENGTH, "epochs", "tuning_epochs")
 
     def effort(self, title: str, train: Split) -> Effort:
@@ -304,4 +333,5 @@ class Contest(OnImages):
             self.seed,
             self.batch_size,
             self.measured,
+            self.extensions,
         )

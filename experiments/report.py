@@ -51,6 +51,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -60,10 +61,11 @@ def machine(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     cores, used = environment["cpu_count"], environment.get("cores")
     limited = f", of which this had {used}" if used and used < cores else ""
+    flags = environment.get("xla_flags")  # pages from before it have none
     return (
         f"Measured on {environment['device']} ({environment['cpu']}, {cores} cores{limited}), "
         f"{environment['date']}: Python {environment['python']}, {versions}, "
-        f"{environment['system']}."
+        f"{environment['system']}{f', XLA_FLAGS={flags}' if flags else ''}."
     )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import report
-from experiments.checkpoints import ResumeError
+from experiments.checkpoints import FOLDER, ResumeError
+from experiments.page import median
 from experiments.training import Curve, History
 
 PERIPHERAL = {
@@ -23,6 +24,8 @@ PERIPHERAL = {
 ENVIRONMENT = {"versions", "device", "cpu", "cpu_count"}
 """The parts of the environment that must stay the same when an experiment is resumed."""
 VALIDATION = "validation_loss"
+SIMILAR = 1.5
+"""To go on, a step must take at most so many times as long as before, and at least the inverse."""
 
 
 def identity(settings: Any, digest: Any, environment: Any) -> dict[str, Any]:
@@ -31,6 +34,7 @@ def identity(settings: Any, digest: Any, environment: Any) -> dict[str, Any]:
     The data are compared by their checksum, not by their name.
     """
     settings = {k: v for k, v in settings.items() if k not in PERIPHERAL | {"dataset"}}
+    settings.setdefault("extensions", 0)  # as it was before there was this option
     environment = {k: v for k, v in environment.items() if k in ENVIRONMENT}
     return report.plain({**settings, "data": digest, **environment})
 
@@ -48,7 +52,11 @@ def label(title: str, name: str, rate: float, seed: int | None) -> str:
 
 
 def runs(
-    folder: Path, digest: str, settings: Mapping[str, Any], prefixes: Mapping[str, str]
+    folder: Path,
+    digest: str,
+    settings: Mapping[str, Any],
+    prefixes: Mapping[str, str],
+    times: Mapping[str, Any],
 ) -> dict[str, History]:
     """The training runs of a folder's results.json by their labels, if its settings are these.
 
@@ -57,9 +65,11 @@ def runs(
       digest: The checksum of the data.
       settings: The settings.
       prefixes: By title of a contest, what stands before the names of its runs.
+      times: By title, what a step takes here, as `pipeline.measure` returns it.
 
     Raises:
-      ResumeError: If the file cannot be read.
+      ResumeError: If the file cannot be read. If a step takes far more or less time here than where
+        the runs were made: their seconds do not compare with those of runs on this machine.
     """
     path = folder / "results.json"
     if not path.exists():
@@ -68,12 +78,31 @@ def runs(
         content = json.loads(path.read_text(encoding="utf-8"))
         results, environment = content["results"], content["environment"]
         theirs = identity(content["settings"], results["dataset"].get("digest"), environment)
+        if theirs != identity(settings, digest, report.environment()):
+            return {}
+        contests = results["contests"]
+        ratios = [_ratio(times[title], contest) for title, contest in contests.items()]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ResumeError(f"{path} cannot be read: {error!r}. Remove it to go on") from error
-    if theirs != identity(settings, digest, report.environment()):
-        return {}
-    contests = (_of_contest(prefixes[title], c) for title, c in results["contests"].items())
-    return {name: history for each in contests for name, history in each.items()}
+    for ratio in ratios:
+        if not 1 / SIMILAR <= ratio <= SIMILAR:
+            raise ResumeError(
+                f"{path} is of a machine on which a step takes {ratio:.2g} times as long as it did "
+                "here now: the seconds of its runs and of new ones would not compare. If the "
+                f"machine was busy, remove {folder / FOLDER / 'times.json'} and try again. Or name "
+                "another --output"
+            )
+    return {
+        name: history
+        for title, contest in contests.items()
+        for name, history in _of_contest(prefixes[title], contest).items()
+    }
+
+
+def _ratio(here: Mapping[str, Any], there: Mapping[str, Any]) -> float:
+    """How many times as long a step took there, in the median over the entrants."""
+    ours, theirs = (each["seconds_per_step"] for each in (here, there))
+    return median([theirs[name] / seconds for name, seconds in ours.items() if name in theirs])
 
 
 def _of_contest(title: str, held: Mapping[str, Any]) -> dict[str, History]:

@@ -159,20 +159,20 @@ def tables(title: str, contest: Contest) -> dict[str, list[dict[str, str]]]:
 
 
 def tuning(entrants: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The validation losses of the tuning runs."""
-    return [
-        {
-            "optimizer": name,
-            **{
-                f"rate {number}": f"{at['rate']:g}: {count(median([at['validation_loss']]), '.4f')}"
-                for number, at in enumerate(entrant["tuning"], start=1)
-            },
-            "chosen": "".join(f"{rate:g}, which diverged; then " for rate in _diverged(entrant))
-            + f"{entrant['rate']:g}"
-            + (" (at the grid's edge)" if edge(entrant) else ""),
-        }
-        for name, entrant in entrants.items()
-    ]
+    """The validation losses of the tuning runs. Some have more of them than others."""
+    most = max(len(entrant["tuning"]) for entrant in entrants.values())
+    rows = []
+    for name, entrant in entrants.items():
+        tried = [
+            f"{at['rate']:g}: {count(median([at['validation_loss']]), '.4f')}"
+            for at in entrant["tuning"]
+        ]
+        tried += ["–"] * (most - len(tried))
+        row = {"optimizer": name} | {f"rate {n}": one for n, one in enumerate(tried, start=1)}
+        row["chosen"] = "".join(f"{rate:g}, which diverged; then " for rate in _diverged(entrant))
+        row["chosen"] += f"{entrant['rate']:g}" + " (at the grid's edge)" * edge(entrant)
+        rows.append(row)
+    return rows
 
 
 def times(contests: Mapping[str, Contest]) -> list[dict[str, str]]:
@@ -224,11 +224,13 @@ def protocol(settings: Any, results: Mapping[str, Any]) -> str:
 
 def _tuning(settings: Any, effort: Mapping[str, Any]) -> str:
     """How the rates were chosen, up to the words for the rate that was."""
+    further = effort.get("extensions", 0)  # pages from before it have none
+    more = f", and up to {further} more beyond it while the best was at its edge" if further else ""
     if settings.tries == 1:
         return "Nothing was tuned: the first rate of each optimizer's grid"
     return (
         f"Each optimizer had {settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one "
-        "at each rate of its grid; the rate with the lowest validation loss"
+        f"at each rate of its grid{more}; the rate with the lowest validation loss"
     )
 
 

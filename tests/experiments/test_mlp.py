@@ -52,6 +52,12 @@ def contest(request, ran):
     return request.param, ran[0]["results"]["contests"][request.param]
 
 
+def test_grids_are_extended_where_the_option_says_so():
+    train = SMOKE.load(Console(quiet=True)).train
+    assert replace(SMOKE, extensions=2).effort("raw", train).extensions == 2
+    assert SMOKE.effort("raw", train).extensions == 0
+
+
 def test_c_sgd_with_its_defaults_may_take_part():
     """Its first step from the same weights is another than that of the paper's damping."""
     settings = replace(SMOKE, optimizers=("sgd", "csgd", "csgd_default"))

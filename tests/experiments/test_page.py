@@ -128,11 +128,24 @@ def test_the_page_says_what_diverged_and_ran_again():
     ]
     held["entrants"] = {"B": well}
     assert "again" not in contests.protocol(settings, results)
+    assert "one at each rate of its grid; the rate" in contests.protocol(settings, results)
+    more = well | {"tuning": tuning + [{"rate": 1.0, "validation_loss": 2.0}]}
+    few, many = contests.tuning({"A": well, "B": more})
+    assert list(few) == list(many) and (few["rate 4"], many["rate 4"]) == ("–", "1: 2.0000")
+    held["effort"]["extensions"] = 2
+    assert "grid, and up to 2 more beyond it while the best" in contests.protocol(settings, results)
 
 
 def test_the_page_says_on_how_many_of_the_cores_it_was_measured():
     its = report.environment() | {"cpu_count": 64, "cores": 1}
     assert "64 cores, of which this had 1)" in report.machine(its)
     assert "64 cores)" in report.machine(its | {"cores": 64})
-    del its["cores"]  # as on pages from before it
+    del its["cores"], its["xla_flags"]  # as on pages from before them
     assert "64 cores)" in report.machine(its)
+
+
+def test_the_page_says_by_which_flags_xla_compiled(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some=1")
+    assert report.machine(report.environment()).endswith(", XLA_FLAGS=--xla_some=1.")
+    monkeypatch.delenv("XLA_FLAGS")
+    assert "XLA_FLAGS" not in report.machine(report.environment())

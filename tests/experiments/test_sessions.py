@@ -284,7 +284,13 @@ def test_bad_options(capsys):
 
 def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, monkeypatch):
     """Of two contests with four runs each: of none; of the first; of both."""
-    monkeypatch.setattr("experiments.pipeline.measure", untimed)
+    timed = []
+
+    def measure(*args):
+        timed.append(args[1])
+        return untimed(*args)
+
+    monkeypatch.setattr("experiments.pipeline.measure", measure)
     command = [*NARROW, f"--data-dir={cifar10_folder}", f"--output={tmp_path}"]
     stopped(command, 3 * (STEPS + 1))
     assert "no contest is finished" in refused([*command, "--only-finished"], capsys)
@@ -295,6 +301,7 @@ def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, m
     assert "only-finished" not in content["command"] and len(content["claims"]) == 6
     page = (tmp_path / "README.md").read_text()
     assert "**Not finished when this page was made**: the contest decay 5e-4." in page
+    assert timed == ["no decay: ", "decay 5e-4: "]  # by the first of the four sessions alone
     capsys.readouterr()
     before = numbers(tmp_path, "seconds_with_compilation")[0]["contests"]["no decay"]
     shutil.rmtree(tmp_path / "checkpoints")  # there is the page alone to go on from
@@ -312,8 +319,12 @@ def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, m
     assert ": finished before" not in capsys.readouterr().out
 
 
-def test_a_damaged_page_is_named(cifar10_folder, tmp_path, capsys, monkeypatch):
+def test_a_damaged_page_is_named_and_so_are_damaged_times(
+    cifar10_folder, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("experiments.pipeline.measure", untimed)
     (tmp_path / "results.json").write_text('{"results": 3')
     command = [*NARROW, f"--data-dir={cifar10_folder}", f"--output={tmp_path}", "--resume"]
     assert "results.json cannot be read" in refused(command, capsys)
+    (tmp_path / "checkpoints" / "times.json").write_text('{"no decay')
+    assert "times.json cannot be read" in refused(command, capsys)

@@ -1,9 +1,11 @@
 """Which learning rate an optimizer takes, and what happens where its runs diverge."""
 
 import numpy as np
+import pytest
 from known_contests import EFFORT, NAN, PARTS, Runs, entrant, trained, tuned
 
 from experiments import report, stored
+from experiments.checkpoints import ResumeError
 from experiments.contest import Task, hold
 from experiments.models import MLP
 from experiments.tuning import beyond, winner
@@ -62,8 +64,34 @@ def test_runs_that_diverged_are_found_in_the_page(tmp_path):
     settings = {"seed": 0}
     content = {"settings": settings, "environment": report.environment()}
     content["results"] = {"dataset": {"digest": "d"}, "contests": {"title": held}}
+    times = {"title": {"seconds_per_step": {"A": 2.0, "B": 3.0, "timed": 1.0}}}
+    content["results"]["contests"]["title"] |= times["title"]
     report.write_json(tmp_path / "results.json", content)
-    runs = stored.runs(tmp_path, "d", settings, {"title": "first: "})
+    runs = stored.runs(tmp_path, "d", settings, {"title": "first: "}, times)
     assert {f"first: A {r}, seed {s}" for r in (0.1, 0.2, 0.3) for s in (8, 9, 10)} <= set(runs)
     assert runs["first: A 0.2, seed 10"].metrics["train_loss"].value == [3, 1, 4]
     assert np.isnan(runs["first: A 0.3, seed 9"].last("train_loss"))
+
+
+@pytest.mark.parametrize(("here", "words"), [(0.6, None), (0.5, "2 times"), (1.6, "0.62 times")])
+def test_runs_of_a_faster_or_slower_machine_are_refused(tmp_path, here, words):
+    """Of three entrants' steps the second counts; one that is new does not."""
+    there = {"seconds_per_step": {"A": 9.0, "B": 1.0, "C": 0.1}}
+    times = {"title": {"seconds_per_step": {"A": 1.0, "B": here, "C": 9.0, "new": 1.0}}}
+    content = {"settings": {}, "environment": report.environment()}
+    contest = {**there, "entrants": {}, "variants": {}}
+    content["results"] = {"dataset": {"digest": "d"}, "contests": {"title": contest}}
+    report.write_json(tmp_path / "results.json", content)
+    if words is None:
+        assert stored.runs(tmp_path, "d", {}, {"title": ""}, times) == {}
+        return
+    with pytest.raises(ResumeError, match=f"a step takes {words} as long.*times.json and try"):
+        stored.runs(tmp_path, "d", {}, {"title": ""}, times)
+
+
+def test_settings_from_before_there_were_extensions_are_those_without():
+    before, after = ({"seed": 1}, {"seed": 1, "extensions": 0})
+    assert stored.identity(before, "d", {}) == stored.identity(after, "d", {})
+    assert stored.identity(before, "d", {}) != stored.identity(
+        {"seed": 1, "extensions": 1}, "d", {}
+    )
