@@ -73,7 +73,7 @@ def test_runs_that_diverged_are_found_in_the_page(tmp_path):
     assert np.isnan(runs["first: A 0.3, seed 9"].last("train_loss"))
 
 
-@pytest.mark.parametrize(("here", "words"), [(0.6, None), (0.5, "2 times"), (1.6, "0.62 times")])
+@pytest.mark.parametrize(("here", "words"), [(0.7, None), (0.5, "2 times"), (1.6, "0.62 times")])
 def test_runs_of_a_faster_or_slower_machine_are_refused(tmp_path, here, words):
     """Of three entrants' steps the second counts; one that is new does not."""
     there = {"seconds_per_step": {"A": 9.0, "B": 1.0, "C": 0.1}}
