@@ -22,6 +22,8 @@ def lowest(tried: Tried) -> float:
 
 def beyond(tried: Tried) -> list[float]:
     """The rate half a decade beyond the winner, if this is the least or greatest of several."""
+    if len(tried) < 2:
+        return []
     order = sorted(tried, key=lambda one: one[0])
     best = winner(order)
     way = {order[-1][0]: 1, order[0][0]: -1}.get(best, 0)

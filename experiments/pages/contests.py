@@ -218,7 +218,7 @@ def protocol(settings: Any, results: Mapping[str, Any]) -> str:
         "At each seed all optimizers share first weights and batches "
         "(medians, and ranges in brackets). The target is the training loss that "
         f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
-        f"{_again(entrants)}{_unfinished(results)}"
+        f"{_again(held)}{_unfinished(results)}"
     )
 
 
@@ -234,8 +234,10 @@ def _tuning(settings: Any, effort: Mapping[str, Any]) -> str:
     )
 
 
-def _again(entrants: Sequence[tuple[str, Any]]) -> str:
+def _again(held: Mapping[str, Contest]) -> str:
     """Which runs diverged, and were made again."""
+    everyone = (contest["entrants"] | contest.get("variants", {}) for contest in held.values())
+    entrants = [entrant for each in everyone for entrant in each.items()]
     rates = [(name, its["rate"], _diverged(its)) for name, its in entrants if _diverged(its)]
     if not rates:
         return ""
@@ -244,9 +246,9 @@ def _again(entrants: Sequence[tuple[str, Any]]) -> str:
         for name, rate, lost in rates
     )
     return (
-        " Where a run diverged, which is to end with no less training loss than it began with, the "
-        f"optimizer's runs were made again at the best of its lower rates: {each}. This rule was "
-        "made after C-SGD's run of 4,000 steps on CIFAR-10 had diverged."
+        " Where a run ended with more training loss than it began with, or with none that is a "
+        f"number, the optimizer's runs were made again at the best of its lower rates: {each}. "
+        "This rule was made after C-SGD's run of 4,000 steps on CIFAR-10 had diverged."
     )
 
 

@@ -126,7 +126,9 @@ def test_the_page_says_what_diverged_and_ran_again():
         "0.3, which diverged; then 0.1, which diverged; then 0.03 (at the grid's edge)",
         "0.3 (at the grid's edge)",
     ]
-    held["entrants"] = {"B": well}
+    held |= {"entrants": {"B": well}, "variants": {"A, changed": again}}
+    assert "A, changed's at 0.3 and 0.1, then at 0.03." in contests.protocol(settings, results)
+    del held["variants"]
     assert "again" not in contests.protocol(settings, results)
     assert "one at each rate of its grid; the rate" in contests.protocol(settings, results)
     more = well | {"tuning": tuning + [{"rate": 1.0, "validation_loss": 2.0}]}

@@ -16,6 +16,7 @@ def test_half_a_decade_beyond_an_edge():
     assert beyond([(0.03, tuned(NAN)), (0.3, tuned(NAN))]) == [0.01]
     assert beyond([(0.1, tuned(1.0)), (1.0, tuned(0.5))]) == [3.0]
     assert beyond([(1.0, tuned(3.0)), (0.3, tuned(0.5)), (0.1, tuned(0.6))]) == []
+    assert beyond([(1.0, tuned(3.0))]) == []  # of one rate there is no edge
 
 
 def test_who_diverges_loses():
