@@ -4,9 +4,9 @@ Each experiment is a module with a dataclass of its options, whose `run` does th
 written by the module of the same name in `experiments.pages`, from the results alone.
 
 - `mlp`, `lenet`, `vgg` and `resnet20` train networks by several optimizers and compare them.
-  `experiment` has what they share, `contest` the rules of the comparison, `runs` the training runs
-  with their progress, `training` the steps, `checkpoints` what survives a kill, and `stored` what a
-  page's numbers hold of finished runs.
+  `experiment` and `on_images` have what they share, `contest` the rules of the comparison, `runs`
+  the training runs with their progress, `training` the steps, `checkpoints` what survives a kill,
+  and `stored` what a page's numbers hold of finished runs.
 - `everyday` and `pinn` do so on several kinds of work at once. They share `pages.kinds`.
 - `loss_surface`, `output_paths`, `lecture` and `conjugate_gradient` are small. They run each method
   as one compiled program (`scans`).

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from rich.console import Console
 
-from experiments import contest, data, options, parallel, pipeline, report, stored
+from experiments import contest, options, parallel, pipeline, report, stored
 from experiments.checkpoints import ResumeError, Session, check_tensorboard
 from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
@@ -101,8 +101,8 @@ class Contests(Experiment, ABC):
     runs the seeds after it."""
     processes: int = 1
     """Share the training runs out to so many processes, each with its part of the cores. A small
-    network's step is no faster on two cores than on one. A run's seconds are then those on a part
-    of the cores; the times of single steps are those on all."""
+    network's step is no faster on two cores than on one. All seconds are then those on a part of
+    the cores."""
 
     only_finished: bool = False
     """Train nothing: make the page from the training runs that an earlier call with the same
@@ -176,8 +176,8 @@ class Contests(Experiment, ABC):
         if self.only_finished:
             settings = replace(settings, resume=True)
         elif self.processes > 1:
-            # It says whether there is one to resume, or begins it; and the processes would time
-            # their steps while the others work.
+            # It says whether there is one to resume, or begins it; and steps are timed while the
+            # processes do not work.
             with settings._begun(console, dataset, settings._parts(dataset)):
                 pass
             settings = replace(settings, resume=True)
@@ -202,13 +202,14 @@ class Contests(Experiment, ABC):
           ResumeError: If no contest is finished, and there are to be only finished runs.
         """
         parts = self._parts(dataset)
-        with self._begun(console, dataset, parts, shared) as (session, times):
+        with self._begun(console, dataset, parts, shared) as (session, times, converted):
             costs = []
             for title, part in parts.items():
                 costs += part.effort.costs(part.racing(), times[title]["seconds_per_step"])
             with Runs(console, session, costs, self.only_finished) as runs:
                 results = {
                     title: times[title]
+                    | {"converted": converted.get(title, {})}
                     | contest.hold(runs, part.prefix, part.task, part.racing(), part.effort)
                     for title, part in parts.items()
                 }
@@ -233,105 +234,49 @@ class Contests(Experiment, ABC):
     @contextmanager
     def _begun(
         self, console: Console, dataset: Dataset, parts: Mapping[str, _Part], shared: bool = False
-    ) -> Iterator[tuple[Session, dict[str, Any]]]:
-        """A session, and what a step takes in each contest: measured once, before the training."""
+    ) -> Iterator[tuple[Session, dict[str, Any], dict[str, Any]]]:
+        """A session, what a step takes in each contest, and what was converted to that.
 
-        def measured(part: _Part) -> dict[str, Any]:
-            timed = [entrant for entrant in part.entrants if entrant.role != "variant"]
-            size = part.effort.batch_size
-            return pipeline.measure(console, part.prefix, part.task, timed, size, self.seed)
+        Steps are timed once, before the training, with as many at work as then.
+        """
 
         def measure() -> dict[str, Any]:
-            return {title: measured(part) for title, part in parts.items()}
+            if self.processes > 1:
+                return parallel.at_once(_times, self, self.processes)[0]
+            return self._measured(console, parts)
 
         with self.session(dataset, shared) as session:
-            times = session.once("times", measure)
+            times, converted = session.once("times", measure), {}
             if self.resume:
                 digest, settings = dataset.digest(), asdict(self)
                 prefixes = {title: part.prefix for title, part in parts.items()}
-                session.know(stored.runs(self.output, digest, settings, prefixes, times))
-            yield session, times
+                known, converted = stored.runs(self.output, digest, settings, prefixes, times)
+                session.know(known)
+            yield session, times, converted
+
+    def _measured(self, console: Console, parts: Mapping[str, _Part]) -> dict[str, Any]:
+        """What a step takes in each contest."""
+        return {
+            title: pipeline.measure(
+                console,
+                part.prefix,
+                part.task,
+                [entrant for entrant in part.entrants if entrant.role != "variant"],
+                part.effort.batch_size,
+                self.seed,
+            )
+            for title, part in parts.items()
+        }
+
+
+def _times(settings: Contests, number: int) -> dict[str, Any]:
+    """What a step takes in each contest, in one of several processes. The first one prints."""
+    console = Console(quiet=True)
+    parts = settings._parts(settings.load(console))
+    return settings._measured(console if number else Console(), parts)
 
 
 def _hold_share(settings: Contests, number: int) -> None:
     """Make the runs that no other process makes. The first process draws the progress."""
     console = Console(quiet=number > 0)
     settings.hold(console, settings.load(console), shared=True)
-
-
-@dataclass(frozen=True)
-class OnImages(Contests):
-    """Contests that learn from a data set of images."""
-
-    dataset: data.AnyName | None = None
-    """The data set: digits for smoke, CIFAR-10 for the other presets."""
-    measured: int | None = None
-    """The training loss is measured on the first so many training images."""
-    data_dir: Path | None = None
-    """Folder of the data set's official files."""
-    download: bool = False
-    """Fetch the data set if it is not found, into --data-dir or the cache."""
-
-    def __post_init__(self):
-        """Refuse values that cannot be meant.
-
-        Raises:
-          ValueError: If there is one; the message names the option.
-        """
-        super().__post_init__()
-        options.require(self, options.AT_LEAST_ONE, "measured")
-
-    def prepared(self, dataset: Dataset) -> Dataset:
-        """The data set as the experiment uses it."""
-        return dataset
-
-    def load(self, console: Console) -> Dataset:
-        """The data set, `prepared`.
-
-        Raises:
-          DataError: If there is no such data set, or its files are bad.
-        """
-        assert self.dataset
-        dataset = data.load(self.dataset, self.data_dir, self.download)
-        console.print(f"Data: {dataset}", highlight=False, soft_wrap=True)
-        return self.prepared(dataset)
-
-
-@dataclass(frozen=True)
-class Contest(OnImages):
-    """Contests in which all learn from the same images for as many epochs."""
-
-    epochs: float | None = None
-    """Epochs of each run."""
-    tuning_epochs: float | None = None
-    """Epochs of each tuning run."""
-    batch_size: int = 32
-    """Images of a batch."""
-    extensions: int = 0
-    """While an optimizer's best rate is at the edge of those tried, try one more beyond it, half a
-    decade away, up to so many times."""
-
-    def __post_init__(self):
-        """Refuse values that cannot be meant.
-
-        Raises:
-          ValueError: If there is one; the message names the option.
-        """
-        super().__post_init__()
-        options.require(self, options.AT_LEAST_ONE, "batch_size")
-        options.require(self, options.COUNT, "extensions")
-        options.require(self, options.LENGTH, "epochs", "tuning_epochs")
-
-    def effort(self, title: str, train: Split) -> Effort:
-        """How much is done for each entrant of a contest."""
-        assert self.epochs and self.tuning_epochs and self.seeds and self.measured
-        per_epoch = len(train.labels) // self.batch_size
-        return Effort(
-            max(1, round(self.epochs * per_epoch)),
-            max(1, round(self.tuning_epochs * per_epoch)),
-            self.seeds,
-            self.seed,
-            self.batch_size,
-            self.measured,
-            self.extensions,
-        )

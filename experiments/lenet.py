@@ -15,7 +15,7 @@ from experiments import models, options
 from experiments.classification import cross_entropy, initialise
 from experiments.contest import Entrant, Task, held_out
 from experiments.data import Dataset
-from experiments.experiment import Contest
+from experiments.on_images import Contest
 from experiments.training import gradient_step
 
 DECAYS = {"no decay": 0.0, "decay 5e-4": 5e-4}

@@ -16,8 +16,8 @@ from experiments import options
 from experiments.classification import cross_entropy, initialise
 from experiments.contest import Entrant, Task, held_out
 from experiments.data import Dataset
-from experiments.experiment import Contest
 from experiments.models import MLP
+from experiments.on_images import Contest
 from experiments.training import capturing_step, gradient_step
 
 SOURCE = ("sgd", "nesterov", "adam", "csgd")  # who takes part in the source

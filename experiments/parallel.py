@@ -5,6 +5,8 @@ import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 from experiments.checkpoints import ResumeError
@@ -44,6 +46,23 @@ def run(work: Callable[[Any, int], None], settings: Any, processes: int) -> None
                 worker.join()
 
 
+def at_once(work: Callable[[Any, int], Any], settings: Any, processes: int) -> list[Any]:
+    """What a function returns in each of several processes that work at the same time.
+
+    Args:
+      work: Takes the settings, and the number of the process.
+      settings: What it works on.
+      processes: The number of processes.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        futures = []
+        for number in range(processes):
+            pool = ProcessPoolExecutor(1, context, _pin, (number, processes))
+            futures.append(stack.enter_context(pool).submit(work, settings, number))
+        return [future.result() for future in futures]
+
+
 def _end_with(parent: Any) -> None:
     """Ends this process when the one that started it has ended, however that was."""
     multiprocessing.connection.wait([parent.sentinel])
@@ -53,8 +72,13 @@ def _end_with(parent: Any) -> None:
 def _pinned(work: Callable[[Any, int], None], settings: Any, number: int, processes: int) -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _pin(number, processes)
+    work(settings, number)
+
+
+def _pin(number: int, processes: int) -> None:
+    """Leave this process its part of the cores."""
     # JAX makes as many threads as there are cores that it may use, when it is first used.
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[number::processes] or cores)
-    work(settings, number)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from experiments import report
 from experiments.benchmarks import timing
 from experiments.contest import Entrant, Task
 from experiments.training import State, compiled, fetching, shuffled_batches
@@ -36,8 +37,9 @@ def measure(
       seed: Of the first weights and of the batches.
 
     Returns:
-      Seconds per step, by entrant: medians of interleaved samples. And the part of the first
-      entrant's step that fetching takes. Scatter of the samples can make it negative.
+      Seconds per step, by entrant: medians of interleaved samples. The number of cores that could
+      be used. And the part of the first entrant's step that fetching takes. Scatter of the samples
+      can make it negative.
     """
     examples = tuple(map(jnp.asarray, task.parts.train))
     count = len(examples[1])
@@ -78,6 +80,7 @@ def measure(
     )
     return {
         "seconds_per_step": seconds,
+        "cores": report.cores(),
         "pipeline": {
             "entrant": first,
             "seconds_with": seconds[first],

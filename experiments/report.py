@@ -50,20 +50,25 @@ def environment() -> dict[str, Any]:
         "device": f"{device.platform}: {device.device_kind}",
         "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
+def cores() -> int | None:
+    """How many cores this process may use, if the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def machine(environment: Mapping[str, Any]) -> str:
     """A sentence about what `environment` returned."""
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-    cores, used = environment["cpu_count"], environment.get("cores")
-    limited = f", of which this had {used}" if used and used < cores else ""
+    every, used = environment["cpu_count"], environment.get("cores")
+    limited = f", of which this had {used}" if used and used < every else ""
     flags = environment.get("xla_flags")  # pages from before it have none
     return (
-        f"Measured on {environment['device']} ({environment['cpu']}, {cores} cores{limited}), "
+        f"Measured on {environment['device']} ({environment['cpu']}, {every} cores{limited}), "
         f"{environment['date']}: Python {environment['python']}, {versions}, "
         f"{environment['system']}{f', XLA_FLAGS={flags}' if flags else ''}."
     )

@@ -17,8 +17,8 @@ from experiments import options
 from experiments.classification import accuracy, cross_entropy, initialise
 from experiments.contest import Entrant, Parts, Task, held_out
 from experiments.data import Dataset, Split
-from experiments.experiment import Contest
 from experiments.models import ResNet
+from experiments.on_images import Contest
 from experiments.training import capturing_step, gradient_step
 
 NAMES = {"sgd": "SGD", "nesterov": "Nesterov", "adam": "Adam"}

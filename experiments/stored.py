@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments import report
-from experiments.checkpoints import FOLDER, ResumeError
+from experiments.checkpoints import ResumeError
 from experiments.page import median
 from experiments.training import Curve, History
 
@@ -24,8 +24,9 @@ PERIPHERAL = {
 ENVIRONMENT = {"versions", "device", "cpu", "cpu_count"}
 """The parts of the environment that must stay the same when an experiment is resumed."""
 VALIDATION = "validation_loss"
-SIMILAR = 1.5
-"""To go on, a step must take at most so many times as long as before, and at least the inverse."""
+SIMILAR = 1.2
+"""A step that takes at most so many times as long as before, and at least the inverse, is as fast:
+runs of one machine differ as much."""
 
 
 def identity(settings: Any, digest: Any, environment: Any) -> dict[str, Any]:
@@ -57,8 +58,11 @@ def runs(
     settings: Mapping[str, Any],
     prefixes: Mapping[str, str],
     times: Mapping[str, Any],
-) -> dict[str, History]:
+) -> tuple[dict[str, History], dict[str, dict[str, float]]]:
     """The training runs of a folder's results.json by their labels, if its settings are these.
+
+    Runs made where a step takes more or less time than here do not compare with those made here. So
+    their seconds are multiplied by the ratio: they are those that their steps would take here.
 
     Args:
       folder: The folder of the results.
@@ -67,54 +71,80 @@ def runs(
       prefixes: By title of a contest, what stands before the names of its runs.
       times: By title, what a step takes here, as `pipeline.measure` returns it.
 
+    Returns:
+      The runs. By title and label, how often the seconds that were measured are in those of a run,
+      where they were multiplied now or by an earlier session.
+
     Raises:
-      ResumeError: If the file cannot be read. If a step takes far more or less time here than where
-        the runs were made: their seconds do not compare with those of runs on this machine.
+      ResumeError: If the file cannot be read.
     """
     path = folder / "results.json"
     if not path.exists():
-        return {}
+        return {}, {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         results, environment = content["results"], content["environment"]
         theirs = identity(content["settings"], results["dataset"].get("digest"), environment)
         if theirs != identity(settings, digest, report.environment()):
-            return {}
-        contests = results["contests"]
-        ratios = [_ratio(times[title], contest) for title, contest in contests.items()]
+            return {}, {}
+        found, converted = {}, {}
+        for title, contest in results["contests"].items():
+            ratios = _ratios(contest, times[title]["seconds_per_step"])
+            before = contest.get("converted", {})  # pages from before it have none
+            converted[title] = its = {}
+            for name, run, history in _of_contest(prefixes[title], contest):
+                found[run] = _multiplied(history, ratios[name]) if ratios else history
+                if ratios or run in before:
+                    its[run] = before.get(run, 1.0) * (ratios[name] if ratios else 1.0)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ResumeError(f"{path} cannot be read: {error!r}. Remove it to go on") from error
-    for ratio in ratios:
-        if not 1 / SIMILAR <= ratio <= SIMILAR:
-            raise ResumeError(
-                f"{path} is of a machine on which a step takes {ratio:.2g} times as long as it did "
-                "here now: the seconds of its runs and of new ones would not compare. If the "
-                f"machine was busy, remove {folder / FOLDER / 'times.json'} and try again. Or name "
-                "another --output"
-            )
-    return {
-        name: history
-        for title, contest in contests.items()
-        for name, history in _of_contest(prefixes[title], contest).items()
+    return found, converted
+
+
+def _ratios(contest: Mapping[str, Any], here: Mapping[str, float]) -> dict[str, float]:
+    """By entrant, how many times as long a step takes here as in its runs.
+
+    Variants are not timed, and have the others' median. Empty if steps are as fast here.
+    """
+    ratios: dict[str, list[float]] = {
+        name: [] for name in contest["entrants"] | contest["variants"]
     }
+    for name, _, history in _of_contest("", contest):
+        if name in here and history.train_seconds:
+            ratios[name].append(here[name] * history.steps / history.train_seconds)
+    medians = {name: median(each) for name, each in ratios.items() if each}
+    usual = median([*medians.values()]) if medians else 1.0
+    if 1 / SIMILAR <= usual <= SIMILAR:
+        return {}
+    return {name: medians.get(name, usual) for name in ratios}
 
 
-def _ratio(here: Mapping[str, Any], there: Mapping[str, Any]) -> float:
-    """How many times as long a step took there, in the median over the entrants."""
-    ours, theirs = (each["seconds_per_step"] for each in (here, there))
-    return median([theirs[name] / seconds for name, seconds in ours.items() if name in theirs])
+def _multiplied(history: History, ratio: float) -> History:
+    """The history with all seconds multiplied."""
+
+    def multiplied(curve: Curve) -> Curve:
+        return Curve(curve.step, [ratio * s for s in curve.seconds], curve.value)
+
+    return History(
+        ratio * history.compile_seconds,
+        ratio * history.train_seconds,
+        multiplied(history.batch_loss),
+        {name: multiplied(curve) for name, curve in history.metrics.items()},
+    )
 
 
-def _of_contest(title: str, held: Mapping[str, Any]) -> dict[str, History]:
-    """The runs of what `contest.hold` returned. JSON has null for what is not a number."""
-    runs = {}
+def _of_contest(title: str, held: Mapping[str, Any]) -> Iterator[tuple[str, str, History]]:
+    """The runs of what `contest.hold` returned: entrant, label, history.
+
+    JSON has null for what is not a number.
+    """
     for name, entrant in (held["entrants"] | held["variants"]).items():
         for at in entrant["tuning"]:
             steps, loss = held["effort"]["tuning_steps"], at[VALIDATION]
             curve = Curve([steps], [at["seconds"]], [math.nan if loss is None else loss])
             history = History(at["compile_seconds"], at["seconds"], curve, {VALIDATION: curve})
-            runs[label(title, name, at["rate"], None)] = history
+            yield name, label(title, name, at["rate"], None), history
         for made in (entrant, *entrant.get("diverged", ())):
             for run in made.get("runs", ()):
-                runs[label(title, name, made["rate"], run["seed"])] = History.of(run["history"])
-    return runs
+                history = History.of(run["history"])
+                yield name, label(title, name, made["rate"], run["seed"]), history

@@ -18,8 +18,8 @@ from experiments.augmentation import augmenter
 from experiments.classification import LossFn, cross_entropy, initialise
 from experiments.contest import Entrant, Parts, Task, held_out
 from experiments.data import Dataset, Split
-from experiments.experiment import Contest
 from experiments.models import VGG
+from experiments.on_images import Contest
 from experiments.training import gradient_step
 
 OF_DATA = {  # the paper's rate first, and its weight decay

@@ -12,7 +12,7 @@ from experiments.contest import Effort, Entrant, Task
 from experiments.data import Dataset, Split
 from experiments.everyday import entrants
 from experiments.everyday.work import ALL, Size, examples, pace
-from experiments.experiment import OnImages
+from experiments.on_images import OnImages
 
 KINDS = ("language", "autoencoder", "cnn", "coordinates", "tabular", "mlp")
 TUNED = ("adam", "nesterov", "muon", "csgd", "cnesterov", "cmuon", "cadam")

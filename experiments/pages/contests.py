@@ -8,9 +8,7 @@ import numpy as np
 
 from experiments import drawing
 from experiments.page import count, median, spread
-
-Contest = Mapping[str, Any]
-"""The results of a contest, as `experiments.contest.hold` returns them."""
+from experiments.pages.protocol import Contest, diverged
 
 CAPTION = "Medians over the seeds, and their ranges. The grey line is the target."
 VALIDATION = {"validation_loss": "validation loss"}
@@ -169,7 +167,7 @@ def tuning(entrants: Mapping[str, Any]) -> list[dict[str, str]]:
         ]
         tried += ["–"] * (most - len(tried))
         row = {"optimizer": name} | {f"rate {n}": one for n, one in enumerate(tried, start=1)}
-        row["chosen"] = "".join(f"{rate:g}, which diverged; then " for rate in _diverged(entrant))
+        row["chosen"] = "".join(f"{rate:g}, which diverged; then " for rate in diverged(entrant))
         row["chosen"] += f"{entrant['rate']:g}" + " (at the grid's edge)" * edge(entrant)
         rows.append(row)
     return rows
@@ -191,81 +189,6 @@ def times(contests: Mapping[str, Contest]) -> list[dict[str, str]]:
     return rows
 
 
-def recompressed(data: str) -> str:
-    """A warning, if the files have the structure of the official ones, but other contents."""
-    if "not the official" not in data:
-        return ""
-    return (
-        "**The files are not the official ones**, but a copy with their structure, such as one of "
-        "images recompressed as JPEG: losses and accuracies on them differ a little. "
-    )
-
-
-def protocol(settings: Any, results: Mapping[str, Any]) -> str:
-    """What was done, in the words that all contests share."""
-    held = results["contests"]
-    effort = next(iter(held.values()))["effort"]
-    entrants = [entrant for contest in held.values() for entrant in contest["entrants"].items()]
-    baselines = dict.fromkeys(name for name, entrant in entrants if entrant["role"] == "baseline")
-    best = f"the best of the baselines ({', '.join(baselines)})"
-    epochs, seeds = (
-        f"{number:g} {word}{'s' * (number != 1)}"
-        for number, word in ((settings.epochs, "epoch"), (effort["seeds"], "run"))
-    )
-    return (
-        f"Batches of {settings.batch_size}, {effort['steps']:,} steps ({epochs}). "
-        f"{recompressed(results['dataset']['name'])}{_tuning(settings, effort)} then had {seeds}. "
-        "At each seed all optimizers share first weights and batches "
-        "(medians, and ranges in brackets). The target is the training loss that "
-        f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
-        f"{_again(held)}{_unfinished(results)}"
-    )
-
-
-def _tuning(settings: Any, effort: Mapping[str, Any]) -> str:
-    """How the rates were chosen, up to the words for the rate that was."""
-    further = effort.get("extensions", 0)  # pages from before it have none
-    more = f", and up to {further} more beyond it while the best was at its edge" if further else ""
-    if settings.tries == 1:
-        return "Nothing was tuned: the first rate of each optimizer's grid"
-    return (
-        f"Each optimizer had {settings.tries} tuning runs of {effort['tuning_steps']:,} steps, one "
-        f"at each rate of its grid{more}; the rate with the lowest validation loss"
-    )
-
-
-def _again(held: Mapping[str, Contest]) -> str:
-    """Which runs diverged, and were made again."""
-    everyone = (contest["entrants"] | contest.get("variants", {}) for contest in held.values())
-    entrants = [entrant for each in everyone for entrant in each.items()]
-    rates = [(name, its["rate"], _diverged(its)) for name, its in entrants if _diverged(its)]
-    if not rates:
-        return ""
-    each = "; ".join(
-        f"{name}'s at {' and '.join(f'{rate:g}' for rate in lost)}, then at {rate:g}"
-        for name, rate, lost in rates
-    )
-    return (
-        " Where a run ended with more training loss than it began with, or with none that is a "
-        f"number, the optimizer's runs were made again at the best of its lower rates: {each}. "
-        "This rule was made after C-SGD's run of 4,000 steps on CIFAR-10 had diverged."
-    )
-
-
-def _diverged(entrant: Mapping[str, Any]) -> list[float]:
-    """The rates at which an entrant's runs diverged, before it took a lower one."""
-    return [made["rate"] for made in entrant.get("diverged", ())]
-
-
-def _unfinished(results: Mapping[str, Any]) -> str:
-    """What the page lacks, if it was made before all runs were finished."""
-    missing = [f"the contest {title}" for title in results.get("unfinished", ())]
-    for title, contest in results["contests"].items():
-        if names := contest.get("unfinished"):
-            missing.append(f"of {title}, {', '.join(names)}")
-    return f" **Not finished when this page was made**: {'; '.join(missing)}." if missing else ""
-
-
 def measuring(results: Mapping[str, Any]) -> list[str]:
     """What all contests chose where their sources leave it open."""
     images = next(iter(results["contests"].values()))["images"]
@@ -281,7 +204,9 @@ def measuring(results: Mapping[str, Any]) -> list[str]:
 def all_tables(contests: Mapping[str, Contest]) -> dict[str, list[dict[str, str]]]:
     """The tables of each contest, and what a step costs in each."""
     each = {k: v for title, contest in contests.items() for k, v in tables(title, contest).items()}
-    return {**each, "Time per step, in milliseconds": times(contests)}
+    cores = next(iter(contests.values())).get("cores")  # pages from before it have none
+    on = f" on {cores} core{'s' * (cores > 1)}" if cores else ""
+    return {**each, f"Time per step{on}, in milliseconds": times(contests)}
 
 
 def edge(entrant: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.page import Claim, Page, count, judge, median, spread
-from experiments.pages import contests, sources
+from experiments.pages import contests, protocol, sources
 from experiments.pages.contests import Contest, curves, last
 
 SGD, OURS = "SGD", "back-matching"
@@ -26,7 +26,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         f"LeNet with batch normalisation on {results['dataset']['name']}",
         f"{sources.BACK_MATCHING}, section 3.3, Fig. 2",
         "Momentum 0.9, without augmentation, rates constant: all as in the source, which trains "
-        "for 200 epochs. " + contests.protocol(settings, results),
+        "for 200 epochs. " + protocol.words(settings, results),
         contests.behind(held),
         _claims(held, settings.epochs >= FEW),
         [

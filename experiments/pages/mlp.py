@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.page import Claim, Page, count, judge, median, spread
-from experiments.pages import contests, sources
+from experiments.pages import contests, protocol, sources
 from experiments.pages.contests import Contest, accuracies_then, curves, last, to_target
 
 OURS, SGD = "C-SGD", "SGD"
@@ -22,7 +22,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
     return Page(
         f"{settings.depth} hidden layers on {data}",
         f"{sources.CONSEQUENTIALISM}, section 5.3, Fig. 5",
-        contests.protocol(settings, results),
+        protocol.words(settings, results),
         contests.behind(held),
         [*(_bar(title, contest) for title, contest in held.items()), *_source(results)],
         [

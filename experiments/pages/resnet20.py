@@ -8,7 +8,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from experiments import drawing
 from experiments.contest import reached
 from experiments.page import Page, count, median, spread
-from experiments.pages import contests, resnet20_claims, sources
+from experiments.pages import contests, protocol, resnet20_claims, sources
 from experiments.pages.contests import FORMS, MEASURES, NEEDED, Contest, last
 from experiments.training import History
 
@@ -35,7 +35,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         f"Damping is {_damping(settings)}, momentum {settings.momentum:g} for SGD and Nesterov in "
         f"all forms; inputs are in ±{settings.inputs:g}, and ±{settings.our_inputs:g} for the C- "
         f"forms, whose last layer's rate is multiplied by {settings.last_layer:g}. "
-        + contests.protocol(settings, results),
+        + protocol.words(settings, results),
         contests.behind(results["contests"], WORDS | contests.VALIDATION),
         resnet20_claims.claims(contest),
         [

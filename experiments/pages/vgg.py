@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import drawing
 from experiments.page import Claim, Page, judge, median, spread
-from experiments.pages import contests, sources
+from experiments.pages import contests, protocol, sources
 from experiments.pages.contests import Contest, curves, last
 from experiments.vgg import AS_FIGURE3, DROP, FIGURE3, OURS, PHASES, SGD
 
@@ -49,7 +49,7 @@ def page(settings: Any, results: dict[str, Any]) -> Page:
         + (f", of {settings.shrink} x {settings.shrink} pixels averaged" * (settings.shrink > 1))
         + f"; {images['test']:,} images are tested on (10,000). "
         + ("**This is another setting than the source's**. " * _scaled(settings))
-        + contests.protocol(settings, results)
+        + protocol.words(settings, results)
         + " A tuning run is the beginning of a run, with its falling rates. "
         f'"{figure3}" has the same rate, {FIGURE3["rate"]:g}, and weight decay, '
         f"{FIGURE3['decay']:g}, for SGD and back-matching.",

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import options, report
 from experiments.page import Claim, Page, before, count, judge, markdown, median, spread
-from experiments.pages import contests
+from experiments.pages import contests, protocol
 
 
 @dataclass(frozen=True)
@@ -120,22 +120,27 @@ def test_the_page_says_what_diverged_and_ran_again():
     }
     results = {"dataset": {"name": "digits"}, "contests": {"": held}}
     settings = SimpleNamespace(tries=3, epochs=1, batch_size=2)
-    said = contests.protocol(settings, results)
+    said = protocol.words(settings, results)
     assert "made again at the best of its lower rates: A's at 0.3 and 0.1, then at 0.03." in said
     assert [row["chosen"] for row in contests.tuning(held["entrants"])] == [
         "0.3, which diverged; then 0.1, which diverged; then 0.03 (at the grid's edge)",
         "0.3 (at the grid's edge)",
     ]
     held |= {"entrants": {"B": well}, "variants": {"A, changed": again}}
-    assert "A, changed's at 0.3 and 0.1, then at 0.03." in contests.protocol(settings, results)
+    assert "A, changed's at 0.3 and 0.1, then at 0.03." in protocol.words(settings, results)
     del held["variants"]
-    assert "again" not in contests.protocol(settings, results)
-    assert "one at each rate of its grid; the rate" in contests.protocol(settings, results)
+    assert "again" not in protocol.words(settings, results)
+    assert "one at each rate of its grid; the rate" in protocol.words(settings, results)
     more = well | {"tuning": tuning + [{"rate": 1.0, "validation_loss": 2.0}]}
     few, many = contests.tuning({"A": well, "B": more})
     assert list(few) == list(many) and (few["rate 4"], many["rate 4"]) == ("–", "1: 2.0000")
     held["effort"]["extensions"] = 2
-    assert "grid, and up to 2 more beyond it while the best" in contests.protocol(settings, results)
+    assert "grid, and up to 2 more beyond it while the best" in protocol.words(settings, results)
+    held["converted"] = {"A 0.1, tuning": 1.2, "A 0.1, seed 1": 1.2, "A 0.1, seed 2": 1.2}
+    held["converted"]["B 0.3, seed 1"] = 1.549
+    assert "over what it took there: A 0.1 by 1.20, B 0.3 by 1.55." in protocol.words(
+        settings, results
+    )
 
 
 def test_the_page_says_on_how_many_of_the_cores_it_was_measured():

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -97,3 +98,22 @@ def test_when_one_fails_all_end(tmp_path):
         parallel.run(second_fails, tmp_path, 2)
     every = len(os.sched_getaffinity(0))
     assert (tmp_path / "1").read_text() == f"{max(1, every // 2)}"
+
+
+def cores_of(settings, number):
+    if settings is None:
+        raise ResumeError("the page cannot be read")
+    (settings / f"{number}").touch()
+    while len(list(settings.iterdir())) < 3:  # until all of them work
+        time.sleep(0.01)
+    return number, sorted(os.sched_getaffinity(0))
+
+
+def test_several_processes_at_once_have_their_part_of_the_cores(tmp_path):
+    every = os.sched_getaffinity(0)
+    found = parallel.at_once(cores_of, tmp_path, 3)
+    assert [number for number, _ in found] == [0, 1, 2]
+    parts = [sorted(every)[number::3] or sorted(every) for number in range(3)]
+    assert [cores for _, cores in found] == parts and os.sched_getaffinity(0) == every
+    with pytest.raises(ResumeError, match="cannot be read"):
+        parallel.at_once(cores_of, None, 2)

@@ -79,6 +79,16 @@ def numbers(output, *ignored):
     return without([results, [json.loads(line) for line in lines]])
 
 
+def seconds(content):
+    """The seconds of each run of the first contest, by label."""
+    found = {}
+    for name, each in content["results"]["contests"]["no decay"]["entrants"].items():
+        (tuning,), (run,) = each["tuning"], each["runs"]
+        found[f"no decay: {name} {tuning['rate']:g}, tuning"] = tuning["seconds"]
+        found[f"no decay: {name} {each['rate']:g}, seed {run['seed']}"] = run["seconds"]
+    return found
+
+
 TIMED = ("seconds", "seconds_with_compilation", "train_seconds", "compile_seconds")
 
 
@@ -303,18 +313,35 @@ def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, m
     assert "**Not finished when this page was made**: the contest decay 5e-4." in page
     assert timed == ["no decay: ", "decay 5e-4: "]  # by the first of the four sessions alone
     capsys.readouterr()
-    before = numbers(tmp_path, "seconds_with_compilation")[0]["contests"]["no decay"]
+    before = numbers(tmp_path, *TIMED, "converted")[0]["contests"]["no decay"]
+    measured = seconds(content)
+    assert content["results"]["contests"]["no decay"]["converted"] == {}
     shutil.rmtree(tmp_path / "checkpoints")  # there is the page alone to go on from
     main([*command, "--resume"])
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count(": finished before") == 4
     assert "decay 5e-4: back-matching 0.02, seed 1: 8 of 8 runs are finished" in printed
     content = json.loads((tmp_path / "results.json").read_text())
-    after = numbers(tmp_path, "seconds_with_compilation")[0]["contests"]["no decay"]
+    after = numbers(tmp_path, *TIMED, "converted")[0]["contests"]["no decay"]
     assert after == before
+    converted = content["results"]["contests"]["no decay"]["converted"]
+    assert len(converted) == 4 and seconds(content) == pytest.approx(
+        {run: measured[run] * ratio for run, ratio in converted.items()}, rel=1e-5
+    )
+    # A step "takes" a second. An entrant has a tuning run and another, of as many steps.
+    assert all(STEPS / 2 < each < STEPS * 2 for each in seconds(content).values())
+    page = (tmp_path / "README.md").read_text()
+    first = next(iter(converted))
+    assert f"{first.rpartition(', ')[0]} by {converted[first]:.2f}" in page
+    shutil.rmtree(tmp_path / "checkpoints")
+    main([*command, "--resume"])  # on the same machine nothing is converted again
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert seconds(again) == pytest.approx(seconds(content), rel=1e-5)
+    assert again["results"]["contests"]["no decay"]["converted"] == pytest.approx(converted)
     assert list(content["results"]["contests"]) == ["no decay", "decay 5e-4"]
     assert content["results"]["unfinished"] == [] and len(content["claims"]) == 6
     shutil.rmtree(tmp_path / "checkpoints")
+    capsys.readouterr()
     main([*command, "--resume", "--measured=9"])  # of other settings nothing is taken
     assert ": finished before" not in capsys.readouterr().out
 

@@ -1,11 +1,12 @@
 """Which learning rate an optimizer takes, and what happens where its runs diverge."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from known_contests import EFFORT, NAN, PARTS, Runs, entrant, trained, tuned
 
 from experiments import report, stored
-from experiments.checkpoints import ResumeError
 from experiments.contest import Task, hold
 from experiments.models import MLP
 from experiments.tuning import beyond, winner
@@ -65,29 +66,49 @@ def test_runs_that_diverged_are_found_in_the_page(tmp_path):
     settings = {"seed": 0}
     content = {"settings": settings, "environment": report.environment()}
     content["results"] = {"dataset": {"digest": "d"}, "contests": {"title": held}}
-    times = {"title": {"seconds_per_step": {"A": 2.0, "B": 3.0, "timed": 1.0}}}
-    content["results"]["contests"]["title"] |= times["title"]
+    times = {"title": {"seconds_per_step": {"A": 0.3, "B": 0.3, "timed": 1.0}}}  # as in the runs
     report.write_json(tmp_path / "results.json", content)
-    runs = stored.runs(tmp_path, "d", settings, {"title": "first: "}, times)
+    runs, converted = stored.runs(tmp_path, "d", settings, {"title": "first: "}, times)
+    assert converted == {"title": {}}
     assert {f"first: A {r}, seed {s}" for r in (0.1, 0.2, 0.3) for s in (8, 9, 10)} <= set(runs)
     assert runs["first: A 0.2, seed 10"].metrics["train_loss"].value == [3, 1, 4]
     assert np.isnan(runs["first: A 0.3, seed 9"].last("train_loss"))
 
 
-@pytest.mark.parametrize(("here", "words"), [(0.7, None), (0.5, "2 times"), (1.6, "0.62 times")])
-def test_runs_of_a_faster_or_slower_machine_are_refused(tmp_path, here, words):
-    """Of three entrants' steps the second counts; one that is new does not."""
-    there = {"seconds_per_step": {"A": 9.0, "B": 1.0, "C": 0.1}}
-    times = {"title": {"seconds_per_step": {"A": 1.0, "B": here, "C": 9.0, "new": 1.0}}}
+@pytest.mark.parametrize("before", [{}, {"A 0.3, seed 8": 2.0}])
+def test_seconds_of_a_machine_of_another_speed_are_converted(tmp_path, before):
+    """A's 20 steps took 6 seconds, as did B's; tuned were 5 in 2. The changed A is not timed."""
+
+    def ran(*rates):
+        tuning = [{"rate": r, "seconds": 2.0, "compile_seconds": 1.0} for r in rates]
+        run = {"seed": 8, "history": asdict(trained(3, 2, 1.0))}
+        made = {"rate": rates[0], "runs": [run]} if rates[0] < 1 else {}
+        return {"tuning": [one | {"validation_loss": 1.0} for one in tuning], **made}
+
+    entrants = {"A": ran(0.3, 0.1), "B": ran(0.5, 0.2)}
+    held = {"entrants": entrants, "variants": {"A, changed": ran(2.0)}, "effort": {}}
+    held |= {"effort": {"tuning_steps": 5}, "converted": before}
     content = {"settings": {}, "environment": report.environment()}
-    contest = {**there, "entrants": {}, "variants": {}}
-    content["results"] = {"dataset": {"digest": "d"}, "contests": {"title": contest}}
+    content["results"] = {"dataset": {"digest": "d"}, "contests": {"title": held}}
     report.write_json(tmp_path / "results.json", content)
-    if words is None:
-        assert stored.runs(tmp_path, "d", {}, {"title": ""}, times) == {}
-        return
-    with pytest.raises(ResumeError, match=f"a step takes {words} as long.*times.json and try"):
-        stored.runs(tmp_path, "d", {}, {"title": ""}, times)
+
+    def found(a, b):
+        times = {"title": {"seconds_per_step": {"A": a, "B": b, "new": 9.0}}}
+        return stored.runs(tmp_path, "d", {}, {"title": ""}, times)
+
+    # Of A's three runs two took .4 s a step, and one .3. What is not a whole run keeps its ratio.
+    runs, converted = found(0.8, 1.2)
+    assert runs["A 0.3, seed 8"].train_seconds == 12 and runs["B 0.5, seed 8"].train_seconds == 18
+    assert runs["A 0.3, seed 8"].compile_seconds == 3
+    assert runs["A 0.3, seed 8"].metrics["train_loss"].seconds == [0, 6, 12]
+    assert runs["A 0.3, seed 8"].metrics["train_loss"].value == [3, 2, 1]
+    assert runs["A 0.3, seed 8"].batch_loss.seconds == [12]
+    assert runs["A 0.1, tuning"].metrics["validation_loss"].seconds == [4]
+    assert converted["title"]["A 0.3, seed 8"] == 2 * before.get("A 0.3, seed 8", 1)
+    assert converted["title"]["B 0.2, tuning"] == 3
+    assert converted["title"]["A, changed 2, tuning"] in (2, 3)
+    runs, converted = found(0.42, 0.35)  # as fast as it was
+    assert runs["A 0.3, seed 8"].train_seconds == 6 and converted == {"title": before}
 
 
 def test_settings_from_before_there_were_extensions_are_those_without():
