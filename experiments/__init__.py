@@ -5,8 +5,8 @@ written by the module of the same name in `experiments.pages`, from the results 
 
 - `mlp`, `lenet`, `vgg` and `resnet20` train networks by several optimizers and compare them.
   `experiment` and `on_images` have what they share, `contest` the rules of the comparison, `runs`
-  the training runs with their progress, `training` the steps, `checkpoints` what survives a kill,
-  and `stored` what a page's numbers hold of finished runs.
+  the training runs with their progress, `training` the steps, `history` how they went,
+  `checkpoints` what survives a kill, and `stored` what a page's numbers hold of finished runs.
 - `everyday` and `pinn` do so on several kinds of work at once. They share `pages.kinds`.
 - `loss_surface`, `output_paths`, `lecture` and `conjugate_gradient` are small. They run each method
   as one compiled program (`scans`).

@@ -14,7 +14,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from experiments import report
-from experiments.training import Evaluation, History, State
+from experiments.history import Evaluation, History
+from experiments.training import State
 
 FOLDER = "checkpoints"
 SETTINGS = "settings.json"

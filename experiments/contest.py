@@ -9,10 +9,11 @@ import optax
 
 from experiments.classification import Each, Metric, correct, cross_entropies, mean_of
 from experiments.data import Dataset, Split
+from experiments.history import History
 from experiments.page import median
 from experiments.runs import Runs
 from experiments.stored import VALIDATION, label
-from experiments.training import Augment, History, Step, shuffled_batches
+from experiments.training import Augment, Step, shuffled_batches
 from experiments.tuning import Tried, beyond, lowest, slower, summary, winner
 
 

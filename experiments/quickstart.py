@@ -13,9 +13,10 @@ import cqjax
 from experiments import data, drawing, options, report
 from experiments.classification import accuracy, cross_entropy, initialise, mean_loss
 from experiments.experiment import Experiment
+from experiments.history import History
 from experiments.models import MLP
 from experiments.runs import Runs
-from experiments.training import History, capturing_step, gradient_step, shuffled_batches
+from experiments.training import capturing_step, gradient_step, shuffled_batches
 
 DEFAULTS = {  # one epoch; five epochs. The rates are the best of those tried for each optimizer
     "Fashion-MNIST": {

@@ -14,7 +14,8 @@ from rich.table import Column
 
 from experiments.checkpoints import Session
 from experiments.classification import Metric
-from experiments.training import Augment, History, State, Step, train
+from experiments.history import History
+from experiments.training import Augment, State, Step, train
 
 MANY = 12  # runs: if there are more, the bars of finished ones disappear
 

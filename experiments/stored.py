@@ -8,8 +8,8 @@ from typing import Any
 
 from experiments import report
 from experiments.checkpoints import ResumeError
+from experiments.history import Curve, History
 from experiments.page import median
-from experiments.training import Curve, History
 
 PERIPHERAL = {
     "data_dir",

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,9 +13,11 @@ import optax
 
 import cqjax
 from experiments.classification import LossFn, Metric
+from experiments.history import Curve, History
 
 CHUNKS = 75  # parts of a run. After each, the clock is read and progress is reported
 EVALUATE_EVERY = 5  # chunks
+LOST = 1e6  # times the loss of the first chunk: from there nothing comes back
 
 
 class State(NamedTuple):
@@ -33,89 +34,6 @@ Step = Callable[[State, jax.Array, jax.Array], tuple[State, jax.Array]]
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 """Takes the number of a step and its images to the images that are trained on."""
-
-
-@dataclass
-class Curve:
-    """The values of a metric, with the steps done and the seconds that these took."""
-
-    step: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    value: list[float] = field(default_factory=list)
-
-    def add(self, step: int, seconds: float, value: float) -> None:
-        """Append a point."""
-        self.step.append(step)
-        self.seconds.append(seconds)
-        self.value.append(value)
-
-    def first_at_most(self, value: float) -> tuple[int, float] | None:
-        """Step and seconds of the first point with a value not above this, if there is one."""
-        points = zip(self.step, self.seconds, self.value, strict=True)
-        return next(((step, seconds) for step, seconds, at in points if at <= value), None)
-
-
-def _curve(stored: Mapping[str, Any]) -> Curve:
-    curve = Curve(**stored)
-    curve.value = [math.nan if value is None else value for value in curve.value]  # as in JSON
-    for numbers in zip(curve.step, curve.seconds, curve.value, strict=True):
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("a curve has something else than numbers")
-    return curve
-
-
-class Evaluation(NamedTuple):
-    """The metrics after some steps."""
-
-    step: int
-    seconds: float
-    values: dict[str, float]
-
-
-@dataclass
-class History:
-    """How a training run went. Seconds count training only: no compilation, no evaluation."""
-
-    compile_seconds: float = 0.0
-    train_seconds: float = 0.0
-    batch_loss: Curve = field(default_factory=Curve)
-    """Each value is the mean over the batches since the point before."""
-    metrics: dict[str, Curve] = field(default_factory=dict)
-    """Metrics that are evaluated during the run, from step 0, or only at its end."""
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> "History":
-        """The history, from what `dataclasses.asdict` made of it; of anything else, an error."""
-        metrics = {name: _curve(curve) for name, curve in stored["metrics"].items()}
-        curves = {"batch_loss": _curve(stored["batch_loss"]), "metrics": metrics}
-        return cls(**{**stored, **curves})
-
-    @property
-    def steps(self) -> int:
-        """The steps done."""
-        return self.batch_loss.step[-1] if self.batch_loss.step else 0
-
-    def evaluations(self) -> list[Evaluation]:
-        """The metrics by steps."""
-        by_step: dict[int, Evaluation] = {}
-        for name, curve in self.metrics.items():
-            for step, seconds, value in zip(curve.step, curve.seconds, curve.value, strict=True):
-                by_step.setdefault(step, Evaluation(step, seconds, {})).values[name] = value
-        return list(by_step.values())
-
-    def last(self, metric: str) -> float:
-        """The last value of a metric."""
-        return self.metrics[metric].value[-1]
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers at the end, and the whole history, to be stored."""
-        return {
-            "steps": self.steps,
-            "seconds": self.train_seconds,
-            "seconds_with_compilation": self.compile_seconds + self.train_seconds,
-            **{metric: self.last(metric) for metric in self.metrics},
-            "history": asdict(self),
-        }
 
 
 def shuffled_batches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray:
@@ -310,7 +228,8 @@ def train(
         start, and far slower for convolutions.
 
     Returns:
-      The last state, and the history.
+      The last state, and the history. If the mean loss of a chunk is no number, or a million times
+      that of the first, no more steps are taken, and what would have come is NaN.
     """
     history = history or History()
     if history.steps == len(batches):
@@ -324,9 +243,10 @@ def train(
     def evaluate(metrics: Mapping[str, Metric]) -> None:
         for name, metric in metrics.items():
             curve = history.metrics.setdefault(name, Curve())
-            value = metric(state.params, state.model_state)
+            value = math.nan if lost else metric(state.params, state.model_state)
             curve.add(history.steps, history.train_seconds, value)
 
+    lost = False
     if history.steps == 0:
         evaluate(metrics)
     on_chunk(state, history)
@@ -334,8 +254,10 @@ def train(
     for number, done in enumerate(np.cumsum(lengths).tolist(), start=1):
         if done <= history.steps:
             continue
-        started = time.perf_counter()
-        state, losses = jax.block_until_ready(chunk(state, history.steps, done))
+        lost = _is_lost(history.batch_loss.value)
+        started, losses = time.perf_counter(), math.nan
+        if not lost:
+            state, losses = jax.block_until_ready(chunk(state, history.steps, done))
         history.train_seconds += time.perf_counter() - started
         history.batch_loss.add(done, history.train_seconds, float(np.mean(losses)))
         if number % EVALUATE_EVERY == 0 or number == len(lengths):
@@ -344,3 +266,8 @@ def train(
             evaluate(at_end or {})
         on_chunk(state, history)
     return state, history
+
+
+def _is_lost(losses: Sequence[float]) -> bool:
+    """Whether nothing can be learnt any more, by the mean losses of the chunks so far."""
+    return bool(losses) and not abs(losses[-1]) <= LOST * max(1.0, abs(losses[0]))

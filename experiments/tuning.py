@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Sequence
 
+from experiments.history import History
 from experiments.stored import VALIDATION
-from experiments.training import History
 
 Tried = Sequence[tuple[float, History]]
 """Learning rates, each with its tuning run."""

@@ -54,6 +54,7 @@ def _again(held: Mapping[str, Contest]) -> str:
     return (
         " Where a run ended with more training loss than it began with, or with none that is a "
         f"number, the optimizer's runs were made again at the best of its lower rates: {each}. "
+        "(A run whose loss has grown to a million times the first takes no more steps.) "
         "This rule was made after C-SGD's run of 4,000 steps on CIFAR-10 had diverged."
     )
 

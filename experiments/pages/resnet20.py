@@ -7,10 +7,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments import drawing
 from experiments.contest import reached
+from experiments.history import History
 from experiments.page import Page, count, median, spread
 from experiments.pages import contests, protocol, resnet20_claims, sources
 from experiments.pages.contests import FORMS, MEASURES, NEEDED, Contest, last
-from experiments.training import History
 
 TIME = "seconds_with_compilation"
 WORDS = MEASURES | {"train_accuracy": "training accuracy"}

@@ -9,7 +9,8 @@ import pytest
 import scipy.ndimage
 
 from experiments.augmentation import augmenter, rotated
-from experiments.training import History, State, train
+from experiments.history import History
+from experiments.training import State, train
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((64, 6, 5, 3), np.float32)

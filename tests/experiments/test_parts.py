@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.history import Curve
 from experiments.report import write_json
-from experiments.training import Curve, State, shuffled_batches, train
+from experiments.training import State, shuffled_batches, train
 
 
 def test_an_epoch_is_a_permutation_in_batches_and_the_next_another():
@@ -82,3 +83,26 @@ def test_chunks_of_steps_are_numpys(looped):
     curve = history.metrics["value"]
     assert curve.step == [0, *ends[4::5]]
     np.testing.assert_allclose(curve.value, np.array(params)[curve.step], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "taken"),
+    [(2.0, 1.9e6, 15), (2.0, 2.1e6, 7), (2.0, -2.1e6, 7), (2.0, np.nan, 7), (np.nan, 1.0, 1)]
+    + [(1e-9, 0.9e6, 15), (1e-9, 1.1e6, 7), (-2.0, -1.9e6, 15)],
+)
+def test_no_steps_are_taken_where_nothing_can_be_learnt_any_more(first, then, taken):
+    """The seventh step of 15, each a chunk, has another loss."""
+
+    def step(state, images, labels):
+        return State(state.params + 1, {}, ()), jnp.where(state.params < 6, first, then)
+
+    metrics = {"count": lambda params, model_state: int(params)}
+    given = (jnp.zeros(9), jnp.zeros(9)), shuffled_batches(0, 9, 3, 15), metrics
+    end, history = train(step, State(jnp.int32(0), {}, ()), *given, lambda *_: None, at_end=metrics)
+    assert end.params == taken and history.steps == 15
+    rest = [step if step <= taken else np.nan for step in (0, 5, 10, 15, 15)]
+    np.testing.assert_array_equal(history.metrics["count"].value, rest)
+    lost = np.isnan(history.batch_loss.value)
+    np.testing.assert_array_equal(
+        lost, [np.isnan(first) or n >= 6 and np.isnan(then) or n >= taken for n in range(15)]
+    )

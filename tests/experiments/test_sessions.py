@@ -13,7 +13,8 @@ from judged_experiment import refused, untimed
 
 from experiments import checkpoints
 from experiments.__main__ import main
-from experiments.training import Curve, History, State
+from experiments.history import Curve, History
+from experiments.training import State
 
 STEPS, STOP = 20, 7
 QUICKSTART = (

@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments.contest import Effort, Entrant, Parts
 from experiments.data import Split
-from experiments.training import Curve, History
+from experiments.history import Curve, History
 
 EFFORT = Effort(steps=20, tuning_steps=5, seeds=3, seed=7, batch_size=4, measured=6)
 STEPS = [0, 10, 20]
