@@ -235,9 +235,9 @@ class Contests(Experiment, ABC):
     def _begun(
         self, console: Console, dataset: Dataset, parts: Mapping[str, _Part], shared: bool = False
     ) -> Iterator[tuple[Session, dict[str, Any], dict[str, Any]]]:
-        """A session, what a step takes in each contest, and what was converted to that.
+        """A session, what a step takes in each contest, and the runs whose seconds were multiplied.
 
-        Steps are timed once, before the training, with as many at work as then.
+        Steps are timed once, before the training, by as many processes at once as will train.
         """
 
         def measure() -> dict[str, Any]:

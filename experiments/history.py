@@ -66,6 +66,12 @@ class History:
         """The steps done."""
         return self.batch_loss.step[-1] if self.batch_loss.step else 0
 
+    @property
+    def taken(self) -> int:
+        """The steps that took time: fewer than those done if the run was lost."""
+        seconds = self.batch_loss.seconds
+        return self.batch_loss.step[seconds.index(seconds[-1])] if seconds else 0
+
     def evaluations(self) -> list[Evaluation]:
         """The metrics by steps."""
         by_step: dict[int, Evaluation] = {}

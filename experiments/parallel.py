@@ -58,7 +58,7 @@ def at_once(work: Callable[[Any, int], Any], settings: Any, processes: int) -> l
     with ExitStack() as stack:
         futures = []
         for number in range(processes):
-            pool = ProcessPoolExecutor(1, context, _pin, (number, processes))
+            pool = ProcessPoolExecutor(1, context, _begin, (number, processes))
             futures.append(stack.enter_context(pool).submit(work, settings, number))
         return [future.result() for future in futures]
 
@@ -70,14 +70,14 @@ def _end_with(parent: Any) -> None:
 
 
 def _pinned(work: Callable[[Any, int], None], settings: Any, number: int, processes: int) -> None:
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _pin(number, processes)
+    _begin(number, processes)
     work(settings, number)
 
 
-def _pin(number: int, processes: int) -> None:
-    """Leave this process its part of the cores."""
+def _begin(number: int, processes: int) -> None:
+    """Leave this process its part of the cores, and let it end with the one that started it."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # JAX makes as many threads as there are cores that it may use, when it is first used.
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

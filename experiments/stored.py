@@ -72,8 +72,8 @@ def runs(
       times: By title, what a step takes here, as `pipeline.measure` returns it.
 
     Returns:
-      The runs. By title and label, how often the seconds that were measured are in those of a run,
-      where they were multiplied now or by an earlier session.
+      The runs. By title and label, what the measured seconds of a run were multiplied by in all,
+      now and by earlier sessions. Other runs are not there.
 
     Raises:
       ResumeError: If the file cannot be read.
@@ -111,7 +111,7 @@ def _ratios(contest: Mapping[str, Any], here: Mapping[str, float]) -> dict[str, 
     }
     for name, _, history in _of_contest("", contest):
         if name in here and history.train_seconds:
-            ratios[name].append(here[name] * history.steps / history.train_seconds)
+            ratios[name].append(here[name] * history.taken / history.train_seconds)
     medians = {name: median(each) for name, each in ratios.items() if each}
     usual = median([*medians.values()]) if medians else 1.0
     if 1 / SIMILAR <= usual <= SIMILAR:

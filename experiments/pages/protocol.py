@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.history import History
+
 Contest = Mapping[str, Any]
 """The results of a contest, as `experiments.contest.hold` returns them."""
 
@@ -24,7 +26,7 @@ def words(settings: Any, results: Mapping[str, Any]) -> str:
         "At each seed all optimizers share first weights and batches "
         "(medians, and ranges in brackets). The target is the training loss that "
         f"{best if len(baselines) > 1 else next(iter(baselines))} has in the end, in the median."
-        f"{_again(held)}{_converted(held)}{_unfinished(results)}"
+        f"{_again(held)}{_lost(held)}{_converted(held)}{_unfinished(results)}"
     )
 
 
@@ -54,8 +56,25 @@ def _again(held: Mapping[str, Contest]) -> str:
     return (
         " Where a run ended with more training loss than it began with, or with none that is a "
         f"number, the optimizer's runs were made again at the best of its lower rates: {each}. "
-        "(A run whose loss has grown to a million times the first takes no more steps.) "
         "This rule was made after C-SGD's run of 4,000 steps on CIFAR-10 had diverged."
+    )
+
+
+def _lost(held: Mapping[str, Contest]) -> str:
+    """Which runs on the page took no more steps after a part of them."""
+    runs = {
+        f"{name} at {made['rate']:g} after {history.taken:,}": None
+        for contest in held.values()
+        for name, entrant in (contest["entrants"] | contest.get("variants", {})).items()
+        for made in (entrant, *entrant.get("diverged", ()))
+        for history in (History.of(run["history"]) for run in made.get("runs", ()))
+        if history.taken < history.steps
+    }
+    if not runs:
+        return ""
+    return (
+        " A run takes no more steps once its loss is no number, or a million times what it was at "
+        f"first: {', '.join(runs)}."
     )
 
 

@@ -136,6 +136,11 @@ def test_the_page_says_what_diverged_and_ran_again():
     assert list(few) == list(many) and (few["rate 4"], many["rate 4"]) == ("–", "1: 2.0000")
     held["effort"]["extensions"] = 2
     assert "grid, and up to 2 more beyond it while the best" in protocol.words(settings, results)
+    assert "no more steps" not in protocol.words(settings, results)
+    curve = {"step": [2, 4, 6], "seconds": [1.0, 2.0, 2.0], "value": [3.0, 4e9, None]}
+    history = {"compile_seconds": 1.0, "train_seconds": 2.0, "batch_loss": curve, "metrics": {}}
+    well["runs"] = [{"seed": 1, "history": history}]
+    assert "what it was at first: B at 0.3 after 4." in protocol.words(settings, results)
     held["converted"] = {"A 0.1, tuning": 1.2, "A 0.1, seed 1": 1.2, "A 0.1, seed 2": 1.2}
     held["converted"]["B 0.3, seed 1"] = 1.549
     assert "over what it took there: A 0.1 by 1.20, B 0.3 by 1.55." in protocol.words(

@@ -23,6 +23,10 @@ def test_two_processes_make_the_runs_of_one(tmp_path):
         output = tmp_path / str(processes)
         main([*COMMAND, f"--processes={processes}", f"--output={output}"])
         contests = json.loads((output / "results.json").read_text())["results"]["contests"]
+        cores = {contest["cores"] for contest in contests.values()}
+        assert cores == {-(-len(os.sched_getaffinity(0)) // processes)}
+        table = f"## Time per step on {cores.pop()} core"
+        assert table in (output / "README.md").read_text()
         results.append(
             [
                 (title, name, each["rate"], each["tuning"][0]["rate"], run["seed"], loss)

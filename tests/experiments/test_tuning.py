@@ -8,6 +8,7 @@ from known_contests import EFFORT, NAN, PARTS, Runs, entrant, trained, tuned
 
 from experiments import report, stored
 from experiments.contest import Task, hold
+from experiments.history import Curve, History
 from experiments.models import MLP
 from experiments.tuning import beyond, winner
 
@@ -86,8 +87,8 @@ def test_seconds_of_a_machine_of_another_speed_are_converted(tmp_path, before):
         return {"tuning": [one | {"validation_loss": 1.0} for one in tuning], **made}
 
     entrants = {"A": ran(0.3, 0.1), "B": ran(0.5, 0.2)}
-    held = {"entrants": entrants, "variants": {"A, changed": ran(2.0)}, "effort": {}}
-    held |= {"effort": {"tuning_steps": 5}, "converted": before}
+    held = {"entrants": entrants, "variants": {"A, changed": ran(2.0)}, "converted": before}
+    held["effort"] = {"tuning_steps": 5}
     content = {"settings": {}, "environment": report.environment()}
     content["results"] = {"dataset": {"digest": "d"}, "contests": {"title": held}}
     report.write_json(tmp_path / "results.json", content)
@@ -96,7 +97,7 @@ def test_seconds_of_a_machine_of_another_speed_are_converted(tmp_path, before):
         times = {"title": {"seconds_per_step": {"A": a, "B": b, "new": 9.0}}}
         return stored.runs(tmp_path, "d", {}, {"title": ""}, times)
 
-    # Of A's three runs two took .4 s a step, and one .3. What is not a whole run keeps its ratio.
+    # Of A's three runs two took .4 s a step, and one .3. So did B's.
     runs, converted = found(0.8, 1.2)
     assert runs["A 0.3, seed 8"].train_seconds == 12 and runs["B 0.5, seed 8"].train_seconds == 18
     assert runs["A 0.3, seed 8"].compile_seconds == 3
@@ -109,6 +110,23 @@ def test_seconds_of_a_machine_of_another_speed_are_converted(tmp_path, before):
     assert converted["title"]["A, changed 2, tuning"] in (2, 3)
     runs, converted = found(0.42, 0.35)  # as fast as it was
     assert runs["A 0.3, seed 8"].train_seconds == 6 and converted == {"title": before}
+
+
+def test_a_lost_run_tells_a_steps_time_by_the_steps_that_it_took(tmp_path):
+    """10 of 20 steps took 4 seconds; the other 10 were not taken."""
+    values = {"train_loss": Curve([0, 10, 20], [0.0, 4.0, 4.0], [3.0, 4e9, NAN])}
+    lost = History(1.0, 4.0, Curve([10, 20], [4.0, 4.0], [4e9, NAN]), values)
+    entrant = {"tuning": [], "rate": 0.3, "runs": [{"seed": 8, "history": asdict(lost)}]}
+    held = {"entrants": {"A": entrant}, "variants": {}, "effort": {"tuning_steps": 5}}
+    content = {"settings": {}, "environment": report.environment()}
+    content["results"] = {"dataset": {"digest": "d"}, "contests": {"title": held}}
+    report.write_json(tmp_path / "results.json", content)
+    times = {"title": {"seconds_per_step": {"A": 0.4}}}
+    assert stored.runs(tmp_path, "d", {}, {"title": ""}, times)[1] == {"title": {}}
+    times["title"]["seconds_per_step"]["A"] = 0.8
+    assert stored.runs(tmp_path, "d", {}, {"title": ""}, times)[1] == {
+        "title": {"A 0.3, seed 8": 2.0}
+    }
 
 
 def test_settings_from_before_there_were_extensions_are_those_without():
