@@ -1,6 +1,7 @@
 """The rules of a contest: optimizers are tuned with equal effort and then compared."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -158,7 +159,8 @@ def hold(
 
     Returns:
       The target, and every number by entrant. Variants have their tuning runs, and the best of
-      them has its runs, too. The names of those that are not finished. If all are, nothing else.
+      them has its runs, too. The names of those that are not finished, and which of their runs
+      are, to go on from. If no group is finished, only these.
 
     Raises:
       ValueError: If some entrant has more rates than another.
@@ -174,13 +176,14 @@ def hold(
     taken: dict[str, list[float]] = {}  # the rates of the runs: all but the last diverged
     ran: dict[tuple[str, float], dict[int, History]] = {}
     unmade: list[str] = []  # runs that were to be made again
+    made: list[dict[str, Any]] = []  # every run, also those of groups that are not finished
 
     def run(entrant: Entrant, rate: float, seed: int, tuning: bool) -> History:
         name = label(title, entrant.name, rate, None if tuning else seed)
         steps = effort.tuning_steps if tuning else effort.steps
         its = tasks[entrant.name]
         examples, validating, evaluating = evaluated[id(its)]
-        return runs.train(
+        history = runs.train(
             name,
             *entrant.at(rate, *(rates[name] for name in entrant.given)),
             its.start(seed),
@@ -190,6 +193,9 @@ def hold(
             validating if tuning else None,
             augment=its.augment,
         )
+        its_seed = None if tuning else seed
+        made.append({"entrant": entrant.name, "rate": rate, "seed": its_seed, "history": history})
+        return history
 
     def tune(members: Sequence[Entrant]) -> bool:
         """Find the rates of a group. False if a run is not finished."""
@@ -256,15 +262,20 @@ def hold(
         finished += members
     names = [entrant.name for entrant in finished]
     unfinished = unmade + [entrant.name for entrant in entrants if entrant.name not in names]
-    if not finished:
-        return {"unfinished": unfinished}
     seeds = [seed for seed in seeds if all(seed in ending(n) for n in names if n in taken)]
+    begun = [
+        one | {"history": asdict(one["history"])}
+        for one in made
+        if one["entrant"] not in names or one["seed"] not in (None, *seeds)
+    ]
+    if not finished:
+        return {"unfinished": unfinished, "begun": begun}
     baselines = [entrant.name for entrant in finished if entrant.role == "baseline"]
     target = _target({n: [ending(n)[seed] for seed in seeds] for n in baselines}, task.goal)
 
     def results(name: str) -> dict[str, Any]:
         its = tasks[name]
-        made = [
+        ended = [
             {
                 "rate": rate,
                 "runs": [
@@ -277,13 +288,14 @@ def hold(
             for rate in taken.get(name, ())
         ]
         tuning = {"tuning": summary(tuned[name]), "rate": rates[name]}
-        return {**tuning, **made[-1], "diverged": made[:-1]} if made else tuning
+        return {**tuning, **ended[-1], "diverged": ended[:-1]} if ended else tuning
 
     return {
         "images": dict(zip(Parts._fields, (len(part.labels) for part in task.parts), strict=True))
         | {"training_loss": min(effort.measured, len(task.parts.train.labels))},
         "effort": effort._replace(seeds=len(seeds))._asdict(),
         "unfinished": unfinished,
+        "begun": begun,
         "target": target,
         "entrants": {
             entrant.name: {"role": entrant.role, **results(entrant.name)}

@@ -195,7 +195,7 @@ class Contests(Experiment, ABC):
 
         Returns:
           The summary of the data set. For each contest, what `pipeline.measure` and
-          `contest.hold` return.
+          `contest.hold` return. Of those of which nothing is finished, the runs that are.
 
         Raises:
           DataError: If a batch has more images than there are.
@@ -218,8 +218,15 @@ class Contests(Experiment, ABC):
             raise ResumeError(
                 f"in {self.output} no contest is finished, to make a page of: go on with --resume"
             )
-        unfinished = [title for title in results if title not in done]
-        return {"dataset": dataset.summary(), "contests": done, "unfinished": unfinished}
+        others = {title: result for title, result in results.items() if title not in done}
+        return {
+            "dataset": dataset.summary(),
+            "contests": done,
+            "unfinished": [*others],
+            "begun": {
+                t: {k: other[k] for k in ("begun", "converted")} for t, other in others.items()
+            },
+        }
 
     def _parts(self, dataset: Dataset) -> dict[str, _Part]:
         """The contests by title. Those with larger batches than there are images are refused."""

@@ -21,9 +21,9 @@ where a method of this library loses; "ours loses" counts the sentences on that.
 `--preset cpu`, the default, takes minutes of two CPU cores, and `--preset long` hours.
 `--processes 2` shares the training runs out, one to a core. Whatever stops a run, the same command
 with `--resume` goes on. With `--only-finished` it makes the page of what is finished; from that
-page `--resume` goes on, too, where the checkpoints are gone, on a machine of the same kind and
-speed. On a GPU, `python -m experiments paper --budget-minutes 25` takes the sources' settings, one
-experiment after another, and goes on when it is called again."""
+page `--resume` goes on, too, where the checkpoints are gone, on a machine of the same kind, also a
+slower or faster one. On a GPU, `python -m experiments paper --budget-minutes 25` takes the sources'
+settings, one experiment after another, and goes on when it is called again."""
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,13 @@ def runs(
         if theirs != identity(settings, digest, report.environment()):
             return {}, {}
         found, converted = {}, {}
-        for title, contest in results["contests"].items():
+        for title, prefix in prefixes.items():
+            contest = results["contests"].get(title) or {"entrants": {}, "variants": {}}
+            contest |= results.get("begun", {}).get(title, {})
             ratios = _ratios(contest, times[title]["seconds_per_step"])
             before = contest.get("converted", {})  # pages from before it have none
             converted[title] = its = {}
-            for name, run, history in _of_contest(prefixes[title], contest):
+            for name, run, history in _of_contest(prefix, contest):
                 found[run] = _multiplied(history, ratios[name]) if ratios else history
                 if ratios or run in before:
                     its[run] = before.get(run, 1.0) * (ratios[name] if ratios else 1.0)
@@ -106,10 +108,9 @@ def _ratios(contest: Mapping[str, Any], here: Mapping[str, float]) -> dict[str, 
 
     Variants are not timed, and have the others' median. Empty if steps are as fast here.
     """
-    ratios: dict[str, list[float]] = {
-        name: [] for name in contest["entrants"] | contest["variants"]
-    }
+    ratios: dict[str, list[float]] = {}
     for name, _, history in _of_contest("", contest):
+        ratios.setdefault(name, [])
         if name in here and history.train_seconds:
             ratios[name].append(here[name] * history.taken / history.train_seconds)
     medians = {name: median(each) for name, each in ratios.items() if each}
@@ -148,3 +149,6 @@ def _of_contest(title: str, held: Mapping[str, Any]) -> Iterator[tuple[str, str,
             for run in made.get("runs", ()):
                 history = History.of(run["history"])
                 yield name, label(title, name, made["rate"], run["seed"]), history
+    for run in held.get("begun", ()):  # pages from before it have none
+        name = run["entrant"]
+        yield name, label(title, name, run["rate"], run["seed"]), History.of(run["history"])

@@ -214,25 +214,41 @@ def test_a_grid_may_stay_as_it_is(extended):
 
 
 @pytest.mark.parametrize(
-    ("missing", "finished", "seeds"),
+    ("missing", "finished", "seeds", "begun"),
     [
-        ([], ["A", "B", "C"], [8, 9, 10]),
-        ([("B", 0.1, 9)], ["A", "B", "C"], [8, 10]),
-        ([("A", 0.1, 8), ("C", 0.1, 10)], ["A", "B", "C"], [9]),
-        ([("C", 0.1, None)], ["A", "B"], [8, 9, 10]),
-        ([("C", 0.1, seed) for seed in (8, 9, 10)], ["A", "B"], [8, 9, 10]),
-        ([("A", 0.1, None), ("C", 0.1, None)], [], None),
+        ([], ["A", "B", "C"], [8, 9, 10], []),
+        ([("B", 0.1, 9)], ["A", "B", "C"], [8, 10], [("A", 0.1, 9), ("C", 0.1, 9)]),
+        (
+            [("A", 0.1, 8), ("C", 0.1, 10)],
+            ["A", "B", "C"],
+            [9],
+            [("B", 0.1, 8), ("A", 0.1, 10), ("B", 0.1, 10), ("C", 0.1, 8)],
+        ),
+        ([("C", 0.1, None)], ["A", "B"], [8, 9, 10], [("C", 0.2, None)]),
+        (
+            [("C", 0.1, 8), ("C", 0.1, 10), ("C", 0.1, 9)],
+            ["A", "B"],
+            [8, 9, 10],
+            [("C", 0.1, None), ("C", 0.2, None)],
+        ),
+        (
+            [("A", 0.1, None), ("C", 0.1, None)],
+            [],
+            [],
+            [("A", 0.2, None), ("B", 0.1, None), ("B", 0.2, None)],
+        ),
     ],
 )
-def test_of_a_contest_that_was_stopped_the_finished_groups_remain(missing, finished, seeds):
+def test_of_a_contest_that_was_stopped_the_finished_groups_remain(missing, finished, seeds, begun):
     entrants = [entrant(n)._replace(group=group) for n, group in (("A", 1), ("C", 2), ("B", 1))]
     tuning = {(name, rate): rate for name in "ABC" for rate in (0.1, 0.2)}
     runs = Runs(tuning, {name: iter(FINAL["A"]) for name in "ABC"}, missing)
     task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}))
     held = hold(runs, "", task, entrants, EFFORT)
     assert held["unfinished"] == [name for name in "ACB" if name not in finished]
+    assert [(one["entrant"], one["rate"], one["seed"]) for one in held["begun"]] == begun
     if not finished:
-        assert list(held) == ["unfinished"]
+        assert set(held) == {"unfinished", "begun"}
         return
     assert set(held["entrants"]) == set(finished) and held["effort"]["seeds"] == len(seeds)
     for its in held["entrants"].values():

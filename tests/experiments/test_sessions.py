@@ -309,6 +309,8 @@ def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, m
     main([*command, "--only-finished"])
     content = json.loads((tmp_path / "results.json").read_text())
     assert list(content["results"]["contests"]) == ["no decay"]
+    (begun,) = content["results"]["begun"]["decay 5e-4"]["begun"]
+    assert (begun["entrant"], begun["seed"]) == ("SGD", None)
     assert "only-finished" not in content["command"] and len(content["claims"]) == 6
     page = (tmp_path / "README.md").read_text()
     assert "**Not finished when this page was made**: the contest decay 5e-4." in page
@@ -320,7 +322,7 @@ def test_a_page_of_what_is_finished(stopped, cifar10_folder, tmp_path, capsys, m
     shutil.rmtree(tmp_path / "checkpoints")  # there is the page alone to go on from
     main([*command, "--resume"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count(": finished before") == 4
+    assert printed.count(": finished before") == 5
     assert "decay 5e-4: back-matching 0.02, seed 1: 8 of 8 runs are finished" in printed
     content = json.loads((tmp_path / "results.json").read_text())
     after = numbers(tmp_path, *TIMED, "converted")[0]["contests"]["no decay"]

@@ -1,5 +1,6 @@
 """Contests whose training runs have a known outcome."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from experiments.contest import Effort, Entrant, Parts
 from experiments.data import Split
 from experiments.history import Curve, History
+from experiments.runs import UnfinishedError
 
 EFFORT = Effort(steps=20, tuning_steps=5, seeds=3, seed=7, batch_size=4, measured=6)
 STEPS = [0, 10, 20]
@@ -53,11 +55,11 @@ class Runs:
         self.more += 1
 
     def several(self, runs):
-        return [self.finished(run(), self.calls[-1]) for run in runs]
-
-    def finished(self, history, call):
-        key = *call.at, None if call.at_end else call.start[0].get("seed")
-        return None if key in self.missing else history
+        found = [None] * len(runs)
+        for i, run in enumerate(runs):
+            with contextlib.suppress(UnfinishedError):
+                found[i] = run()
+        return found
 
     def train(
         self, label, optimizer, step, start, examples, batches, metrics, at_end=None, **options
@@ -76,4 +78,7 @@ class Runs:
             )
         )
         name, rate = optimizer
-        return tuned(self.tuning[name, rate]) if at_end else next(self.final[name])
+        history = tuned(self.tuning[name, rate]) if at_end else next(self.final[name])
+        if (name, rate, None if at_end else start[0].get("seed")) in self.missing:
+            raise UnfinishedError(label)
+        return history
