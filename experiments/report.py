@@ -52,6 +52,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "cores": cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -66,11 +67,13 @@ def machine(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     every, used = environment["cpu_count"], environment.get("cores")
     limited = f", of which this had {used}" if used and used < every else ""
-    flags = environment.get("xla_flags")  # pages from before it have none
+    variables = ("XLA_FLAGS", "GLIBC_TUNABLES")  # pages from before them have none
+    their = {name: environment.get(name.lower()) for name in variables}
+    flags = "".join(f", {name}={flags}" for name, flags in their.items() if flags)
     return (
         f"Measured on {environment['device']} ({environment['cpu']}, {every} cores{limited}), "
         f"{environment['date']}: Python {environment['python']}, {versions}, "
-        f"{environment['system']}{f', XLA_FLAGS={flags}' if flags else ''}."
+        f"{environment['system']}{flags}."
     )
 
 

@@ -152,12 +152,13 @@ def test_the_page_says_on_how_many_of_the_cores_it_was_measured():
     its = report.environment() | {"cpu_count": 64, "cores": 1}
     assert "64 cores, of which this had 1)" in report.machine(its)
     assert "64 cores)" in report.machine(its | {"cores": 64})
-    del its["cores"], its["xla_flags"]  # as on pages from before them
+    del its["cores"], its["xla_flags"], its["glibc_tunables"]  # as on pages from before them
     assert "64 cores)" in report.machine(its)
 
 
-def test_the_page_says_by_which_flags_xla_compiled(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_some=1")
-    assert report.machine(report.environment()).endswith(", XLA_FLAGS=--xla_some=1.")
-    monkeypatch.delenv("XLA_FLAGS")
-    assert "XLA_FLAGS" not in report.machine(report.environment())
+@pytest.mark.parametrize("variable", ["XLA_FLAGS", "GLIBC_TUNABLES"])
+def test_the_page_says_which_variables_steps_were_timed_with(monkeypatch, variable):
+    monkeypatch.setenv(variable, "--some=1")
+    assert f", {variable}=--some=1" in report.machine(report.environment())
+    monkeypatch.delenv(variable)
+    assert variable not in report.machine(report.environment())
