@@ -147,8 +147,8 @@ def hold(
     its lower rates. The target is the lowest final training loss of the baselines, or what
     else the task has for its goal, in the median over the seeds.
 
-    Where the runs are only those that were finished before, the first group that lacks some is left
-    out, with those after it. So are seeds at which not all of the others have run.
+    Where the runs are only those that were finished before, a group that lacks some is left out. So
+    are all after one that lacks tuning runs, and seeds at which not all of the others have run.
 
     Args:
       runs: Makes the training runs, and shows their progress.
@@ -160,7 +160,7 @@ def hold(
     Returns:
       The target, and every number by entrant. Variants have their tuning runs, and the best of
       them has its runs, too. The names of those that are not finished, and which of their runs
-      are, to go on from. If no group is finished, only these.
+      are, to go on from. If no group with a baseline is finished, only these.
 
     Raises:
       ValueError: If some entrant has more rates than another.
@@ -248,7 +248,7 @@ def hold(
         """An entrant's runs at the last rate that it took, by seed."""
         return ran[name, taken[name][-1]]
 
-    finished: list[Entrant] = []
+    finished, common = list[Entrant](), set(seeds)
     for members in groups(entrants):
         if not tune(members):
             break
@@ -257,20 +257,20 @@ def hold(
         if variants:
             best = min(variants, key=lambda entrant: lowest(tuned[entrant.name]))
             run_whole([best])
-        if not all(ending(entrant.name) for entrant in members if entrant.name in taken):
-            break
-        finished += members
-    names = [entrant.name for entrant in finished]
+        whole = [set(ending(entrant.name)) for entrant in members if entrant.name in taken]
+        if theirs := common.intersection(*whole):
+            finished, common = finished + members, theirs
+    baselines = [entrant.name for entrant in finished if entrant.role == "baseline"]
+    names = [entrant.name for entrant in finished if baselines]  # there is no target without
     unfinished = unmade + [entrant.name for entrant in entrants if entrant.name not in names]
-    seeds = [seed for seed in seeds if all(seed in ending(n) for n in names if n in taken)]
+    seeds = sorted(common)
     begun = [
         one | {"history": asdict(one["history"])}
         for one in made
         if one["entrant"] not in names or one["seed"] not in (None, *seeds)
     ]
-    if not finished:
+    if not baselines:
         return {"unfinished": unfinished, "begun": begun}
-    baselines = [entrant.name for entrant in finished if entrant.role == "baseline"]
     target = _target({n: [ending(n)[seed] for seed in seeds] for n in baselines}, task.goal)
 
     def results(name: str) -> dict[str, Any]:
