@@ -273,6 +273,20 @@ def test_of_a_contest_that_was_stopped_the_finished_groups_remain(missing, finis
     assert EFFORT.costs(entrants, seconds)[: len(costs)] == costs
 
 
+def test_without_a_finished_baseline_there_is_no_target_and_all_runs_are_kept():
+    entrants = [entrant("A"), entrant("ours", "ours")._replace(group="second")]
+    tuning = {(name, rate): rate for name in ("A", "ours") for rate in (0.1, 0.2)}
+    missing = [("A", 0.1, seed) for seed in (8, 9, 10)]
+    runs = Runs(tuning, {name: iter(FINAL["A"]) for name in ("A", "ours")}, missing)
+    task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}))
+    held = hold(runs, "", task, entrants, EFFORT)
+    assert set(held) == {"unfinished", "begun"} and held["unfinished"] == ["A", "ours"]
+    assert [(one["entrant"], one["rate"], one["seed"]) for one in held["begun"]] == [
+        *(("A", 0.1, None), ("A", 0.2, None), ("ours", 0.1, None), ("ours", 0.2, None)),
+        *(("ours", 0.1, seed) for seed in (8, 9, 10)),
+    ]
+
+
 def test_the_goal_may_be_another_metric():
     task = Task(PARTS, MLP(2, 1, 40), lambda seed: ({"seed": seed}, {}), goal="validation_loss")
     tuning = {("A", rate): rate for rate in (0.1, 0.2)}
